@@ -1,0 +1,6 @@
+"""Dynamic Boosted Annealing: fine-tune on domain data alone, boosted by one stored gradient of the general data."""
+
+from .schedule import annealing_schedule
+
+__version__ = "0.1.0"
+__all__ = ["annealing_schedule"]

@@ -1,0 +1,39 @@
+"""Stage 1, the global gradient: an exact fp32 sum over the general data, divided once by its weight (eq. 1)."""
+
+from __future__ import annotations
+
+import torch
+
+
+def accumulate_one(total: torch.Tensor, grad: torch.Tensor, weight: float) -> torch.Tensor:
+    """Add ``weight · grad`` to ``total`` in place; return ‖grad‖² (float64 scalar).
+
+    A non-finite gradient adds nothing, whole tensor; its returned norm is then NaN or infinite, which is how the
+    caller counts it.
+
+    Args:
+        total: fp32 or fp64 running sum, shape of ``grad``.
+        grad: floating-point gradient of one micro-batch.
+        weight: weight of the micro-batch (1, or its number of target tokens).
+    """
+    wide = grad.to(total.dtype)
+    squared_norm = wide.double().square().sum()
+    total.add_(torch.where(torch.isfinite(squared_norm), wide, torch.zeros_like(wide)), alpha=weight)
+    return squared_norm
+
+
+def mean_gradient(total: torch.Tensor, total_weight: float) -> torch.Tensor:
+    """ĝ_G = (1/s) Σ_i g_G,i  (eq. 1), with s the sum of the weights.
+
+    The limit β₁→1 of Adam's bias-corrected first moment, without β₁: an uncorrected EMA tends to 0, and a running mean
+    in low precision stagnates as its increments shrink.
+    """
+    return total / total_weight
+
+
+def accumulate(
+    totals: list[torch.Tensor], grads: list[torch.Tensor], weight: float, squared_norms: torch.Tensor
+) -> None:
+    """:func:`accumulate_one` for every tensor; writes ‖grad‖² of each to ``squared_norms`` (float64 ``[n]``)."""
+    for i, (total, grad) in enumerate(zip(totals, grads, strict=True)):
+        squared_norms[i] = accumulate_one(total, grad, weight)

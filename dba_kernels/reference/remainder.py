@@ -1,0 +1,98 @@
+"""Parameter formats: a low-precision weight plus a remainder held in the optimizer state.
+
+In the annealing regime (η ≈ 1e-6 → 0) an update is far below one bf16 ulp of the weight; the remainder keeps it.
+
+bf16: with ``bits`` the fp32 pattern, ``weight = (bits + 0x8000) >> 16`` (nearest, ties away from zero: a tie must go up
+for its remainder to fit) and ``remainder = bits - (weight << 16)``. split16 keeps all 16 bits: weight and remainder *are*
+the fp32 value. split8 keeps the upper 8, after rounding the pattern stochastically to a multiple of 256.
+
+fp16: the weight is the nearest fp16, the remainder is the difference in units of ulp(weight)·2⁻¹⁵ (split16) or
+ulp(weight)·2⁻⁷ (split8). split16 is exact for 2⁻¹⁶ ≤ |θ| ≤ 65504 and within 2⁻⁴⁰ below.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_MASK32 = 0xFFFFFFFF
+_FP16_FRACTION_BITS = {"split16": 15, "split8": 7}
+
+
+def mix32(x: torch.Tensor) -> torch.Tensor:
+    """A 32-bit integer hash with full avalanche, on int64 tensors that hold unsigned 32-bit values.
+
+    The multiply-xorshift permutation "lowbias32" of C. Wellons' hash prospector.
+    """
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _MASK32
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _MASK32
+    return x ^ (x >> 16)
+
+
+def random_bytes(shape: tuple[int, ...], seed: int, step: int, offset: int, device: torch.device) -> torch.Tensor:
+    """Counter-based random bytes, int64 in [0, 255]: a function of (seed, step, element index) and nothing else.
+
+    Element ``i`` of the flattened whole parameter draws ``mix32(low32(i) ^ key) >> 24``, where
+    ``key = mix32(seed + step · 0x9E3779B9 + high32(i) · 0x85EBCA6B)`` (all modulo 2³²). So a row shard that knows its
+    ``offset`` rounds as the whole tensor would.
+    """
+    numel = int(torch.Size(shape).numel())
+    index = torch.arange(offset, offset + numel, dtype=torch.int64, device=device)
+    key = mix32((seed + step * 0x9E3779B9 + (index >> 32) * 0x85EBCA6B) & _MASK32)
+    return (mix32((index & _MASK32) ^ key) >> 24).reshape(shape)
+
+
+def _fp16_unit_exponent(weight: torch.Tensor, format: str) -> torch.Tensor:
+    """Power of two of the remainder's unit: ulp(weight) = 2^(e - 10), e the weight's exponent, at least -14."""
+    _, exponent = torch.frexp(weight.to(torch.float32))  # weight = mantissa · 2^exponent, mantissa in [0.5, 1)
+    return (exponent - 1).clamp(min=-14) - 10 - _FP16_FRACTION_BITS[format]
+
+
+def join(weight: torch.Tensor, remainder: torch.Tensor, format: str) -> torch.Tensor:
+    """The fp32 parameter that ``weight`` and ``remainder`` stand for.
+
+    Args:
+        weight: bf16 or fp16.
+        remainder: int16 (split16), int8 (split8) or fp32 (master), shape of ``weight``.
+    """
+    if format == "master":
+        return remainder
+    if weight.dtype == torch.float16:
+        unit = torch.ldexp(torch.ones_like(weight, dtype=torch.float32), _fp16_unit_exponent(weight, format))
+        return weight.to(torch.float32) + remainder.to(torch.float32) * unit
+    low = remainder.to(torch.int32)
+    if format == "split8":
+        low = low << 8
+    return ((weight.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+
+
+def split(
+    value: torch.Tensor, dtype: torch.dtype, format: str, random: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split fp32 ``value`` into a weight of ``dtype`` and its remainder; the inverse of :func:`join`.
+
+    Args:
+        value: fp32.
+        dtype: bf16 or fp16.
+        format: ``"split16"``, ``"split8"`` or ``"master"``.
+        random: int64 in [0, 255], shape of ``value``, for split8's stochastic rounding; None rounds toward zero in
+            magnitude (bf16) or down (fp16), which is exact where ``value`` is already on split8's grid.
+    """
+    if format == "master":
+        return value.to(dtype), value
+    random = torch.zeros_like(value, dtype=torch.int64) if random is None else random
+    if dtype == torch.float16:
+        weight = value.to(torch.float16)
+        exponent = _fp16_unit_exponent(weight, format)
+        units = (value - weight.to(torch.float32)) * torch.ldexp(torch.ones_like(value), -exponent)
+        if format == "split16":
+            return weight, units.round().to(torch.int16)
+        return weight, (units + random.to(torch.float32) / 256).floor().to(torch.int8)
+    bits = value.view(torch.int32)
+    if format == "split8":
+        bits = (bits + random.to(torch.int32)) & ~0xFF
+    high = (bits + 0x8000) >> 16
+    low = bits - (high << 16)
+    weight = high.to(torch.int16).view(torch.bfloat16)
+    return weight, (low >> 8).to(torch.int8) if format == "split8" else low.to(torch.int16)

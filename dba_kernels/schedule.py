@@ -1,0 +1,88 @@
+"""Schedules: γ_t of the boost and η_t of the annealing (METHOD.md eqs. 2 and 6). Scalars in, scalars out."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from .formats import check_name
+
+TOTAL_BOOST = 200.0
+"""Numerator of the paper's k₀ = 200/T: Σγ_t ≈ 100 whatever T is."""
+
+SHAPES = ("linear", "cosine", "constant")
+
+
+def auto_boost(total_steps: int) -> float:
+    """k₀ = 200/T (eq. 2)."""
+    return TOTAL_BOOST / total_steps
+
+
+def gamma(step: int, total_steps: int, boost: float | None = None, boost_max: float = 0.5) -> float:
+    """Weight of the global gradient at ``step``: γ_t = k₀ · (1 − t/T), clamped to [0, boost_max]  (eq. 2).
+
+    The clamp is ours: for T < 200 the paper's γ_0 exceeds 1 and would flip the sign of the domain gradient.
+
+    Args:
+        step: t, optimizer steps done so far; γ is 0 for t ≥ T.
+        total_steps: T.
+        boost: k₀; None for the paper's 200/T.
+        boost_max: upper clamp, in [0, 1].
+    """
+    k0 = auto_boost(total_steps) if boost is None else boost
+    return min(max(k0 * (1.0 - step / total_steps), 0.0), boost_max)
+
+
+def annealing_factor(step: int, total_steps: int, warmup_steps: int = 0, shape: str = "linear") -> float:
+    """η_t/η_0: (t+1)/(W+1) during W warm-up steps, then decay over the remaining steps to 0 at t = T (eq. 6: linear).
+
+    Args:
+        step: t, scheduler steps done so far.
+        total_steps: T.
+        warmup_steps: W.
+        shape: ``"linear"`` (eq. 6), ``"cosine"`` or ``"constant"`` (no decay).
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    if shape == "linear":
+        return 1.0 - progress
+    if shape == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0
+
+
+def annealing_schedule(
+    optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int = 0, shape: str = "linear"
+) -> LambdaLR:
+    """A torch scheduler for annealing learning: lr_t = lr_0 · :func:`annealing_factor`.
+
+    The paper says only that the initial rate is very small and decays to 0; linear is our reading.
+
+    Args:
+        optimizer: any torch optimizer; its groups' ``lr`` are the initial rates η_0.
+        total_steps: T, optimizer steps (not micro-batches); the rate is 0 from step T on.
+        warmup_steps: linear warm-up before the decay, 0 ≤ W < T.
+        shape: ``"linear"``, ``"cosine"`` or ``"constant"``.
+
+    Raises:
+        ValueError: on a shape or on step counts outside their range.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = torch.optim.AdamW([weight], lr=1e-6)
+        >>> scheduler = annealing_schedule(optimizer, total_steps=4)
+        >>> for _ in range(4):
+        ...     optimizer.step()
+        ...     scheduler.step()
+        >>> scheduler.get_last_lr()
+        [0.0]
+    """
+    check_name("shape", shape, SHAPES)
+    if total_steps < 1:
+        raise ValueError(f"total_steps: expected at least 1 optimizer step, got {total_steps}")
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(f"warmup_steps: expected 0 <= warmup_steps < total_steps={total_steps}, got {warmup_steps}")
+    return LambdaLR(optimizer, lambda step: annealing_factor(step, total_steps, warmup_steps, shape))
