@@ -46,7 +46,7 @@ def _scale_and_inverse(absmax: torch.Tensor, value_of_absmax: float) -> tuple[to
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
-    """int8 codes in [-7, 7], ``[rows, cols]`` → uint8 ``[rows, ceil(cols / 2)]``, low nibble first, two's complement."""
+    """int8 codes in [-7, 7], ``[rows, cols]`` → uint8 ``[rows, ceil(cols / 2)]``: low nibble first, two's complement."""
     nibbles = F.pad(codes, (0, codes.shape[1] % 2)).to(torch.uint8) & 0xF
     return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
 
@@ -90,7 +90,7 @@ def decode(encoded: StoredTensor) -> torch.Tensor:
         return rebuild(encoded)
     if not STORAGE_FORMATS[encoded.format].grouped:
         return encoded.codes.to(torch.float32)
-    rows, cols = matrix_shape(encoded.shape)
+    cols = matrix_shape(encoded.shape)[1]
     if encoded.format == "fp8_e4m3":
         values = encoded.codes.view(torch.float8_e4m3fn).to(torch.float32)
     elif encoded.format == "int4":
@@ -126,8 +126,8 @@ def rebuild(stored: LowRankTensor) -> torch.Tensor:
 def encode_exp_avg(exp_avg: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 codes ``[rows, cols]`` and scales: m ≈ scale · c·|c|, scale = absmax / 127².
 
-    Quadratic companding keeps small elements of a group that also holds a large one: |error| ≤ √(|m|·A)/127 + A/(2·127)²,
-    A the group's absmax (up to fp32 rounding).
+    Quadratic companding keeps small elements of a group that also holds a large one:
+    |error| ≤ √(|m|·A)/127 + A/(2·127)², A the group's absmax (up to fp32 rounding).
     """
     rows, cols = matrix_shape(tuple(exp_avg.shape))
     groups = _groups(exp_avg.to(torch.float32).reshape(rows, cols))

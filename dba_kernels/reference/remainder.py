@@ -3,8 +3,8 @@
 In the annealing regime (η ≈ 1e-6 → 0) an update is far below one bf16 ulp of the weight; the remainder keeps it.
 
 bf16: with ``bits`` the fp32 pattern, ``weight = (bits + 0x8000) >> 16`` (nearest, ties away from zero: a tie must go up
-for its remainder to fit) and ``remainder = bits - (weight << 16)``. split16 keeps all 16 bits: weight and remainder *are*
-the fp32 value. split8 keeps the upper 8, after rounding the pattern stochastically to a multiple of 256.
+for its remainder to fit) and ``remainder = bits - (weight << 16)``. split16 keeps all 16 bits: weight and remainder
+*are* the fp32 value. split8 keeps the upper 8, after rounding the pattern stochastically to a multiple of 256.
 
 fp16: the weight is the nearest fp16, the remainder is the difference in units of ulp(weight)·2⁻¹⁵ (split16) or
 ulp(weight)·2⁻⁷ (split8). split16 is exact for 2⁻¹⁶ ≤ |θ| ≤ 65504 and within 2⁻⁴⁰ below.

@@ -1,0 +1,382 @@
+"""Contract sheet: what each operation takes, checks and returns, and which backend runs it.
+
+Eager calls go straight to the backend. The same operations are registered with torch.library over flat tensor lists
+(``torch.ops.dba_kernels.*``) with fake implementations, for tracing and for fake tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .backends import implementation, select
+from .formats import (
+    STORAGE_FORMATS,
+    EncodedTensor,
+    LowRankTensor,
+    StepSettings,
+    StoredTensor,
+    TensorBatch,
+    check_name,
+    matrix_shape,
+    scales_shape,
+    storage_format,
+)
+
+GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _traced(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) or torch.compiler.is_compiling()
+
+
+# --- accumulate -------------------------------------------------------------------------------------------------------
+
+
+def accumulate(
+    totals: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    weight: float,
+    squared_norms: torch.Tensor,
+    backend: str = "auto",
+) -> None:
+    """``total += weight · grad`` for every pair, and ‖grad‖² of each (eq. 1's sum). A non-finite gradient adds nothing.
+
+    Args:
+        totals: fp32 sums, updated in place.
+        grads: fp32, bf16 or fp16, shapes and device of ``totals``.
+        weight: weight of this micro-batch.
+        squared_norms: float64 ``[n]``, overwritten; non-finite where the gradient was.
+
+    Raises:
+        ValueError: on differing shapes or on dtypes outside the above.
+    """
+    for i, (total, grad) in enumerate(zip(totals, grads, strict=True)):
+        if total.shape != grad.shape:
+            raise ValueError(f"grads[{i}]: expected shape {tuple(total.shape)}, got {tuple(grad.shape)}")
+        if total.dtype == torch.float32 and grad.dtype not in GRAD_DTYPES:
+            raise ValueError(f"grads[{i}]: expected float32, bfloat16 or float16, got {grad.dtype}")
+    if not totals:
+        return
+    run = torch.ops.dba_kernels.accumulate if _traced(totals[0]) else _accumulate
+    run(totals, grads, float(weight), squared_norms, backend)
+
+
+def _accumulate(
+    totals: list[torch.Tensor], grads: list[torch.Tensor], weight: float, squared_norms: torch.Tensor, backend: str
+) -> None:
+    chosen = select(backend, totals[0].device, totals[0].dtype)
+    implementation(chosen, "accumulate").accumulate(totals, grads, weight, squared_norms)
+
+
+_accumulate_op = torch.library.custom_op(
+    "dba_kernels::accumulate", _accumulate, mutates_args=("totals", "squared_norms")
+)
+
+
+@_accumulate_op.register_fake
+def _(totals, grads, weight, squared_norms, backend) -> None:
+    return None
+
+
+# --- quantize ---------------------------------------------------------------------------------------------------------
+
+
+def encode(tensor: torch.Tensor, format: str, backend: str = "auto") -> EncodedTensor:
+    """Store a dense tensor in one of ``STORAGE_FORMATS`` (1-D and tiny tensors: fp32).
+
+    Args:
+        tensor: floating point, finite, any shape.
+
+    Raises:
+        ValueError: unknown format.
+    """
+    chosen = storage_format(format, tuple(tensor.shape))
+    codes, scales = (torch.ops.dba_kernels.encode if _traced(tensor) else _encode)(tensor, chosen.name, backend)
+    return EncodedTensor(chosen.name, tuple(tensor.shape), codes, scales if chosen.grouped else None)
+
+
+def _encode(tensor: torch.Tensor, format: str, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if tensor.dtype == torch.float64:
+        tensor = tensor.float()
+    encoded = implementation(select(backend, tensor.device, tensor.dtype), "quantize").encode(tensor, format)
+    return encoded.codes, tensor.new_empty(0, dtype=torch.float32) if encoded.scales is None else encoded.scales
+
+
+@torch.library.custom_op("dba_kernels::encode", mutates_args=())
+def _encode_op(tensor: torch.Tensor, format: str, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return _encode(tensor, format, backend)
+
+
+@_encode_op.register_fake
+def _(tensor: torch.Tensor, format: str, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    chosen, shape = STORAGE_FORMATS[format], tuple(tensor.shape)
+    codes = tensor.new_empty(chosen.codes_shape(shape), dtype=chosen.dtype)
+    return codes, tensor.new_empty(scales_shape(shape) if chosen.grouped else (0,), dtype=torch.float32)
+
+
+def decode(stored: StoredTensor, backend: str = "auto") -> torch.Tensor:
+    """The fp32 tensor that is stored."""
+    if isinstance(stored, LowRankTensor):
+        factor = decode(stored.u, backend) * stored.sigma  # [rows, r]
+        return (factor @ decode(stored.v, backend).T).reshape(stored.shape)
+    return implementation(select(backend, stored.device, torch.float32), "quantize").decode(stored)
+
+
+def factorize(tensor: torch.Tensor, rank: int, format: str) -> LowRankTensor:
+    """Truncated SVD of ``tensor.flatten(1)`` with factors in ``format``; torch's linear algebra on every backend.
+
+    Raises:
+        ValueError: fewer than two dimensions, or a rank outside 1 … min(rows, cols).
+    """
+    check_name("format", format, STORAGE_FORMATS)
+    rows, cols = matrix_shape(tuple(tensor.shape))
+    if tensor.dim() < 2 or not 1 <= rank <= min(rows, cols):
+        raise ValueError(f"rank: expected 1 <= rank <= {min(rows, cols)} for shape {tuple(tensor.shape)}, got {rank}")
+    return implementation("reference", "quantize").factorize(tensor, rank, format)
+
+
+# --- similarity -------------------------------------------------------------------------------------------------------
+
+
+def similarity(batch: TensorBatch, grads: list[torch.Tensor], sums: torch.Tensor, backend: str = "auto") -> None:
+    """⟨g_D, ĝ_G⟩ and ‖g_D‖² of every parameter of the batch, one read-only pass over both (inputs of eq. 4).
+
+    Args:
+        grads: fp32, bf16 or fp16 (fp64 for fp64 parameters), contiguous, one per parameter.
+        sums: float64 ``[n_params, 2]``; rows ``batch.index`` are overwritten. A non-finite gradient makes its ‖g_D‖²
+            non-finite.
+    """
+    for part, part_grads in _dense_parts(batch, grads, backend):
+        if _traced(sums):
+            codes, scales = _flat_global_grads(part)
+            flat = (part.params, part_grads, codes, scales, part.index, sums, part.global_format, backend)
+            torch.ops.dba_kernels.similarity(*flat)
+        else:
+            _implementation(part, backend, "similarity").similarity(part, part_grads, sums)
+
+
+@torch.library.custom_op("dba_kernels::similarity", mutates_args=("sums",))
+def _similarity_op(
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    codes: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    index: torch.Tensor,
+    sums: torch.Tensor,
+    global_format: str,
+    backend: str,
+) -> None:
+    stored = _stored(global_format, params, codes, scales)
+    batch = TensorBatch("native", "fp32", global_format, params, [], [], index, global_grads=stored)
+    _implementation(batch, backend, "similarity").similarity(batch, grads, sums)
+
+
+@_similarity_op.register_fake
+def _(params, grads, codes, scales, index, sums, global_format, backend) -> None:
+    return None
+
+
+def coefficients(
+    sums: torch.Tensor,
+    global_sq: torch.Tensor,
+    hyper: torch.Tensor,
+    group: torch.Tensor,
+    active: torch.Tensor,
+    steps: torch.Tensor,
+    bias_corrections: torch.Tensor,
+    counters: torch.Tensor,
+    table: torch.Tensor,
+    report: torch.Tensor,
+    summary: torch.Tensor,
+    settings: StepSettings,
+    *,
+    loss_scale: torch.Tensor | None = None,
+    found_inf: torch.Tensor | None = None,
+    gamma_override: torch.Tensor | None = None,
+    alpha_override: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Sums → coefficient table, skip flag and counters (eqs. 2, 4, 5); see ``reference.similarity.coefficients``."""
+    tensors = (sums, global_sq, hyper, group, active, steps, bias_corrections, counters, table, report, summary)
+    overrides = (loss_scale, found_inf, gamma_override, alpha_override)
+    if _traced(table):
+        scalars = (settings.boost, settings.total_steps, settings.boost_max, settings.correction, settings.scope)
+        limit = float("inf") if settings.max_grad_norm is None else settings.max_grad_norm
+        torch.ops.dba_kernels.coefficients(
+            *tensors, *overrides, *scalars, *settings.bounds, limit, settings.reduce, backend
+        )
+        return
+    names = ("loss_scale", "found_inf", "gamma_override", "alpha_override")
+    module = implementation(select(backend, table.device, torch.float32), "similarity")
+    module.coefficients(*tensors, settings, **dict(zip(names, overrides, strict=True)))
+
+
+@torch.library.custom_op(
+    "dba_kernels::coefficients",
+    mutates_args=("steps", "bias_corrections", "counters", "table", "report", "summary"),
+)
+def _coefficients_op(
+    sums: torch.Tensor,
+    global_sq: torch.Tensor,
+    hyper: torch.Tensor,
+    group: torch.Tensor,
+    active: torch.Tensor,
+    steps: torch.Tensor,
+    bias_corrections: torch.Tensor,
+    counters: torch.Tensor,
+    table: torch.Tensor,
+    report: torch.Tensor,
+    summary: torch.Tensor,
+    loss_scale: torch.Tensor | None,
+    found_inf: torch.Tensor | None,
+    gamma_override: torch.Tensor | None,
+    alpha_override: torch.Tensor | None,
+    boost: float,
+    total_steps: int,
+    boost_max: float,
+    correction: str,
+    scope: str,
+    alpha_min: float,
+    alpha_max: float,
+    max_grad_norm: float,
+    reduce: bool,
+    backend: str,
+) -> None:
+    bounds, limit = (alpha_min, alpha_max), None if math.isinf(max_grad_norm) else max_grad_norm
+    coefficients(
+        *(sums, global_sq, hyper, group, active, steps, bias_corrections, counters, table, report, summary),
+        StepSettings(boost, total_steps, boost_max, correction, scope, bounds, limit, reduce),
+        loss_scale=loss_scale,
+        found_inf=found_inf,
+        gamma_override=gamma_override,
+        alpha_override=alpha_override,
+        backend=backend,
+    )
+
+
+@_coefficients_op.register_fake
+def _(*args) -> None:
+    return None
+
+
+# --- step -------------------------------------------------------------------------------------------------------------
+
+
+def step(batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor, backend: str = "auto") -> None:
+    """Boost, moments and corrected AdamW update of every parameter of the batch, in place (eqs. 3, 7, 8).
+
+    Args:
+        grads: as for :func:`similarity`.
+        table: coefficient table, float64 ``[n_params, Coefficient.COUNT]``.
+    """
+    for part, part_grads in _dense_parts(batch, grads, backend):
+        if _traced(table):
+            codes, scales = _flat_global_grads(part)
+            torch.ops.dba_kernels.step(
+                *(part.params, part.remainders, part.exp_avgs, part.exp_avg_scales, part.exp_avg_sqs),
+                *(part.exp_avg_sq_scales, part_grads, codes, scales, part.index, table, part.seeds, part.offsets),
+                *(part.param_format, part.state_format, part.global_format, backend),
+            )
+        else:
+            _implementation(part, backend, "step").step(part, part_grads, table)
+
+
+@torch.library.custom_op(
+    "dba_kernels::step",
+    mutates_args=("params", "remainders", "exp_avgs", "exp_avg_scales", "exp_avg_sqs", "exp_avg_sq_scales"),
+)
+def _step_op(
+    params: list[torch.Tensor],
+    remainders: list[torch.Tensor],
+    exp_avgs: list[torch.Tensor],
+    exp_avg_scales: list[torch.Tensor],
+    exp_avg_sqs: list[torch.Tensor],
+    exp_avg_sq_scales: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    codes: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    index: torch.Tensor,
+    table: torch.Tensor,
+    seeds: list[int],
+    offsets: list[int],
+    param_format: str,
+    state_format: str,
+    global_format: str,
+    backend: str,
+) -> None:
+    batch = TensorBatch(
+        *(param_format, state_format, global_format, params, exp_avgs, exp_avg_sqs, index, remainders),
+        *(exp_avg_scales, exp_avg_sq_scales, _stored(global_format, params, codes, scales), seeds, offsets),
+    )
+    _implementation(batch, backend, "step").step(batch, grads, table)
+
+
+@_step_op.register_fake
+def _(*args) -> None:
+    return None
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
+
+
+def _implementation(batch: TensorBatch, backend: str, stem: str) -> ModuleType:
+    return implementation(select(backend, batch.params[0].device, batch.params[0].dtype), stem)
+
+
+def _flat_global_grads(batch: TensorBatch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    stored = batch.global_grads
+    return [s.codes for s in stored], [s.scales for s in stored if s.scales is not None]
+
+
+def _stored(
+    format: str, params: list[torch.Tensor], codes: list[torch.Tensor], scales: list[torch.Tensor]
+) -> list[StoredTensor]:
+    per_tensor = scales or [None] * len(codes)
+    return [
+        EncodedTensor(format, tuple(p.shape), c, s)
+        for p, c, s in zip(params, codes, per_tensor, strict=False)  # no codes at all without a global gradient
+    ]
+
+
+def _dense_parts(
+    batch: TensorBatch, grads: list[torch.Tensor], backend: str
+) -> Iterator[tuple[TensorBatch, list[torch.Tensor]]]:
+    """The batch itself; for low rank its parameters one by one, each with ĝ_G rebuilt into one reused buffer.
+
+    A rank-r global gradient is never dense for more than one tensor. The buffer is bf16 on GPUs, where bandwidth is
+    what counts, and fp32 on CPUs, where bf16 matmul is slow.
+    """
+    if batch.global_format != "lowrank":
+        yield batch, grads
+        return
+    device = batch.params[0].device
+    name = "bf16" if device.type == "cuda" else "fp32"
+    if "lowrank" not in batch.cache:
+        largest = max(p.numel() for p in batch.params)
+        batch.cache["lowrank"] = torch.empty(largest, dtype=STORAGE_FORMATS[name].dtype, device=device)
+    buffer = batch.cache["lowrank"]
+    for i, stored in enumerate(batch.global_grads):
+        dense = buffer[: batch.params[i].numel()].view(stored.shape)
+        factor = decode(stored.u, backend) * stored.sigma  # [rows, r]
+        matrix = dense.flatten(1) if dense.numel() else dense.view(stored.shape[0], -1)
+        torch.matmul(factor.to(dense.dtype), decode(stored.v, backend).to(dense.dtype).T, out=matrix)
+        yield _single(batch, i, EncodedTensor(name, stored.shape, dense)), [grads[i]]
+
+
+def _single(batch: TensorBatch, i: int, stored: EncodedTensor) -> TensorBatch:
+    """A batch of parameter ``i`` alone, with ``stored`` for its global gradient."""
+
+    def pick(items: list) -> list:
+        return items[i : i + 1]
+
+    return TensorBatch(
+        *(batch.param_format, batch.state_format, stored.format),
+        *(pick(batch.params), pick(batch.exp_avgs), pick(batch.exp_avg_sqs), batch.index[i : i + 1]),
+        *(pick(batch.remainders), pick(batch.exp_avg_scales), pick(batch.exp_avg_sq_scales), [stored]),
+        *(pick(batch.seeds), pick(batch.offsets)),
+    )
