@@ -1,0 +1,174 @@
+"""The shape of the repository: which module may import which, and what lies at the top level. No import is executed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "dba_kernels"
+
+TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "dba_kernels", "tests", "bench", "csrc"}
+MAX_FILE_BYTES = 1 << 20
+
+PUBLIC = "public names"
+"""The package itself, its modules of Python-level API, and a folder's own files; nothing with a leading underscore."""
+
+# Module, or folder for all its files → the layers it may import. `formats` is data without arithmetic: open to everyone
+# above it. A folder's files may import each other; a kernel written from the reference would be no evidence for it.
+MAY_IMPORT: dict[str, set[str]] = {
+    "__init__": {PUBLIC},
+    "formats": set(),
+    "schedule": {"formats"},
+    "reference": {"formats", "reference"},
+    "kernels": {"formats", "kernels"},
+    "native": {"formats"},
+    "backends": {"formats"},
+    "ops": {"backends", "formats"},
+    "distributed": {"formats"},
+    "global_gradient": {"ops", "distributed", "formats"},
+    "collect": {"ops", "distributed", "global_gradient", "formats"},
+    "optim": {"ops", "distributed", "schedule", "global_gradient", "formats"},
+    "integrations": {PUBLIC, "integrations"},
+    "cli": {PUBLIC, "cli"},
+    "__main__": {PUBLIC, "cli"},
+}
+PUBLIC_LAYERS = {"dba_kernels", "formats", "schedule", "backends", "global_gradient", "collect", "optim"}
+LAZY = {"backends": {"reference", "kernels", "native"}}
+"""Layers that may be imported when first used, inside a function, but not by importing the module."""
+
+
+def layer_of(path: Path) -> str:
+    """``optim`` for dba_kernels/optim.py, ``kernels`` for dba_kernels/kernels/step.py."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(source: str, path: Path) -> list[tuple[str, list[str], bool]]:
+    """Every import of this package in ``source``: (dotted module, imported names, whether inside a function)."""
+    package = ["dba_kernels", *path.relative_to(PACKAGE).parts[:-1]]
+    found: list[tuple[str, list[str], bool]] = []
+
+    def visit(node: ast.AST, in_function: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, [], in_function) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found.append((module, [alias.name for alias in node.names], in_function))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            # A name built at run time counts as an import of every layer that its text mentions.
+            text = ast.unparse(node)
+            found.extend((f"dba_kernels.{layer}", [], in_function) for layer in MAY_IMPORT if layer in text)
+        in_function = in_function or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            visit(child, in_function)
+
+    visit(ast.parse(source), False)
+    return [entry for entry in found if entry[0].split(".")[0] == "dba_kernels"]
+
+
+def imported_layers(source: str, path: Path) -> set[tuple[str, bool]]:
+    """(layer, whether lazily) of every import of this package; ``from . import formats`` is one of ``formats``."""
+    layers = set()
+    for module, names, lazily in imported_modules(source, path):
+        parts = module.split(".")
+        if len(parts) > 1:
+            layers.add((parts[1], lazily))
+        else:
+            known = [name for name in names if name in MAY_IMPORT]
+            layers.update((name, lazily) for name in known)
+            if len(known) < len(names) or not names:
+                layers.add(("dba_kernels", lazily))
+    return layers
+
+
+def check_imports(source: str, path: Path) -> None:
+    layer = layer_of(path)
+    assert layer in MAY_IMPORT, f"{path.name} has no row in the table of layers"
+    allowed = set(MAY_IMPORT[layer])
+    if PUBLIC in allowed:
+        allowed |= PUBLIC_LAYERS
+        names = [name for _, names, _ in imported_modules(source, path) for name in names]
+        private = [name for name in names if name.startswith("_") and not name.startswith("__")]
+        assert not private, f"{path.name} imports private names: {private}"
+    for imported, lazily in imported_layers(source, path):
+        ok = imported in allowed or (lazily and imported in LAZY.get(layer, set()))
+        assert ok, f"{path.relative_to(ROOT)} imports {imported}; allowed: {sorted(allowed)}"
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_import_column(path: Path) -> None:
+    """Protects the layers: each module imports only what the design's table gives it, lazily where it says lazily."""
+    check_imports(path.read_text(), path)
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("kernels/step.py", "from ..reference import step"),
+        ("kernels/step.py", "def f():\n    from dba_kernels.reference.quantize import encode"),
+        ("kernels/step.py", "import importlib\nimportlib.import_module('dba_kernels.reference.step')"),
+        ("kernels/step.py", "import dba_kernels"),
+        ("native.py", "from .reference.remainder import mix32"),
+        ("native.py", "from . import reference"),
+        ("reference/step.py", "from ..kernels import common"),
+        ("formats.py", "from . import schedule"),
+        ("backends.py", "from .kernels import step"),
+        ("optim.py", "from .reference import similarity"),
+        ("ops.py", "from .optim import DBAAdamW"),
+        ("cli/demo.py", "from dba_kernels.optim import _private"),
+        ("integrations/trl.py", "from ..reference import step"),
+        ("stray.py", ""),
+    ],
+)
+def test_import_column_notices(file: str, source: str) -> None:
+    """Negative control: each forbidden import, in each way of writing it, is seen."""
+    with pytest.raises(AssertionError):
+        check_imports(source, PACKAGE / file)
+
+
+def test_lazy_import_of_backends_is_allowed() -> None:
+    """Protects the exception for backends.py: the same import is right inside a function and wrong outside one."""
+    check_imports("def f():\n    from .kernels import step", PACKAGE / "backends.py")
+
+
+def test_kernels_and_native_never_reach_the_reference() -> None:
+    """Protects the independence of the implementations, through any chain of imports."""
+    edges = {layer: set() for layer in MAY_IMPORT}
+    for path in MODULES:
+        edges[layer_of(path)] |= {imported for imported, _ in imported_layers(path.read_text(), path)}
+    for start in ("kernels", "native"):
+        reached, frontier = set(), {start}
+        while frontier:
+            reached |= frontier
+            frontier = set().union(*(edges.get(layer, set()) for layer in frontier)) - reached
+        assert "reference" not in reached, f"{start} reaches {sorted(reached)}"
+
+
+def tracked_files() -> list[Path]:
+    """Paths under version control, relative to the root."""
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [Path(name) for name in listing.split("\0") if name]
+
+
+def check_top_level(names: set[str]) -> None:
+    stray = {name for name in names if not name.startswith(".")} - TOP_LEVEL
+    assert not stray, f"top level: {sorted(stray)} do not belong there"
+
+
+def test_top_level_and_file_sizes() -> None:
+    """Protects the repository's shape: seven entries and dotfiles, nothing above 1 MiB."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: which files are tracked is unknown")
+    files = tracked_files()
+    check_top_level({path.parts[0] for path in files})
+    large = [path for path in files if (ROOT / path).is_file() and (ROOT / path).stat().st_size > MAX_FILE_BYTES]
+    assert not large, f"files above 1 MiB: {large}"
+    with pytest.raises(AssertionError):
+        check_top_level({"README.md", "notes.txt"})
