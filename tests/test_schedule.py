@@ -76,7 +76,7 @@ def test_short_runs_are_clamped() -> None:
         assert auto_boost(total) > 1.0
         gammas = [gamma(t, total) for t in range(total)]
         assert max(gammas) == 0.5 and min(gammas) > 0.0
-    assert sum(gamma(t, 40) == 0.5 for t in range(40)) == 37  # 5 · (1 − t/40) ≥ ½ up to t = 36
+    assert sum(gamma(t, 40) > 0.5 - 1e-12 for t in range(40)) == 37  # 5 · (1 − t/40) ≥ ½ up to t = 36
 
 
 def test_gamma_ends() -> None:
@@ -90,7 +90,8 @@ def check_annealing(function: Callable[..., float]) -> None:
     """eq. 6 with and without warm-up, in rationals; the cosine by its three known points and its symmetry."""
     for total in (1, 2, 10, 1000):
         for t in {0, total // 2, total - 1, total, total + 5}:
-            assert function(t, total, 0, "linear") == pytest.approx(float(max(Fraction(total - t, total), 0)), abs=1e-15)
+            expected = max(Fraction(total - t, total), Fraction(0))
+            assert function(t, total, 0, "linear") == pytest.approx(float(expected), abs=1e-15)
     for warmup in (1, 4, 9):
         for t in range(12):
             expected = Fraction(t + 1, warmup + 1) if t < warmup else Fraction(max(10 - t, 0), 10 - warmup)
@@ -115,7 +116,7 @@ def test_annealing_is_eq_6() -> None:
         lambda t, T, W, shape: annealing_factor(t, T + 1, W, shape),
         lambda t, T, W, shape: annealing_factor(t, T, 0, shape),
         lambda t, T, W, shape: annealing_factor(t, T, W, "linear"),
-        lambda t, T, W, shape: (t / W if t < W else annealing_factor(t, T, W, shape)),  # begins at 0
+        lambda t, T, W, shape: t / W if t < W else annealing_factor(t, T, W, shape),  # begins at 0
     ],
 )
 def test_wrong_annealing_is_noticed(wrong: Callable[..., float]) -> None:
