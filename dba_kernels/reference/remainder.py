@@ -45,8 +45,8 @@ def random_bytes(shape: tuple[int, ...], seed: int, step: int, offset: int, devi
 
 def _fp16_unit_exponent(weight: torch.Tensor, format: str) -> torch.Tensor:
     """Power of two of the remainder's unit: ulp(weight) = 2^(e - 10), e the weight's exponent, at least -14."""
-    _, exponent = torch.frexp(weight.to(torch.float32))  # weight = mantissa · 2^exponent, mantissa in [0.5, 1)
-    return (exponent - 1).clamp(min=-14) - 10 - _FP16_FRACTION_BITS[format]
+    exponent = ((weight.view(torch.int16).to(torch.int32) >> 10) & 31).clamp(min=1) - 15  # field 0: zero, subnormal
+    return exponent - 10 - _FP16_FRACTION_BITS[format]
 
 
 def join(weight: torch.Tensor, remainder: torch.Tensor, format: str) -> torch.Tensor:
