@@ -1,0 +1,219 @@
+"""step: every backend against the reference, over the test matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dba_kernels.formats import Coefficient, TensorBatch
+from dba_kernels.reference import quantize, remainder
+from dba_kernels.reference import step as reference
+
+from .cases import Case, Misaligned, build, clone, full_matrix, pairwise_matrix, size_cases
+from .tolerances import (
+    FP16_SPLIT16_FLOOR,
+    NARROW_STEP,
+    SPLIT8_STEP,
+    assert_codes,
+    assert_fp32,
+    assert_narrow,
+)
+
+PAIRWISE = pairwise_matrix()
+REST = [case for case in full_matrix() if case not in PAIRWISE]
+
+
+def largest_terms(
+    batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor, i: int
+) -> dict[str, torch.Tensor]:
+    """fp64 magnitude of the largest term that enters each result of tensor ``i``, before the step is taken."""
+    row = table[batch.index[i]]
+    exp_avg, exp_avg_sq = (x.double() for x in reference._load_state(batch, i, torch.float32))
+    param = reference._load_param(batch, i, torch.float32).double()
+    grad = row[Coefficient.GRAD_WEIGHT] * grads[i].double()
+    stored = quantize.decode(batch.global_grads[i]).double() if batch.global_grads else torch.zeros_like(grad)
+    stored = row[Coefficient.GLOBAL_WEIGHT] * stored
+    largest_grad = torch.maximum(grad.abs(), stored.abs())
+    m_terms = row[Coefficient.BETA1] * exp_avg.abs(), row[Coefficient.ONE_MINUS_BETA1] * largest_grad
+    v_terms = row[Coefficient.BETA2] * exp_avg_sq, row[Coefficient.ONE_MINUS_BETA2] * largest_grad.square()
+    m_largest, v_largest = torch.maximum(*m_terms), torch.maximum(*v_terms)
+    v = row[Coefficient.BETA2] * exp_avg_sq + row[Coefficient.ONE_MINUS_BETA2] * (grad + stored).square()
+    denominator = v.sqrt() * row[Coefficient.INV_SQRT_BIAS_CORRECTION2] + row[Coefficient.EPS]
+    cancellation = (v_largest / v).nan_to_num(1.0, posinf=1.0).clamp(min=1.0)
+    update = row[Coefficient.STEP_SIZE] * m_largest / denominator * cancellation
+    return {"exp_avg": m_largest, "exp_avg_sq": v_largest, "param": torch.maximum(param.abs(), update)}
+
+
+def assert_same_state(actual: TensorBatch, expected: TensorBatch, i: int, terms: dict[str, torch.Tensor]) -> None:
+    """The moments of tensor ``i``, within the table of tolerances."""
+    for name, largest in (("exp_avg", terms["exp_avg"]), ("exp_avg_sq", terms["exp_avg_sq"])):
+        got, want = getattr(actual, name + "s")[i], getattr(expected, name + "s")[i]
+        if actual.state_format == "fp32":
+            assert_fp32(name, got, want, largest)
+        elif actual.state_format == "bf16":
+            assert_narrow(name, got, want, largest, NARROW_STEP[torch.bfloat16])
+        else:
+            scale, want_scale = getattr(actual, name + "_scales")[i], getattr(expected, name + "_scales")[i]
+            assert_fp32(name + "_scale", scale, want_scale, 2 * want_scale)
+            assert_codes(name, got, want)
+
+
+def assert_same_param(actual: TensorBatch, expected: TensorBatch, i: int, largest: torch.Tensor) -> None:
+    """The parameter of tensor ``i``, joined with its remainder."""
+    kind, dtype = actual.param_format, actual.params[i].dtype
+    if kind == "native":
+        got, want = actual.params[i], expected.params[i]
+        if dtype == torch.float32:
+            assert_fp32("param", got, want, largest)
+        else:
+            assert_narrow("param", got, want, largest, NARROW_STEP[dtype])
+        return
+    got, want = (remainder.join(b.params[i], b.remainders[i], kind) for b in (actual, expected))
+    if kind == "split8":
+        assert_narrow("param", got, want, largest, SPLIT8_STEP[dtype], share="random")
+    else:
+        floor = FP16_SPLIT16_FLOOR if (kind, dtype) == ("split16", torch.float16) else 2.0**-126
+        assert_fp32("param", got, want, largest, floor)
+    assert_narrow("weight", actual.params[i], expected.params[i], largest, NARROW_STEP[dtype])
+
+
+def assert_agrees(step: object, case: Case, place: object = torch.clone, mutate: object = None) -> None:
+    """Take one step with the reference and one with ``step``, from the same state, and compare everything written.
+
+    ``mutate`` may spoil the second run's batch or table: the negative controls.
+    """
+    expected, grads, table = build(case)
+    batch, same_grads, same_table = build(case, place)
+    terms = [largest_terms(expected, grads, table, i) for i in range(len(grads))]
+    reference.step(expected, grads, table)
+    if mutate is not None:
+        mutate(batch, same_table)
+    step(batch, same_grads, same_table)
+    for i, term in enumerate(terms):
+        assert_same_state(batch, expected, i, term)
+        assert_same_param(batch, expected, i, term["param"])
+
+
+@pytest.mark.parametrize("case", PAIRWISE, ids=str)
+def test_formats(backend, case):
+    assert_agrees(backend.step, case)
+
+
+@pytest.mark.parametrize("case", REST, ids=str)
+def test_remaining_formats(native, case):
+    assert_agrees(native.step, case)
+
+
+@pytest.mark.parametrize("case", size_cases(), ids=str)
+def test_sizes(backend, case):
+    assert_agrees(backend.step, case)
+
+
+@pytest.mark.parametrize("case", size_cases()[:4], ids=str)
+def test_misaligned_storage(backend, case):
+    place = Misaligned()
+    assert_agrees(backend.step, case, place)
+    place.check()
+
+
+def tensors_of(batch: TensorBatch) -> list[torch.Tensor]:
+    return [
+        *batch.params,
+        *batch.remainders,
+        *batch.exp_avgs,
+        *batch.exp_avg_sqs,
+        *batch.exp_avg_scales,
+        *batch.exp_avg_sq_scales,
+    ]
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
+
+
+@pytest.mark.parametrize("case", size_cases()[1:3], ids=str)
+def test_skipped_rows_stay_untouched(backend, case):
+    batch, grads, table = build(case)
+    before, stepped = clone(batch), clone(batch)
+    skipped = [i for i in range(len(grads)) if i % 2 == 1]
+    table[batch.index[skipped], Coefficient.SKIP] = 1.0
+    for i in skipped:
+        grads[i].fill_(float("nan"))
+    backend.step(batch, grads, table)
+    reference.step(stepped, grads, table)
+    for after, original, other in zip(tensors_of(batch), tensors_of(before), tensors_of(stepped), strict=True):
+        assert torch.equal(bits(after), bits(original)) == torch.equal(bits(other), bits(original))
+
+
+@pytest.mark.parametrize("case", size_cases()[:3], ids=str)
+def test_same_input_twice_gives_the_same_bits(backend, case):
+    batch, grads, table = build(case)
+    again = clone(batch)
+    for _ in range(2):
+        backend.step(batch, grads, table)
+        backend.step(again, grads, table)
+    assert all(torch.equal(bits(x), bits(y)) for x, y in zip(tensors_of(batch), tensors_of(again), strict=True))
+
+
+# --- negative controls: what the comparison must notice ---------------------------------------------------------------
+
+WRONG_BY_ONE_PERCENT = [
+    pytest.param(getattr(Coefficient, name), id=name)
+    for name in (
+        "GRAD_WEIGHT",
+        "GLOBAL_WEIGHT",
+        "BETA1",
+        "ONE_MINUS_BETA1",
+        "BETA2",
+        "ONE_MINUS_BETA2",
+        "STEP_SIZE",
+        "INV_SQRT_BIAS_CORRECTION2",
+        "EPS",
+        "LR_WEIGHT_DECAY",
+    )
+]
+
+
+@pytest.mark.parametrize("column", WRONG_BY_ONE_PERCENT)
+@pytest.mark.parametrize("case", size_cases()[:2], ids=str)
+def test_control_wrong_coefficient(case, column):
+    def spoil(batch, table):
+        table[batch.index[-1], column] *= 1.01
+
+    with pytest.raises(AssertionError):
+        assert_agrees(reference.step, case, mutate=spoil)
+
+
+def _other_seed(batch, table):
+    batch.seeds = [seed + 1 for seed in batch.seeds]
+
+
+def _other_offset(batch, table):
+    batch.offsets = [offset + 64 for offset in batch.offsets]
+
+
+def _other_step(batch, table):
+    table[:, Coefficient.STEP] += 1
+
+
+def _shifted_rows(batch, table):
+    batch.index = batch.index - 1
+
+
+def _swapped_nibbles(batch, table):
+    codes = batch.global_grads[-1].codes if batch.global_grads else batch.exp_avgs[-1]
+    codes.copy_(codes.roll(1, dims=-1))
+
+
+@pytest.mark.parametrize("spoil", [_other_seed, _other_offset, _other_step, _shifted_rows, _swapped_nibbles])
+def test_control_wrong_batch(spoil):
+    with pytest.raises(AssertionError):
+        assert_agrees(reference.step, size_cases()[2], mutate=spoil)
+
+
+def test_control_write_outside():
+    place = Misaligned()
+    tensor = place(torch.zeros(8))
+    torch.as_strided(tensor, (9,), (1,))[8] = 1.0
+    with pytest.raises(AssertionError, match="left its tensor"):
+        place.check()
