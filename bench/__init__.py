@@ -1,0 +1,1 @@
+"""Benchmarks and studies; each prints the tables it stands behind."""

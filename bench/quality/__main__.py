@@ -1,0 +1,81 @@
+"""``python -m bench.quality``: run a stage of the grid, or everything, and write the report.
+
+python -m bench.quality --core            the named core: one domain, the main methods, three seeds
+python -m bench.quality --stage sweep     one stage; interrupt and repeat at will, finished runs are kept
+python -m bench.quality --report          tables and figures from the results on disk
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+STAGES = ("first", "sweep", "sensitivity", "seeds", "core", "confirm")
+
+
+def execute(stage: str, workers: int, limit: float) -> None:
+    """Run what a stage still lacks; stops taking new runs after ``limit`` minutes."""
+    import torch
+
+    from bench.quality import data, grid, model, results, training
+    from bench.quality.setting import Setting
+
+    torch.set_num_threads(workers)
+    model.train_base()
+    settings = grid.stage(stage)
+    done = {key for domain in data.DOMAINS for key in results.load(domain)}
+    pending = grid.trainings(settings, done)
+    print(f"{stage}: {len(settings)} settings, {len(pending)} trainings to do", flush=True)
+    if any(s.needs_general() for group in pending for s in group):
+        training.base_statistics(model.load_base(), Setting("recipes", "", 0.0))  # once, before the workers share it
+    began = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        queue = iter(pending)
+        flying = [pool.apply_async(training.run, (group,)) for group, _ in zip(queue, range(workers), strict=False)]
+        finished = 0
+        while flying:
+            ready = next((run for run in flying if run.ready()), None)
+            if ready is None:
+                time.sleep(0.2)
+                continue
+            flying.remove(ready)
+            records = ready.get()
+            results.append(records)
+            finished += 1
+            spent = (time.monotonic() - began) / 60
+            left = spent / finished * (len(pending) - finished)
+            setting = records[0]["setting"]
+            losses = " ".join(f"{side} {records[0][side]['valid_loss']:.3f}" for side in ("domain", "general"))
+            print(
+                f"{finished}/{len(pending)} {setting['domain']} {setting['method']} lr {setting['lr']:g}: "
+                f"{losses}; {left:.0f} min left",
+                flush=True,
+            )
+            if spent < limit and (group := next(queue, None)) is not None:
+                flying.append(pool.apply_async(training.run, (group,)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split("\n")[0])
+    parser.add_argument("--core", action="store_true", help="the named core, then the report")
+    parser.add_argument("--stage", choices=STAGES, help="one stage of the grid")
+    parser.add_argument("--report", action="store_true", help="only write the report")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the report")
+    arguments = parser.parse_args()
+    stages = (
+        [arguments.stage] if arguments.stage else ["core"] if arguments.core else [] if arguments.report else STAGES
+    )
+    for stage in stages:
+        execute(stage, arguments.workers, arguments.minutes)
+    from bench.quality import report
+
+    report.write(arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The grid: which settings each stage holds, in the order that answers the most important question first."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from bench.quality import data
+from bench.quality.setting import Setting
+
+Options = dict[str, Any]
+LRS = (1e-4, 3e-4, 1e-3, 3e-3)
+FIRST_LRS = (1e-3, 3e-4, 3e-3, 1e-4)  # the same in the order of running: the middle of the curves comes first
+SEEDS = (0, 1, 2)
+STEPS = 200
+K0 = 200 / STEPS  # eq. 2
+DBA: Options = {"boost": K0, "correction": "cosine"}
+ANCHOR: Options = {"metric": "fisher"}
+
+# Each family is one method with the settings a user would search over besides the learning rate.
+FAMILIES: dict[str, list[Options]] = {
+    "AdamW": [{"anneal": False}],
+    "AL": [{}],
+    "DBA": [DBA],
+    "replay": [{"replay": r} for r in (0.05, 0.10, 0.25, 0.50)],
+    "WiSE-FT": [{"interpolate": i} for i in (0.3, 0.5, 0.7, 0.85)],
+    "DBA, no correction": [{"boost": K0}],
+    "DBA, no boost": [{"correction": "cosine"}],
+    "DBA, no annealing": [{**DBA, "anneal": False}],
+    "seeded v": [{"seed_v": True}],
+    "anchor, Fisher": [{"anchor": c, **ANCHOR} for c in (3.0, 30.0, 300.0)],
+    "anchor, uniform": [{"anchor": c} for c in (3.0, 30.0)],
+    "L2-SP": [{"anchor": c, "anchor_of": "gradient"} for c in (0.01, 0.1)],
+    "LoRA": [{"adapter_rank": 16}],
+    "GaLore": [{"galore_rank": 64}],
+    "DBA, small boost": [{**DBA, "boost": b, "boost_max": b} for b in (0.05, 0.15)],
+    "DBA, global scope": [{**DBA, "scope": "global"}],
+    "A-GEM": [{"correction": "agem"}],
+    "PCGrad": [{"correction": "pcgrad"}],
+    "boost of update": [{"boost": b, "boost_max": b, "boost_of": "update"} for b in (0.1, 0.3)],
+    "DBA, refreshed": [{**DBA, "refresh": k} for k in (4,)],
+    "EWC": [{"anchor": c, "anchor_of": "gradient", **ANCHOR} for c in (0.01, 0.1)],
+    "seeded v + anchor": [{"seed_v": True, "anchor": c, **ANCHOR} for c in (3.0, 30.0)],
+    "seeded v + DBA": [{"seed_v": True, **DBA}],
+    "seeded v + WiSE-FT": [{"seed_v": True, "interpolate": i} for i in (0.5, 0.7, 0.85)],
+}
+SHIFT = {"LoRA": 3.0}  # adapters want larger rates: their whole grid is shifted
+MAIN = ("AdamW", "AL", "replay", "WiSE-FT", "DBA", "seeded v")  # the core
+
+SENSITIVITY: dict[str, list[Options]] = {
+    "k₀ and boost_max": [
+        {**DBA, "boost": b * m, "boost_max": m} for b, m in itertools.product((1.0, 2.0), (0.02, 0.1, 0.25, 0.9))
+    ],
+    "bounds of α": [{**DBA, "lower": 0.5, "upper": 1.5}, {**DBA, "upper": 1.0}],
+    "lagged φ": [{**DBA, "lagged": True}],
+    "format": [{**DBA, "storage": s} for s in ("int8", "int4", "rank8", "rank32", "rank128")],
+    "general batches": [{**DBA, "batches": n} for n in (8, 32, 512)],
+    "general text": [{**DBA, "source": "base"}, {**DBA, "topics": "People"}, {**DBA, "topics": "Physical sciences"}],
+    "T": [{"steps": t, "boost": 200 / t, "correction": "cosine"} for t in (128, 512)],
+    "T (AL)": [{"steps": t} for t in (128, 512)],
+}
+
+
+def family(method: str, domain: str, lrs: Iterable[float] = LRS, seed: int = 0) -> Iterator[Setting]:
+    """All settings of one family at the given learning rates."""
+    options = (FAMILIES | SENSITIVITY)[method]
+    for lr, option in itertools.product(lrs, options):
+        yield Setting(domain, method, lr * SHIFT.get(method, 1.0), seed, **option)
+
+
+def base(domain: str) -> Setting:
+    """The base model itself: no step at all."""
+    return Setting(domain, "base", 0.0, steps=0)
+
+
+def stage(name: str) -> list[Setting]:
+    """The settings of a stage: ``first``, ``sweep``, ``sensitivity``, ``core``, ``seeds``, or ``confirm``."""
+    tuned = [d for d in data.DOMAINS if d != data.CONFIRMING]
+    if name == "first":
+        methods = ("AL", "DBA", "AdamW", "seeded v", "WiSE-FT", "DBA, no correction", "anchor, Fisher")
+        return [base("recipes"), *(s for lr in FIRST_LRS for m in methods for s in family(m, "recipes", (lr,)))]
+    if name == "sweep":
+        return [
+            s for d in tuned for s in (base(d), *(s for lr in FIRST_LRS for m in FAMILIES for s in family(m, d, (lr,))))
+        ]
+    if name == "sensitivity":
+        return [s for m in SENSITIVITY for s in family(m, "recipes", (3e-4, 1e-3))]
+    if name in ("core", "seeds", "confirm"):
+        domains = {"core": ["recipes"], "seeds": tuned, "confirm": [data.CONFIRMING]}[name]
+        methods = MAIN if name == "core" else tuple(FAMILIES)
+        return [s for d in domains for s in (base(d), *chosen_settings(d, methods))]
+    raise ValueError(f"stage {name!r}: expected first, sweep, sensitivity, core, seeds or confirm")
+
+
+def chosen_settings(domain: str, methods: Iterable[str]) -> list[Setting]:
+    """Each method at its chosen setting (see ``choose.py``) for every seed."""
+    from bench.quality.choose import choice
+
+    settings = []
+    for seed, method in itertools.product(SEEDS, methods):
+        setting = choice(method, domain)
+        if setting is not None:
+            settings.append(dataclasses.replace(setting, seed=seed))
+    return settings
+
+
+def trainings(settings: Iterable[Setting], done: Iterable[str]) -> list[list[Setting]]:
+    """Pending settings, those that evaluate the same trained weights together."""
+    finished, groups = set(done), {}
+    for setting in settings:
+        if setting.key() not in finished:
+            finished.add(setting.key())
+            groups.setdefault(setting.training().key(), []).append(setting)
+    return list(groups.values())

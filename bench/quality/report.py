@@ -1,0 +1,185 @@
+"""Markdown tables and figures from the results on disk. Nothing here runs a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from bench.quality import analysis, choose, data, grid, results
+from bench.quality.analysis import Point, Weights
+from bench.quality.results import Record
+from bench.quality.setting import Setting
+
+RIVALS = ("AL", "replay", "WiSE-FT")  # whom every method meets at equal domain loss
+LEVELS = (3e-4, 1e-3, 3e-3)  # the domain losses that AL reaches at these learning rates
+
+
+def options_text(setting: Setting) -> str:
+    """A setting's fields besides the domain, the seed and the method's name, as the tables show them."""
+    fields = setting.fields()
+    shown = [f"lr {setting.lr:g}", "constant" if not setting.anneal else ""]
+    shown += [f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}" for n, v in fields.items()
+              if n not in ("domain", "method", "lr", "seed", "anneal")]  # fmt: skip
+    return ", ".join(filter(None, shown))
+
+
+def spread(values: np.ndarray, digits: int = 3) -> str:
+    """Mean ± standard deviation over seeds; no ± for a single seed."""
+    text = f"{values.mean():.{digits}f}"
+    return text if len(values) < 2 else f"{text} ± {values.std(ddof=1):.{digits}f}"
+
+
+def row(cells: Iterable[object]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def table(header: list[str], rows: list[list[object]]) -> str:
+    return "\n".join([row(header), row(["---"] * len(header)), *map(row, rows)])
+
+
+def chosen_table(domain: str, records: dict[str, Record], weights: Weights) -> str:
+    """Each method at its chosen setting: raw losses, change from base, joint score against vanilla."""
+    start = analysis.point(grid.base(domain), records, weights)
+    vanilla_setting = choose.choice("AdamW", domain)
+    if start is None or vanilla_setting is None:
+        return "_not run yet_"
+    vanilla = analysis.point(vanilla_setting, records, weights)
+    rows: list[list[object]] = [
+        ["base model", "", f"{start.domain_loss[0]:.3f}", f"{start.general_loss[0]:.3f}", "", "", "", 1]
+    ]
+    for method in grid.FAMILIES:
+        setting = choose.choice(method, domain)
+        found = analysis.point(setting, records, weights) if setting else None
+        if setting is None or found is None or vanilla is None:
+            continue
+        seeds = min(len(found.joint), len(vanilla.joint))
+        relative = 100 * (found.joint[:seeds] / vanilla.joint[:seeds] - 1)
+        change = found.general_loss - start.general_loss[0]
+        rows.append([method, options_text(setting), spread(found.domain_loss), spread(found.general_loss), f"{change.mean():+.3f}",
+                     spread(100 * found.joint, 2), f"{'+' if relative.mean() >= 0 else ''}{spread(relative, 1)}",
+                     len(found.joint)])  # fmt: skip
+    header = ["method", "chosen setting", "domain loss", "general loss", "change", "joint %", "vs vanilla %", "seeds"]
+    return table(header, rows)
+
+
+def targets(domain: str, records: dict[str, Record], weights: Weights) -> dict[str, float]:
+    """The domain losses at which methods are compared: where AL stands at three learning rates."""
+    found = {}
+    for lr in LEVELS:
+        at = analysis.point(Setting(domain, "AL", lr), records, weights)
+        if at is not None:
+            found[f"AL at {lr:g}"] = float(at.domain_loss.mean())
+    return found
+
+
+def matched_table(domain: str, records: dict[str, Record], weights: Weights) -> str:
+    """General loss at equal domain loss, minus AL's, with its paired 95 % interval; negative is better than AL."""
+    levels = targets(domain, records, weights)
+    if not levels:
+        return "_not run yet_"
+    reference = {n: analysis.best_matched("AL", domain, records, t, weights) for n, t in levels.items()}
+    rows: list[list[object]] = []
+    for method in (*grid.FAMILIES, *grid.SENSITIVITY):
+        cells: list[object] = [method]
+        for name, target in levels.items():
+            general = analysis.best_matched(method, domain, records, target, weights)
+            against = reference[name]
+            if general is None or against is None:
+                cells.append("–")
+                continue
+            mean, low, high = analysis.interval(general - against, weights.general)
+            cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+        if any(cell != "–" for cell in cells[1:]):
+            rows.append(cells)
+    return table(["method", *(f"domain loss {t:.2f} ({n})" for n, t in levels.items())], rows)
+
+
+def duel_table(domain: str, records: dict[str, Record], weights: Weights) -> str:
+    """DBA at its chosen setting against its rivals at the same domain loss."""
+    setting = choose.choice("DBA", domain)
+    own = analysis.point(setting, records, weights) if setting else None
+    if own is None:
+        return "_not run yet_"
+    rows: list[list[object]] = []
+    for rival in RIVALS:
+        general = analysis.best_matched(rival, domain, records, float(own.domain_loss.mean()), weights)
+        if general is not None:
+            mean, low, high = analysis.interval(own.general - general, weights.general)
+            rows.append([rival, f"{mean:+.3f}", f"[{low:+.3f}, {high:+.3f}]"])
+    head = f"domain loss {own.domain_loss.mean():.3f}: DBA's general loss minus the rival's"
+    return table(["rival", head, "95 % interval"], rows)
+
+
+def cost_table(domain: str, records: dict[str, Record]) -> str:
+    """Tokens and seconds of each family: one run, and the search over its options at one learning rate."""
+    rows: list[list[object]] = []
+    for method in grid.FAMILIES:
+        chosen = choose.choice(method, domain)
+        if chosen is None:
+            continue
+        training = records[chosen.key()]["training"]
+        searched = {s.training().key() for s in grid.family(method, domain, (chosen.lr / grid.SHIFT.get(method, 1.0),))}
+        seconds = sum(records[k]["training"]["seconds"] for k in searched if k in records)
+        statistics = chosen.batches * 512 if chosen.needs_general() else 0
+        rows.append([method, training["domain_tokens"], training["general_tokens"] + statistics * chosen.refresh,
+                     f"{training['seconds']:.0f}", f"{seconds:.0f} ({len(searched)} runs)"])  # fmt: skip
+    return table(
+        ["method", "domain tokens", "general tokens", "seconds, one run", "seconds, its search at one lr"], rows
+    )
+
+
+def figure(path: Path, domains: list[str]) -> None:
+    """Pareto plot per domain: domain loss against general loss, one line per method over the learning rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = {"AdamW": "C7", "AL": "k", "DBA": "C3", "replay": "C0", "WiSE-FT": "C2", "seeded v": "C1",
+             "anchor, Fisher": "C4", "DBA, small boost": "C6"}  # fmt: skip
+    figure, axes = pyplot.subplots(1, len(domains), figsize=(5 * len(domains), 4.2), squeeze=False)
+    for axis, domain in zip(axes[0], domains, strict=True):
+        records, weights = results.load(domain), Weights.of(domain)
+        for method, colour in shown.items():
+            front = frontier(method, domain, records, weights)
+            if front:
+                axis.plot(*zip(*front, strict=True), "o-", color=colour, label=method, markersize=3, linewidth=1)
+        axis.set(xlabel=f"{domain}: held-out loss (nats)", ylabel="general: held-out loss (nats)", title=domain)
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def frontier(method: str, domain: str, records: dict[str, Record], weights: Weights) -> list[tuple[float, float]]:
+    """Settings of a family that no other of the family beats on both losses, by domain loss."""
+    points: list[Point] = [p for s in grid.family(method, domain) if (p := analysis.point(s, records, weights))]
+    pairs = sorted((float(p.domain_loss.mean()), float(p.general_loss.mean())) for p in points)
+    kept: list[tuple[float, float]] = []
+    for domain_loss, general_loss in pairs:
+        if not kept or general_loss < kept[-1][1]:
+            kept.append((domain_loss, general_loss))
+    return kept
+
+
+def write(folder: Path) -> None:
+    """``report.md`` and ``pareto.png`` in ``folder``, and the report on the terminal."""
+    present = [d for d in data.DOMAINS if results.load(d)]
+    if not present:
+        print("no results yet")
+        return
+    parts = ["# Small-model study\n"]
+    for domain in present:
+        records, weights = results.load(domain), Weights.of(domain)
+        parts += [f"## {domain}: {len(records)} results\n", chosen_table(domain, records, weights), ""]
+        parts += ["General loss at equal domain loss, minus AL's (best option of each family, 95 % paired interval):\n"]
+        parts += [matched_table(domain, records, weights), "", duel_table(domain, records, weights), ""]
+        parts += [cost_table(domain, records), ""]
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(parts)
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    figure(folder / "pareto.png", present)
+    print(text)
+    print(f"written: {folder / 'report.md'}, {folder / 'pareto.png'}")
