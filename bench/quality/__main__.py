@@ -16,7 +16,7 @@ from pathlib import Path
 STAGES = ("first", "sweep", "sensitivity", "seeds", "core", "confirm")
 
 
-def execute(stage: str, workers: int, limit: float) -> None:
+def execute(stage: str, workers: int, limit: float, folder: Path) -> None:
     """Run what a stage still lacks; stops taking new runs after ``limit`` minutes."""
     import torch
 
@@ -26,7 +26,7 @@ def execute(stage: str, workers: int, limit: float) -> None:
     torch.set_num_threads(workers)
     model.train_base()
     settings = grid.stage(stage)
-    done = {key for domain in data.DOMAINS for key in results.load(domain)}
+    done = {key for domain in data.DOMAINS for key in results.load(domain, folder)}
     pending = grid.trainings(settings, done)
     print(f"{stage}: {len(settings)} settings, {len(pending)} trainings to do", flush=True)
     if any(s.needs_general() for group in pending for s in group):
@@ -43,7 +43,7 @@ def execute(stage: str, workers: int, limit: float) -> None:
                 continue
             flying.remove(ready)
             records = ready.get()
-            results.append(records)
+            results.append(records, folder)
             finished += 1
             spent = (time.monotonic() - began) / 60
             left = spent / finished * (len(pending) - finished)
@@ -65,16 +65,18 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only write the report")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the report")
+    parser.add_argument("--output", type=Path, help="folder of results and report (default: results/ beside this file)")
     arguments = parser.parse_args()
+    from bench.quality import data, report, results
+
+    # The core is there to be reproduced: it runs beside the committed results, which only choose its settings.
+    folder = arguments.output or (data.cache_folder() / "core" if arguments.core else results.FOLDER)
     stages = (
         [arguments.stage] if arguments.stage else ["core"] if arguments.core else [] if arguments.report else STAGES
     )
     for stage in stages:
-        execute(stage, arguments.workers, arguments.minutes)
-    from bench.quality import report
-
-    report.write(arguments.output)
+        execute(stage, arguments.workers, arguments.minutes, folder)
+    report.write(folder, folder)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def point(setting: Setting, records: dict[str, Record], weights: Weights) -> Poi
 
 
 def interval(difference: Vector, weight: Vector) -> tuple[float, float, float]:
-    """Mean per token of a per-document difference and its 95 % interval, from a bootstrap over documents (fixed seed)."""
+    """Mean per token of a per-document difference and its 95 % interval, from a bootstrap over documents."""
     rows = np.random.default_rng(0).integers(0, len(difference), (RESAMPLES, len(difference)))
     means = (difference * weight)[rows].sum(1) / weight[rows].sum(1)
     low, high = np.percentile(means, (2.5, 97.5))

@@ -83,7 +83,7 @@ def licences() -> Iterator[Document]:
 
 
 def code() -> Iterator[Document]:
-    """Pieces of 60 lines of Python's standard library without its tests. The top-level module or package is the group."""
+    """Pieces of 60 lines of Python's standard library without its tests. The top-level module is the group."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"test", "tests", "idle_test", "site-packages", "lib2to3", "pydoc_data", "__pycache__"}
     for path in sorted(root.rglob("*.py")):
@@ -156,7 +156,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def windows(corpus: str, split: str, topics: frozenset[str] | None = None) -> torch.Tensor:
-    """Documents joined by the separator and cut into windows: int64 ``[n, SEQUENCE]``. Cached when ``topics`` is None."""
+    """Documents joined by the separator and cut into windows: int64 ``[n, SEQUENCE]``. Cached without ``topics``."""
     path = cache_folder() / f"windows-{corpus}-{split}.npy"
     if topics is None and path.exists():
         return torch.from_numpy(np.load(path).astype(np.int64))

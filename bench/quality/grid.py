@@ -49,6 +49,21 @@ FAMILIES: dict[str, list[Options]] = {
 SHIFT = {"LoRA": 3.0}  # adapters want larger rates: their whole grid is shifted
 MAIN = ("AdamW", "AL", "replay", "WiSE-FT", "DBA", "seeded v")  # the core
 
+# What is answered first, with the slice of each family's options.
+ALL = slice(None)
+FIRST = (
+    ("AL", ALL),
+    ("WiSE-FT", ALL),
+    ("DBA", ALL),
+    ("AdamW", ALL),
+    ("replay", slice(2, 3)),
+    ("DBA, no correction", ALL),
+    ("seeded v", ALL),
+    ("seeded v + WiSE-FT", ALL),
+    ("anchor, Fisher", slice(1, 2)),
+    ("DBA, small boost", slice(0, 1)),
+)
+
 SENSITIVITY: dict[str, list[Options]] = {
     "k₀ and boost_max": [
         {**DBA, "boost": b * m, "boost_max": m} for b, m in itertools.product((1.0, 2.0), (0.02, 0.1, 0.25, 0.9))
@@ -63,9 +78,11 @@ SENSITIVITY: dict[str, list[Options]] = {
 }
 
 
-def family(method: str, domain: str, lrs: Iterable[float] = LRS, seed: int = 0) -> Iterator[Setting]:
-    """All settings of one family at the given learning rates."""
-    options = (FAMILIES | SENSITIVITY)[method]
+def family(
+    method: str, domain: str, lrs: Iterable[float] = LRS, seed: int = 0, only: slice = slice(None)
+) -> Iterator[Setting]:
+    """All settings of one family (``only`` some of its options) at the given learning rates."""
+    options = (FAMILIES | SENSITIVITY)[method][only]
     for lr, option in itertools.product(lrs, options):
         yield Setting(domain, method, lr * SHIFT.get(method, 1.0), seed, **option)
 
@@ -79,8 +96,10 @@ def stage(name: str) -> list[Setting]:
     """The settings of a stage: ``first``, ``sweep``, ``sensitivity``, ``core``, ``seeds``, or ``confirm``."""
     tuned = [d for d in data.DOMAINS if d != data.CONFIRMING]
     if name == "first":
-        methods = ("AL", "DBA", "AdamW", "seeded v", "WiSE-FT", "DBA, no correction", "anchor, Fisher")
-        return [base("recipes"), *(s for lr in FIRST_LRS for m in methods for s in family(m, "recipes", (lr,)))]
+        return [
+            base("recipes"),
+            *(s for lr in FIRST_LRS for m, only in FIRST for s in family(m, "recipes", (lr,), only=only)),
+        ]
     if name == "sweep":
         return [
             s for d in tuned for s in (base(d), *(s for lr in FIRST_LRS for m in FAMILIES for s in family(m, d, (lr,))))

@@ -1,4 +1,4 @@
-"""The model of the study: a Llama-style network of 4.2 M parameters, trained from nothing on Wikipedia introductions."""
+"""The model of the study: a Llama-style network of 4.2 M parameters, trained here on Wikipedia introductions."""
 
 from __future__ import annotations
 

@@ -57,9 +57,10 @@ def chosen_table(domain: str, records: dict[str, Record], weights: Weights) -> s
         seeds = min(len(found.joint), len(vanilla.joint))
         relative = 100 * (found.joint[:seeds] / vanilla.joint[:seeds] - 1)
         change = found.general_loss - start.general_loss[0]
-        rows.append([method, options_text(setting), spread(found.domain_loss), spread(found.general_loss), f"{change.mean():+.3f}",
-                     spread(100 * found.joint, 2), f"{'+' if relative.mean() >= 0 else ''}{spread(relative, 1)}",
-                     len(found.joint)])  # fmt: skip
+        sign = "+" if relative.mean() >= 0 else ""
+        scores = [spread(100 * found.joint, 2), sign + spread(relative, 1), len(found.joint)]
+        both = [spread(found.domain_loss), spread(found.general_loss), f"{change.mean():+.3f}"]
+        rows.append([method, options_text(setting), *both, *scores])
     header = ["method", "chosen setting", "domain loss", "general loss", "change", "joint %", "vs vanilla %", "seeds"]
     return table(header, rows)
 
@@ -119,6 +120,8 @@ def cost_table(domain: str, records: dict[str, Record]) -> str:
         chosen = choose.choice(method, domain)
         if chosen is None:
             continue
+        if chosen.key() not in records:
+            continue
         training = records[chosen.key()]["training"]
         searched = {s.training().key() for s in grid.family(method, domain, (chosen.lr / grid.SHIFT.get(method, 1.0),))}
         seconds = sum(records[k]["training"]["seconds"] for k in searched if k in records)
@@ -130,7 +133,7 @@ def cost_table(domain: str, records: dict[str, Record]) -> str:
     )
 
 
-def figure(path: Path, domains: list[str]) -> None:
+def figure(path: Path, domains: list[str], source: Path) -> None:
     """Pareto plot per domain: domain loss against general loss, one line per method over the learning rate."""
     import matplotlib
 
@@ -141,7 +144,7 @@ def figure(path: Path, domains: list[str]) -> None:
              "anchor, Fisher": "C4", "DBA, small boost": "C6"}  # fmt: skip
     figure, axes = pyplot.subplots(1, len(domains), figsize=(5 * len(domains), 4.2), squeeze=False)
     for axis, domain in zip(axes[0], domains, strict=True):
-        records, weights = results.load(domain), Weights.of(domain)
+        records, weights = results.load(domain, source), Weights.of(domain)
         for method, colour in shown.items():
             front = frontier(method, domain, records, weights)
             if front:
@@ -164,15 +167,15 @@ def frontier(method: str, domain: str, records: dict[str, Record], weights: Weig
     return kept
 
 
-def write(folder: Path) -> None:
-    """``report.md`` and ``pareto.png`` in ``folder``, and the report on the terminal."""
-    present = [d for d in data.DOMAINS if results.load(d)]
+def write(folder: Path, source: Path = results.FOLDER) -> None:
+    """``report.md`` and ``pareto.png`` in ``folder`` from the results in ``source``, and the report on the terminal."""
+    present = [d for d in data.DOMAINS if results.load(d, source)]
     if not present:
         print("no results yet")
         return
     parts = ["# Small-model study\n"]
     for domain in present:
-        records, weights = results.load(domain), Weights.of(domain)
+        records, weights = results.load(domain, source), Weights.of(domain)
         parts += [f"## {domain}: {len(records)} results\n", chosen_table(domain, records, weights), ""]
         parts += ["General loss at equal domain loss, minus AL's (best option of each family, 95 % paired interval):\n"]
         parts += [matched_table(domain, records, weights), "", duel_table(domain, records, weights), ""]
@@ -180,6 +183,6 @@ def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(parts)
     (folder / "report.md").write_text(text, encoding="utf-8")
-    figure(folder / "pareto.png", present)
+    figure(folder / "pareto.png", present, source)
     print(text)
     print(f"written: {folder / 'report.md'}, {folder / 'pareto.png'}")

@@ -16,7 +16,7 @@ def load(domain: str, folder: Path = FOLDER) -> dict[str, Record]:
     path = folder / f"{domain}.jsonl"
     if not path.exists():
         return {}
-    *lines, torn = path.read_text(encoding="utf-8").split("\n")
+    *lines, _torn = path.read_text(encoding="utf-8").split("\n")
     records = {}
     for number, line in enumerate(lines, 1):
         try:

@@ -34,7 +34,7 @@ def named_parameters(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def collect(network: torch.nn.Module, stream: Iterator[Tensor], count: int) -> GeneralStatistics:
-    """Zero-learning-rate pass over ``count`` batches: eq. 1 and the second moment, both exact fp32 sums over the count."""
+    """Zero-learning-rate pass over ``count`` batches: eq. 1 and the second moment, exact fp32 sums over the count."""
     began = time.monotonic()
     parameters = named_parameters(network)
     total = {n: torch.zeros_like(p) for n, p in parameters.items()}
