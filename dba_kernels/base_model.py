@@ -1,0 +1,148 @@
+"""Which model a global gradient belongs to: parameter names without wrappers' prefixes, a fingerprint of weights."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+SAMPLES = 16
+"""Weights per tensor in a fingerprint."""
+
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module", "base_layer"}
+_GOLDEN = 0x9E3779B97F4A7C15  # 2⁶⁴ / golden ratio: multiples of it spread evenly whatever the tensor's row length
+
+Fingerprint = dict[str, dict[str, Any]]
+"""``{name: {"shape": [...], "bf16": hex}}``: four hex digits, the bits of one bf16-rounded weight, per sample."""
+
+
+def normalize_name(name: str) -> str:
+    """The parameter's name in the bare model.
+
+    Drops ``module.`` (DataParallel, DDP) and PEFT's ``base_model.model.`` at the front, and ``_orig_mod.`` (compile),
+    ``_checkpoint_wrapped_module.``, ``_fsdp_wrapped_module.`` and PEFT's ``.base_layer`` anywhere.
+
+    Example:
+        >>> normalize_name("module._orig_mod.base_model.model.lm_head.base_layer.weight")
+        'lm_head.weight'
+    """
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while len(parts) > 1:
+        if parts[0] == "module":
+            del parts[0]
+        elif parts[:2] == ["base_model", "model"] and len(parts) > 2:
+            del parts[:2]
+        else:
+            break
+    return ".".join(parts)
+
+
+def named_once(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """``{normalized name: tensor}``.
+
+    Raises:
+        ValueError: two tensors end up with one name.
+    """
+    result: dict[str, torch.Tensor] = {}
+    for name, tensor in named_tensors:
+        bare = normalize_name(name)
+        if bare in result and result[bare] is not tensor:
+            raise ValueError(f"parameter {name!r}: expected unique names, got a second {bare!r}; rename one of them")
+        result[bare] = tensor
+    return result
+
+
+def fingerprint(named_params: Iterable[tuple[str, torch.Tensor]]) -> Fingerprint:
+    """Names, shapes and some bf16-rounded weights of a model, at indices that depend on the tensor's size alone.
+
+    Args:
+        named_params: ``model.named_parameters()``; frozen ones count, the gradient depends on them too.
+    """
+    return {
+        name: {"shape": list(param.shape), "bf16": "".join(f"{bits & 0xFFFF:04x}" for bits in _samples(param))}
+        for name, param in named_once(named_params).items()
+    }
+
+
+def _samples(param: torch.Tensor) -> list[int]:
+    """bf16 patterns, as signed 16-bit integers, at ``floor(frac(k · golden) · numel)`` for k = 0 … SAMPLES−1."""
+    numel = param.numel()
+    index = [(k * _GOLDEN % 2**64) * numel >> 64 for k in range(min(SAMPLES, numel))]
+    picked = param.detach().reshape(-1)[torch.tensor(index, dtype=torch.int64, device=param.device)]
+    return picked.to(torch.bfloat16).view(torch.int16).tolist()
+
+
+def _values(patterns: list[int]) -> torch.Tensor:
+    return torch.tensor(patterns, dtype=torch.int16).view(torch.bfloat16).double()
+
+
+def check_weights(expected: Fingerprint, params: Mapping[str, torch.Tensor]) -> None:
+    """Compare the sampled weights of every parameter that the fingerprint knows.
+
+    One bf16 ulp of difference is allowed, or 2⁻²⁴ where fp16 has no finer step: fp32 → fp16 → bf16 rounds twice.
+
+    Raises:
+        ValueError: naming the tensor that is furthest off.
+    """
+    worst, worst_name, differing, compared = 0.0, "", 0, 0
+    for name in [name for name in params if name in expected]:
+        _check_shape(name, tuple(expected[name]["shape"]), params[name])
+        digits = expected[name]["bf16"]
+        stored = [int(digits[i : i + 4], 16) for i in range(0, len(digits), 4)]
+        want = _values([bits - 0x10000 if bits > 0x7FFF else bits for bits in stored])
+        got = _values(_samples(params[name]))
+        _, exponent = torch.frexp(torch.maximum(want.abs(), got.abs()))  # |x| in [2^(e-1), 2^e): ulp 2^(e-8)
+        allowed = torch.ldexp(torch.ones_like(want), exponent - 8).clamp(min=2.0**-24)
+        excess = ((got - want).abs() / allowed).nan_to_num(nan=torch.inf)
+        compared += excess.numel()
+        differing += int((excess > 1).sum())
+        if excess.numel() and excess.max() > max(worst, 1.0):
+            at = int(excess.argmax())
+            worst, worst_name, pair = float(excess[at]), name, (float(want[at]), float(got[at]))
+    if worst_name:
+        raise ValueError(
+            f"parameter {worst_name!r}: expected weight {pair[0]:.6g} (to one bf16 ulp), got {pair[1]:.6g}; "
+            f"{differing} of {compared} sampled weights differ, so this is not the model that the global gradient was "
+            "collected on: load that one, or collect again (a resumed run has moved weights: check names only)"
+        )
+
+
+def check_names(
+    shapes: Mapping[str, tuple[int, ...]], params: Mapping[str, torch.Tensor], missing: str, extra: str
+) -> None:
+    """Compare names and shapes of a stored gradient with a model's; see ``GlobalGradient.check_model``."""
+    for name, param in params.items():
+        if name in shapes:
+            _check_shape(name, shapes[name], param)
+    lacking = [name for name, param in params.items() if param.requires_grad and name not in shapes]
+    if lacking and missing == "error":
+        raise ValueError(
+            f"parameter {lacking[0]!r}: expected a global gradient, got none ({_count(lacking, params)} are missing"
+            f"{_hint(lacking[0], shapes)}); collect it with the same parameters trainable, or freeze it"
+        )
+    left = [name for name in shapes if name not in params]
+    if left and extra == "error":
+        raise ValueError(
+            f"global gradient of {left[0]!r}: expected a parameter of that name, got none ({_count(left, shapes)} have "
+            f"no parameter{_hint(left[0], params)}); pass all of model.named_parameters() of the model it was "
+            "collected on"
+        )
+
+
+def _check_shape(name: str, expected: tuple[int, ...], param: torch.Tensor) -> None:
+    if tuple(param.shape) != expected:
+        raise ValueError(
+            f"parameter {name!r}: expected shape {expected} as in the global gradient, got {tuple(param.shape)}; "
+            "load the model that it was collected on, or collect again"
+        )
+
+
+def _count(some: list[str], all_of: Mapping[str, Any]) -> str:
+    return f"{len(some)} of {len(all_of)}"
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; the closest name is {close[0]!r}" if close else ""
