@@ -104,11 +104,13 @@ def matched(curve: list[Point], target: float, weights: Weights) -> Vector | Non
 def best_matched(
     method: str, domain: str, records: dict[str, Record], target: float, weights: Weights
 ) -> Vector | None:
-    """``matched`` over every option of a method's family; the option with the lowest general loss wins."""
-    curves: dict[Setting, list[Point]] = defaultdict(list)
+    """``matched`` over a method's family, the lowest general loss: along the rates of each option, and along the options
+    (replay share, interpolation, strength of a pull) at each rate."""
+    curves: dict[object, list[Point]] = defaultdict(list)
     for setting in grid.family(method, domain):
         found = point(setting, records, weights)
         if found is not None:
             curves[dataclasses.replace(setting, lr=0.0)].append(found)
+            curves[setting.lr].append(found)
     options = [general for curve in curves.values() if (general := matched(curve, target, weights)) is not None]
     return min(options, key=lambda general: float(np.average(general, weights=weights.general)), default=None)

@@ -57,7 +57,7 @@ def evaluate(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, list[flo
     losses, hits, counts = [], [], []
     for rows in tokens.split(16):
         loss, hit = token_losses(model, rows)
-        losses += loss.sum(1).tolist()
+        losses += loss.sum(1).nan_to_num(nan=math.inf).tolist()
         hits += hit.sum(1).tolist()
         counts += (rows[:, 1:] >= 0).sum(1).tolist()
     return {"loss": losses, "hits": hits, "tokens": counts}

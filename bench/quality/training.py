@@ -15,6 +15,7 @@ from bench.quality.optimizers import GaLoreAdamW, GeneralStatistics, StudyAdamW
 from bench.quality.setting import Setting
 
 BATCH = 4  # domain sequences per step
+DIVERGED = 30.0  # nats per token that a run which ended in NaN is charged
 TEST_DOCUMENTS, VALID_DOCUMENTS = 128, 64
 
 
@@ -134,7 +135,7 @@ def measure(network: torch.nn.Module, domain: str) -> dict[str, Any]:
         valid = model.evaluate(network, data.evaluation(corpus, "valid", VALID_DOCUMENTS))
         tokens = test["tokens"]
         result[side] = {
-            "millinats": [round(1000 * x / n) for x, n in zip(test["loss"], tokens, strict=True)],
+            "millinats": [round(1000 * min(x / n, DIVERGED)) for x, n in zip(test["loss"], tokens, strict=True)],
             "hits": test["hits"],
             "valid_loss": round(sum(valid["loss"]) / sum(valid["tokens"]), 5),
             "valid_accuracy": round(sum(valid["hits"]) / sum(valid["tokens"]), 5),
