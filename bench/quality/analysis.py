@@ -104,8 +104,11 @@ def matched(curve: list[Point], target: float, weights: Weights) -> Vector | Non
 def best_matched(
     method: str, domain: str, records: dict[str, Record], target: float, weights: Weights
 ) -> Vector | None:
-    """``matched`` over a method's family, the lowest general loss: along the rates of each option, and along the options
-    (replay share, interpolation, strength of a pull) at each rate."""
+    """The lowest ``matched`` general loss of a method's family.
+
+    Curves run along the learning rates of each option, and along the options (replay share, interpolation, strength of
+    a pull) at each learning rate.
+    """
     curves: dict[object, list[Point]] = defaultdict(list)
     for setting in grid.family(method, domain):
         found = point(setting, records, weights)
