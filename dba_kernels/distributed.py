@@ -6,6 +6,17 @@ import torch
 import torch.distributed as dist
 
 
+def refuse_sharded(name: str, param: torch.Tensor) -> None:
+    """Raise ValueError for a DTensor: the step works on plain tensors."""
+    if dist.is_available():
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(param, DTensor):
+            raise ValueError(
+                f"parameter {name!r}: expected a plain tensor, got a DTensor; use DDP, which keeps them whole"
+            )
+
+
 def world_size(group: dist.ProcessGroup | None = None) -> int:
     """Ranks in ``group``; 1 where torch.distributed is not initialised."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1

@@ -46,7 +46,7 @@ def _scale_and_inverse(absmax: torch.Tensor, value_of_absmax: float) -> tuple[to
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
-    """int8 codes in [-7, 7], ``[rows, cols]`` → uint8 ``[rows, ceil(cols / 2)]``: low nibble first, two's complement."""
+    """int8 codes in [-7, 7], ``[rows, cols]`` → uint8 ``[rows, ceil(cols / 2)]``: low nibble first."""
     nibbles = F.pad(codes, (0, codes.shape[1] % 2)).to(torch.uint8) & 0xF
     return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
 
@@ -61,7 +61,7 @@ def encode(tensor: torch.Tensor, format: str) -> EncodedTensor:
     """Encode a dense tensor.
 
     Error bounds per element, with A the absmax of its group: int8 A/254, int4 A/14 (each up to fp32 rounding),
-    fp8_e4m3 max(\\|x\\|/16, A·2⁻¹⁰/448); bf16 \\|x\\|·2⁻⁸, fp16 max(\\|x\\|·2⁻¹¹, 2⁻²⁵) for |x| ≤ 65504. A group with
+    fp8_e4m3 max(|x|/16, A·2⁻¹⁰/448); bf16 max(|x|·2⁻⁸, 2⁻¹³⁴), fp16 max(|x|·2⁻¹¹, 2⁻²⁵) below 65520. A group with
     A < 2⁻¹²⁶·code_max becomes zeros.
 
     Args:

@@ -1,0 +1,419 @@
+"""``DBAAdamW``: AdamW whose gradient is boosted by a stored global gradient and whose step is corrected by it.
+
+Read top to bottom: the optimizer as a user sees it, then :class:`_Plan`, everything that is laid out once and reused by
+every step. Nothing in ``step()`` reads a value back from the device.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from . import ops, state
+from .backends import BACKENDS
+from .formats import (
+    CORRECTION_SCOPES,
+    CORRECTIONS,
+    PARAM_FORMATS,
+    STATE_FORMATS,
+    Hyper,
+    StepSettings,
+    check_name,
+)
+from .global_gradient import GlobalGradient
+from .plan import ActiveSet, Plan, metrics
+from .schedule import auto_boost
+
+LARGE_LR = 1e-4
+"""Above this learning rate a stored first-order gradient goes stale within the run; a warning says so."""
+
+BoostSchedule = Callable[[torch.Tensor, int], Any]
+Correction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class DBAAdamW(Optimizer):
+    r"""Dynamic Boosted Annealing on AdamW; without a global gradient it *is* AdamW.
+
+    With :math:`g_D` the gradient of the domain loss and :math:`\hat g_G` the stored global gradient:
+
+    .. math::
+        \gamma_t &= \mathrm{clamp}(k_0 (1 - t/T),\ 0,\ \gamma_{max})              & \text{eq. 2} \\
+        g_B &= \gamma_t \hat g_G + (1 - \gamma_t) g_D                             & \text{eq. 3} \\
+        \varphi_t &= \langle g_D, \hat g_G\rangle / (\|g_D\| \|\hat g_G\|)        & \text{eq. 4} \\
+        \alpha_t &= \mathrm{clamp}(1 - \varphi_t,\ \alpha_{min},\ \alpha_{max})   & \text{eq. 5, our reading} \\
+        m &\leftarrow \beta_1 m + (1-\beta_1) g_B, \quad v \leftarrow \beta_2 v + (1-\beta_2) g_B^2 & \text{eq. 7} \\
+        \theta &\leftarrow \theta(1 - \eta_t\lambda) - \eta_t\alpha_t \hat m/(\sqrt{\hat v} + \epsilon) & \text{eq. 8}
+
+    Order: unscale → clip (by the norm of :math:`g_D`) → boost → moments → corrected update. With a global gradient or
+    a clip threshold, a step with a non-finite gradient is skipped whole, counted, and changes nothing.
+
+    Args:
+        params: parameters, or groups, as for ``torch.optim.AdamW``. With a global gradient they must carry names:
+            ``model.named_parameters()``, or groups of ``(name, parameter)`` pairs.
+        lr: η, float or scalar tensor.
+        betas: (β₁, β₂).
+        eps: ε, outside the square root.
+        weight_decay: λ, decoupled.
+        amsgrad: refused if True.
+        global_gradient: a :class:`~dba_kernels.GlobalGradient`, its path, or None for plain AdamW.
+        total_steps: T, optimizer steps of the run (not micro-batches); needed with a global gradient.
+        boost: ``"auto"`` (k₀ = 200/T), k₀ as a number, or ``f(step, total_steps) → γ`` where ``step`` is an int64
+            scalar tensor on the parameters' device: steps done, skipped ones not counted. 0 switches the boost off.
+        boost_max: upper clamp of γ, in [0, 1].
+        correction: ``"cosine"`` (eq. 5), ``"none"`` (α = 1), ``"agem"`` or ``"pcgrad"`` (projections in place of the
+            boost, against the *stored* global gradient, where the originals recompute it at every step), or
+            ``f(dot, grad_sq, global_sq) → α`` on float64 tensors, one entry per parameter.
+        correction_scope: ``"tensor"`` (φ per parameter) or ``"global"`` (one φ for the model).
+        correction_bounds: (α_min, α_max).
+        max_grad_norm: clips g_D by its norm over all parameters, as ``clip_grad_norm_``, inside the step; None: never.
+        state_format: ``"fp32"``, ``"bf16"`` or ``"int8"`` moments. 1-D and small tensors keep fp32.
+        param_format: how parameters below fp32 keep what rounding would lose: ``"native"`` (they lose it),
+            ``"split16"`` (a 16-bit remainder in the state: together the exact fp32 value), ``"split8"`` (8 bits,
+            stochastically rounded), ``"master"`` (an fp32 copy). ``"auto"``: split16. fp32 and fp64 parameters are
+            always native.
+        missing: ``"error"``, or ``"adamw"`` to update parameters that have no global gradient by plain AdamW.
+        backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``.
+        foreach, fused, capturable: accepted; every step is multi-tensor and fused, and on a GPU its counters live on
+            the device.
+        maximize: ascend instead of descend; g_D is negated, ĝ_G is not.
+        differentiable: refused if True.
+
+    Raises:
+        ValueError: on an argument outside its range, or unnamed parameters with a global gradient; at the first
+            ``step()`` on parameters that do not fit the global gradient.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 4)
+        >>> optimizer = DBAAdamW(model.named_parameters(), lr=1e-5)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler hands over its scale and its found_inf instead of synchronising
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        global_gradient: GlobalGradient | str | os.PathLike | None = None,
+        total_steps: int | None = None,
+        boost: str | float | BoostSchedule = "auto",
+        boost_max: float = 0.5,
+        correction: str | Correction = "cosine",
+        correction_scope: str = "tensor",
+        correction_bounds: tuple[float, float] = (0.0, 2.0),
+        max_grad_norm: float | None = None,
+        state_format: str = "fp32",
+        param_format: str = "auto",
+        missing: str = "error",
+        backend: str = "auto",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ):
+        _check_adamw_arguments(lr, betas, eps, weight_decay, amsgrad, differentiable)
+        check_name("state_format", state_format, STATE_FORMATS)
+        check_name("param_format", param_format, ("auto", *PARAM_FORMATS))
+        check_name("missing", missing, ("error", "adamw"))
+        check_name("backend", backend, ("auto", *BACKENDS))
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
+        if isinstance(global_gradient, (str, os.PathLike)):
+            global_gradient = GlobalGradient.load(global_gradient)
+
+        self.global_gradient = global_gradient
+        self.settings = StepSettings(max_grad_norm=max_grad_norm, reduce=max_grad_norm is not None)
+        self.boost_schedule: BoostSchedule | None = None
+        self.correction_function: Correction | None = None
+        if global_gradient is not None:
+            self._configure_boost(total_steps, boost, boost_max, correction)
+            self._configure_correction(correction, correction_scope, correction_bounds)
+        self.state_format, self.missing, self.backend = state_format, missing, backend
+        self.param_format = "split16" if param_format == "auto" else param_format
+        self._plan: Plan | None = None
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                amsgrad=amsgrad,
+                maximize=maximize,
+                foreach=foreach,
+                capturable=capturable,
+                differentiable=differentiable,
+                fused=fused,
+                decoupled_weight_decay=True,
+                global_gradient=None if global_gradient is None else _identity(global_gradient),
+                steps_done=None,
+                steps_skipped=0,
+            ),
+        )
+        if global_gradient is not None:
+            self._check_groups_for_boost()
+
+    def _configure_boost(
+        self, total_steps: int | None, boost: str | float | BoostSchedule, boost_max: float, correction: Any
+    ) -> None:
+        projection = correction in ("agem", "pcgrad")  # they weigh ĝ_G by the conflict, not by a schedule
+        if projection:
+            return
+        if total_steps is None or total_steps < 1:
+            raise ValueError(
+                f"total_steps: expected the number of optimizer steps of the run, not of micro-batches, over which the "
+                f"boost decays to 0; got {total_steps}"
+            )
+        if not 0.0 <= boost_max <= 1.0:
+            raise ValueError(f"boost_max: expected a number in [0, 1], got {boost_max}")
+        if callable(boost):
+            self.boost_schedule, k0 = boost, 0.0
+        elif isinstance(boost, str):
+            check_name("boost", boost, ("auto",))
+            k0 = auto_boost(total_steps)
+        else:
+            k0 = float(boost)
+            if not k0 >= 0.0:
+                raise ValueError(f"boost: expected 'auto', k0 >= 0 or a function of (step, total_steps), got {boost}")
+        if k0 > boost_max:
+            warnings.warn(
+                f"boost: gamma starts at k0 = {k0:.3g} and is clamped to boost_max = {boost_max:g} until it has "
+                "decayed below; the total boost is smaller than the method's, as it is in every run of few steps",
+                stacklevel=3,
+            )
+        self.settings = replace(
+            self.settings, boost=k0, total_steps=int(total_steps), boost_max=float(boost_max), reduce=True
+        )
+
+    def _configure_correction(self, correction: str | Correction, scope: str, bounds: tuple[float, float]) -> None:
+        check_name("correction_scope", scope, CORRECTION_SCOPES)
+        alpha_min, alpha_max = bounds
+        if not 0.0 <= alpha_min <= alpha_max:
+            raise ValueError(f"correction_bounds: expected 0 <= alpha_min <= alpha_max, got {bounds}")
+        if callable(correction):
+            self.correction_function, correction = correction, "none"
+        check_name("correction", correction, CORRECTIONS)
+        self.settings = replace(
+            self.settings, correction=correction, scope=scope, bounds=(float(alpha_min), float(alpha_max)), reduce=True
+        )
+
+    def _check_groups_for_boost(self) -> None:
+        for i, group in enumerate(self.param_groups):
+            if "param_names" not in group:
+                raise ValueError(
+                    f"params: expected (name, parameter) pairs, group {i} has no names; a global gradient is bound by "
+                    "name: pass model.named_parameters()"
+                )
+        largest = max(float(group["lr"]) for group in self.param_groups)
+        if largest > LARGE_LR:
+            warnings.warn(
+                f"lr: {largest:g} is large for a method that anneals; the stored global gradient is valid near the "
+                f"base model only, and above lr = {LARGE_LR:g} its boost was seen to do harm",
+                stacklevel=3,
+            )
+
+    # --- the step -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Raises:
+            ValueError: a gradient of an unsupported dtype or layout, or parameters that the global gradient does not
+                fit (at the first step).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not params:
+            return loss
+        if self._only_allocates(params):
+            for param in params:
+                formats = state.formats_of(param, self.param_format, self.state_format)
+                state.prepare(self.state[param], param, *formats, "parameter")
+            return loss
+        plan, active = self._activate(params)
+        plan.upload_hyper(self.param_groups)
+        if self.settings.reduce:
+            for batch, grads in active.batches():
+                ops.similarity(batch, grads, plan.sums_on(batch), self.backend)
+            plan.gather_sums(active)
+        loss_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        ops.coefficients(
+            *plan.tables(active),
+            self.settings,
+            loss_scale=loss_scale,
+            found_inf=found_inf,
+            gamma_override=self._scheduled_boost(plan),
+            alpha_override=self._custom_correction(plan, active, loss_scale),
+            backend=self.backend,
+        )
+        for batch, grads in active.batches():
+            ops.step(batch, grads, plan.table_on(batch), self.backend)
+        return loss
+
+    def _activate(self, params: list[torch.Tensor]) -> tuple[Plan, ActiveSet]:
+        if self._plan is not None:
+            active = self._plan.activate(params)
+            if active is not None:
+                return self._plan, active
+            self._drop_plan()
+        self._plan = Plan(self)
+        return self._plan, self._plan.activate(params)
+
+    def _drop_plan(self) -> None:
+        self._store_counters()
+        self._plan = None
+
+    def _only_allocates(self, params: list[torch.Tensor]) -> bool:
+        """Checkpoint libraries call ``step()`` on empty state with lr 0 and zero gradients to have state allocated."""
+        if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
+            return False
+        return all(not torch.any(p.grad) for p in params)
+
+    def _scheduled_boost(self, plan: Plan) -> torch.Tensor | None:
+        if self.boost_schedule is None:
+            return None
+        done = plan.counters[0]
+        value = self.boost_schedule(done, self.settings.total_steps)
+        value = torch.as_tensor(value, dtype=torch.float64).to(done.device, non_blocking=True)
+        return torch.where(done < self.settings.total_steps, value, 0.0).clamp(0.0, self.settings.boost_max)
+
+    def _custom_correction(self, plan: Plan, active: ActiveSet, loss_scale: torch.Tensor | None) -> torch.Tensor | None:
+        if self.correction_function is None:
+            return None
+        scale = plan.hyper[plan.group, Hyper.SIGN] / (1.0 if loss_scale is None else loss_scale.double())
+        used = torch.zeros_like(scale).index_fill_(0, active.index, 1.0) * (plan.global_sq >= 0)
+        dot, grad_sq, global_sq = (
+            torch.where(used > 0, x, 0.0)
+            for x in (plan.sums[:, 0] * scale, plan.sums[:, 1] * scale.square(), plan.global_sq)
+        )
+        if self.settings.scope == "global":
+            dot, grad_sq, global_sq = (x.sum().expand_as(x) for x in (dot, grad_sq, global_sq))
+        alpha = torch.as_tensor(self.correction_function(dot, grad_sq, global_sq), dtype=torch.float64)
+        return alpha.to(scale.device).expand_as(scale).clamp(*self.settings.bounds)
+
+    # --- what it says -------------------------------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the last step, as plain numbers. This call, and nothing in ``step()``, waits for the device.
+
+        Returns:
+            ``steps`` and ``skipped_steps``; and, of the last step: ``grad_norm`` ‖g_D‖ (after unscaling, before
+            clipping) and ``clip_factor`` where there is a global gradient or a clip threshold; ``gamma`` γ_t,
+            ``boost_ratio`` ‖γ ĝ_G‖ / ‖(1−γ) g_D‖, and ``cosine_*`` φ_t and ``correction_*`` α_t (``mean``, ``min``,
+            ``max`` over the parameters that have a global gradient) where there is one. Empty before the first step.
+        """
+        return {} if self._plan is None else metrics(self._plan, self.settings)
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._drop_plan()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; the groups also carry the steps done and skipped, and the global gradient's path and digest."""
+        self._store_counters()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of ``torch.optim.AdamW``; nothing is cast to the parameter's dtype.
+
+        ``Optimizer.load_state_dict`` casts floating-point state to the parameter's dtype, which would destroy fp32
+        moments of a bf16 parameter. Two hooks around it restore the values as they were saved.
+
+        Raises:
+            ValueError: the state belongs to another global gradient, or its remainder to another ``param_format``.
+        """
+        saved: dict[str, Any] = {}
+        capture = self.register_load_state_dict_pre_hook(lambda _, final: saved.update(final))
+        restore = self.register_load_state_dict_post_hook(lambda _: self._restore_uncast(saved), prepend=True)
+        configured = [group.get("global_gradient") for group in self.param_groups]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            capture.remove()
+            restore.remove()
+        for group, own in zip(self.param_groups, configured, strict=True):
+            other = group.get("global_gradient")
+            if own and other and own["digest"] != other["digest"]:
+                raise ValueError(
+                    f"global_gradient: the state was saved with digest {other['digest']}, this optimizer was made with "
+                    f"{own['digest']} ({own['path']}); resume with the same file"
+                )
+            group["global_gradient"] = own
+        self._plan = None
+
+    def _restore_uncast(self, saved: dict[str, Any]) -> None:
+        saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, param in zip(saved_ids, params, strict=True):
+            for key, value in saved["state"].get(i, {}).items():
+                if torch.is_tensor(value):
+                    self.state[param][key] = value.detach().to(param.device, copy=True)
+
+    def _store_counters(self) -> None:
+        if self._plan is not None:
+            done, skipped = self._plan.counters.tolist()
+            for group in self.param_groups:
+                group["steps_done"], group["steps_skipped"] = done, skipped
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._store_counters()
+        own = ("global_gradient", "settings", "boost_schedule", "correction_function")
+        own += ("state_format", "param_format", "missing", "backend")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+
+def _identity(global_gradient: GlobalGradient) -> dict[str, str | None]:
+    """What a state dict keeps of the global gradient: never its data."""
+    path = global_gradient.path
+    return {"path": None if path is None else str(path), "digest": global_gradient.digest}
+
+
+def _check_adamw_arguments(
+    lr: float | torch.Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    amsgrad: bool,
+    differentiable: bool,
+) -> None:
+    if torch.is_tensor(lr) and lr.numel() != 1:
+        raise ValueError(f"lr: expected a number or a tensor of one element, got shape {tuple(lr.shape)}")
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not value >= 0.0:
+            raise ValueError(f"{name}: expected a number >= 0, got {value}")
+    for i, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"betas[{i}]: expected a number in [0, 1), got {beta}")
+    if amsgrad:
+        raise ValueError("amsgrad: expected False; it needs a third state tensor, which no kernel here updates")
+    if differentiable:
+        raise ValueError("differentiable: expected False; the fused step does not record gradients")

@@ -1,0 +1,299 @@
+"""What ``DBAAdamW`` lays out once and reuses at every step: bound global gradients, tables, batches.
+
+A plan is made lazily, at the first step and again whenever parameters, state or groups were replaced, because
+frameworks create the optimizer first and shard, move or swap its tensors afterwards. Everything that must outlive a
+plan is in ``optimizer.state`` and ``optimizer.param_groups``.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import state
+from .distributed import refuse_sharded
+from .formats import Coefficient, Hyper, StepSettings, Summary, TensorBatch
+from .global_gradient import normalize_name
+
+if TYPE_CHECKING:
+    from .optim import DBAAdamW
+
+CACHED_ACTIVE_SETS = 8
+"""Sets of parameters with a gradient whose batches are kept; a model whose set changes every step rebuilds them."""
+
+GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _replayed_bias_correction(beta: float, steps: int) -> float:
+    """1 − β^k as the step computes it, c ← βc + (1−β) in float64, so that a resumed run continues bit-exactly."""
+    value = 0.0
+    for _ in range(steps):
+        following = beta * value + (1.0 - beta)
+        if following == value:
+            break
+        value = following
+    return value
+
+
+@dataclass
+class ActiveSet:
+    """The parameters that have a gradient in this step, cut into batches of one dtype and format combination.
+
+    Args:
+        index: int64 ``[m]``, their rows in the plan's tables.
+        params: per batch.
+        parts: the batches; each batch's ``index`` lies on its own device.
+        rows: per batch, its rows on the tables' device.
+        storage: addresses of the parameters when the batches were made.
+        grads: per batch, of this step.
+    """
+
+    index: torch.Tensor
+    params: list[list[torch.Tensor]]
+    parts: list[TensorBatch]
+    rows: list[torch.Tensor]
+    storage: list[list[int]]
+    grads: list[list[torch.Tensor]]
+
+    def batches(self) -> list[tuple[TensorBatch, list[torch.Tensor]]]:
+        return list(zip(self.parts, self.grads, strict=True))
+
+
+class Plan:
+    """Tables on one device (that of the first parameter), one row per parameter of the optimizer.
+
+    The tables are the arguments of :func:`dba_kernels.reference.similarity.coefficients`, documented there.
+
+    Raises:
+        ValueError: the parameters do not fit the global gradient, or their state the optimizer's formats.
+    """
+
+    def __init__(self, optimizer: DBAAdamW):
+        self.optimizer = optimizer
+        groups = optimizer.param_groups
+        self.params = [p for group in groups for p in group["params"]]
+        self.row = {p: i for i, p in enumerate(self.params)}
+        self.names = _names(groups)
+        for name, param in zip(self.names, self.params, strict=True):
+            refuse_sharded(name, param)
+        self.device = self.params[0].device
+        self._active: dict[Any, ActiveSet] = {}
+        self.last: ActiveSet | None = None
+
+        def table(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=self.device)
+
+        n = len(self.params)
+        self.sums, self.report, self.table = table(n, 2), table(n, 2), table(n, Coefficient.COUNT)
+        self.summary, self.hyper = table(Summary.COUNT), table(len(groups), Hyper.COUNT)
+        owner = [i for i, group in enumerate(groups) for _ in group["params"]]
+        self.group = torch.tensor(owner, device=self.device)
+        self._uploaded: list[tuple[float, ...]] | None = None
+        self._sums_elsewhere: dict[torch.device, torch.Tensor] = {}
+
+        steps = [int(optimizer.state[p]["step"]) if p in optimizer.state else 0 for p in self.params]
+        self.steps = torch.tensor(steps, dtype=torch.float32, device=self.device)
+        self.bias_corrections = torch.tensor(
+            [
+                [_replayed_bias_correction(float(beta), step) for beta in groups[g]["betas"]]
+                for step, g in zip(steps, owner, strict=True)
+            ],
+            dtype=torch.float64,
+            device=self.device,
+        )
+        done = groups[0]["steps_done"]
+        if done is None:  # a fresh start, or a state dict of torch's own
+            done = max(steps)
+        self.counters = torch.tensor([done, groups[0]["steps_skipped"]], dtype=torch.int64, device=self.device)
+        for param in self.params:
+            if param in optimizer.state:
+                optimizer.state[param]["step"] = self.steps[self.row[param]]
+        self._bind(fresh=done == 0)
+
+    def _bind(self, fresh: bool) -> None:
+        """Find the stored global gradient of every parameter by name; on a fresh run check the base model too."""
+        self.stored: list[Any] = [None] * len(self.params)
+        global_sq = [-1.0] * len(self.params)
+        gg = self.optimizer.global_gradient
+        if gg is not None:
+            named = dict(zip(self.names, self.params, strict=True))
+            gg.check_model(named, weights=fresh, partial=self.optimizer.missing == "adamw")
+            for i, name in enumerate(self.names):
+                if name in gg:
+                    self.stored[i], global_sq[i] = gg.stored(name).to(self.params[i].device), gg.global_sq(name)
+        self.global_sq = torch.tensor(global_sq, dtype=torch.float64, device=self.device)
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def activate(self, params: list[torch.Tensor]) -> ActiveSet | None:
+        """The batches of ``params`` with this step's gradients; None where this plan has gone stale."""
+        if any(p not in self.row for p in params):
+            return None
+        key = (tuple(self.row[p] for p in params), tuple(p.grad.dtype for p in params))
+        active = self._active.get(key)
+        if active is None:
+            if len(self._active) == CACHED_ACTIVE_SETS:
+                self._active.pop(next(iter(self._active)))
+            active = self._active[key] = self._build(params)
+        elif not self._is_current(active):
+            return None
+        active.grads = [[_usable_grad(p, self.names[self.row[p]]) for p in part] for part in active.params]
+        self.last = active
+        return active
+
+    def _is_current(self, active: ActiveSet) -> bool:
+        """Whether parameters and state still are the tensors that the batches were made of."""
+        states = self.optimizer.state
+        return all(
+            storage == [p.data_ptr() for p in params]
+            and all(states[p].get("exp_avg") is m for p, m in zip(params, batch.exp_avgs, strict=True))
+            for params, batch, storage in zip(active.params, active.parts, active.storage, strict=True)
+        )
+
+    def _build(self, params: list[torch.Tensor]) -> ActiveSet:
+        by_format: dict[Any, list[torch.Tensor]] = defaultdict(list)
+        for param in params:
+            row = self.row[param]
+            formats = self._prepare(param, row)
+            stored = self.stored[row]
+            key = (param.device, param.dtype, param.grad.dtype, *formats, "none" if stored is None else stored.format)
+            by_format[key].append(param)
+        parts = [self._batch(members, *key[3:]) for key, members in by_format.items()]
+        members = list(by_format.values())
+        return ActiveSet(
+            index=self._index(params),
+            params=members,
+            parts=parts,
+            rows=[self._index(part) for part in members],
+            storage=[[p.data_ptr() for p in part] for part in members],
+            grads=[],
+        )
+
+    def _prepare(self, param: torch.Tensor, row: int) -> tuple[str, str]:
+        """State of ``param``, allocated or adopted; its formats."""
+        optimizer, name = self.optimizer, self.names[row]
+        if not param.is_contiguous() or param.is_complex():
+            kind = "complex" if param.is_complex() else f"strides {param.stride()}"
+            raise ValueError(
+                f"parameter {name!r}: expected real, contiguous storage, got {kind}; replace its data first"
+            )
+        formats = state.formats_of(param, optimizer.param_format, optimizer.state_format)
+        own = optimizer.state[param]
+        state.prepare(own, param, *formats, name)
+        own["step"] = self.steps[row]
+        return formats
+
+    def _batch(
+        self, params: list[torch.Tensor], param_format: str, state_format: str, global_format: str
+    ) -> TensorBatch:
+        def of(key: str) -> list[torch.Tensor]:
+            return [self.optimizer.state[p][key] for p in params]
+
+        rows = [self.row[p] for p in params]
+        compressed = state_format == "int8"
+        return TensorBatch(
+            param_format=param_format,
+            state_format=state_format,
+            global_format=global_format,
+            params=params,
+            exp_avgs=of("exp_avg"),
+            exp_avg_sqs=of("exp_avg_sq"),
+            index=torch.tensor(rows, device=params[0].device),
+            remainders=[] if param_format == "native" else of("remainder"),
+            exp_avg_scales=of("exp_avg_scale") if compressed else [],
+            exp_avg_sq_scales=of("exp_avg_sq_scale") if compressed else [],
+            global_grads=[] if global_format == "none" else [self.stored[row] for row in rows],
+            seeds=[zlib.crc32(self.names[row].encode()) for row in rows],
+            offsets=[0] * len(rows),
+        )
+
+    def _index(self, params: list[torch.Tensor]) -> torch.Tensor:
+        return torch.tensor([self.row[p] for p in params], device=self.device)
+
+    def upload_hyper(self, groups: list[dict[str, Any]]) -> None:
+        """Write the groups' hyperparameters to the table, where they changed; tensors are copied on the device."""
+        rows, tensors = [], []
+        for i, group in enumerate(groups):
+            values = [
+                group["lr"],
+                *group["betas"],
+                group["eps"],
+                group["weight_decay"],
+                1 - 2 * bool(group["maximize"]),
+            ]
+            tensors += [(i, column, value) for column, value in enumerate(values) if torch.is_tensor(value)]
+            rows.append(tuple(0.0 if torch.is_tensor(value) else float(value) for value in values))
+        if rows != self._uploaded:
+            # A fresh pinned buffer each time: one that is reused might be overwritten before its copy has completed.
+            host = torch.tensor(rows, dtype=torch.float64, pin_memory=self.device.type == "cuda")
+            self.hyper.copy_(host, non_blocking=True)
+            self._uploaded = rows
+        for i, column, value in tensors:
+            self.hyper[i, column].copy_(value.squeeze(), non_blocking=True)
+
+    def tables(self, active: ActiveSet) -> tuple[torch.Tensor, ...]:
+        """Leading arguments of ``coefficients``."""
+        return (
+            *(self.sums, self.global_sq, self.hyper, self.group, active.index, self.steps),
+            *(self.bias_corrections, self.counters, self.table, self.report, self.summary),
+        )
+
+    # Models spread over several devices: each device reduces into its own sums and reads its own copy of the table.
+
+    def sums_on(self, batch: TensorBatch) -> torch.Tensor:
+        device = batch.params[0].device
+        if device == self.device:
+            return self.sums
+        return self._sums_elsewhere.setdefault(device, torch.zeros_like(self.sums, device=device))
+
+    def gather_sums(self, active: ActiveSet) -> None:
+        for batch, rows in zip(active.parts, active.rows, strict=True):
+            device = batch.params[0].device
+            if device != self.device:
+                self.sums[rows] = self._sums_elsewhere[device][batch.index].to(self.device, non_blocking=True)
+
+    def table_on(self, batch: TensorBatch) -> torch.Tensor:
+        return self.table.to(batch.params[0].device, non_blocking=True)
+
+
+def _names(groups: list[dict[str, Any]]) -> list[str]:
+    names = []
+    for i, group in enumerate(groups):
+        unnamed = [f"param_groups[{i}][{j}]" for j in range(len(group["params"]))]
+        names += [normalize_name(name) for name in group.get("param_names", unnamed)]
+    return names
+
+
+def _usable_grad(param: torch.Tensor, name: str) -> torch.Tensor:
+    grad = param.grad
+    if grad.layout != torch.strided:
+        raise ValueError(f"grad of {name!r}: expected a dense tensor, got {grad.layout}; set sparse=False on its layer")
+    if grad.dtype not in GRAD_DTYPES and grad.dtype != param.dtype:
+        raise ValueError(
+            f"grad of {name!r}: expected float32, bfloat16 or float16, got {grad.dtype}; cast it before step()"
+        )
+    return grad if grad.is_contiguous() else grad.contiguous()
+
+
+def metrics(plan: Plan, settings: StepSettings) -> dict[str, float]:
+    """What ``DBAAdamW.metrics`` returns."""
+    done, skipped = plan.counters.tolist()
+    gamma, clip_factor, grad_norm, global_norm = plan.summary.tolist()
+    figures: dict[str, float] = {"steps": done, "skipped_steps": skipped}
+    if settings.reduce:
+        figures |= {"grad_norm": grad_norm, "clip_factor": clip_factor}
+    active = plan.last
+    if active is None or not bool((plan.global_sq[active.index] >= 0).any()):
+        return figures
+    if settings.correction not in ("agem", "pcgrad"):
+        rest = (1.0 - gamma) * grad_norm * clip_factor
+        figures |= {"gamma": gamma, "boost_ratio": gamma * global_norm / rest if rest > 0 else math.nan}
+    rows = plan.report[active.index][plan.global_sq[active.index] >= 0]
+    for name, column in (("cosine", rows[:, 0]), ("correction", rows[:, 1])):
+        figures |= {f"{name}_{kind}": float(getattr(column, kind)()) for kind in ("mean", "min", "max")}
+    return figures
