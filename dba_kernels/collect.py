@@ -1,0 +1,371 @@
+"""Stage 1: training at learning rate zero on general data. Weights never move; gradients are summed, divided once."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .base_model import Fingerprint, fingerprint, named_once
+from .batches import LossFunction, digest_batch, loss_and_tokens
+from .formats import STORAGE_FORMATS, check_name
+from .global_gradient import GlobalGradient, Provenance, TensorStatistics
+from .records import check_rank
+from .sums import GradientSums
+
+WEIGHTINGS = ("tokens", "batch")
+
+
+def collect_global_gradient(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFunction | None = None,
+    format: str = "int8",
+    rank: int | None = None,
+    *,
+    weighting: str = "tokens",
+    data: str | Iterable[str] = (),
+    autocast_dtype: torch.dtype | None = None,
+    snapshot_path: str | os.PathLike[str] | None = None,
+    snapshot_every: int = 100,
+    group: dist.ProcessGroup | None = None,
+) -> GlobalGradient:
+    """ĝ_G = Σ_i w_i g_i / Σ_i w_i over the micro-batches (eq. 1), compressed.
+
+    Dropout is off, weights and buffers are left as they are. See :class:`GlobalGradientCollector` for memory, dropped
+    batches and snapshots.
+
+    Args:
+        model: the base model; parameters that do not require gradients are left out.
+        batches: any iterable of micro-batches; an interrupted collection must see the same ones again.
+        loss_fn: ``loss_fn(model, batch)`` → the batch's mean loss, or (mean loss, number of target tokens). None for
+            Hugging Face models: the batch is a mapping with ``labels``, the loss is the output's.
+        format, rank: of the stored gradient, see :meth:`GlobalGradient.from_tensors`.
+        weighting: ``"tokens"``: w_i is the number of target tokens, so ĝ_G is the gradient of the mean loss per token
+            over all the data (a loss function that gives no number: w_i = 1). ``"batch"``: w_i = 1.
+        data: names of the data, recorded in the file.
+        autocast_dtype: run forward passes under ``torch.autocast`` of this dtype.
+        snapshot_path: keep the sums here; where this file exists, the collection goes on from it.
+        snapshot_every: micro-batches between snapshots.
+        group: process group whose ranks each collected a part of the data, for example
+            ``torch.distributed.group.WORLD``. None: this process has all of it.
+
+    Raises:
+        ValueError: a bad argument, batches without labels, or no batch with a finite loss.
+        RuntimeError: the weights changed meanwhile.
+
+    Example:
+        >>> model = nn.Linear(8, 1)
+        >>> batches = [torch.randn(4, 8) for _ in range(3)]
+        >>> gg = collect_global_gradient(model, batches, lambda model, x: model(x).square().mean())
+        >>> sorted(gg), gg.provenance.batches
+        (['bias', 'weight'], 3)
+    """
+    check_name("format", format, STORAGE_FORMATS)
+    if rank is not None:  # before the long part
+        check_rank(rank, {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad})
+    collector = GlobalGradientCollector(
+        model, weighting=weighting, data=data, snapshot_path=snapshot_path, snapshot_every=snapshot_every
+    )
+    device_type = next(iter(model.parameters())).device.type
+    with collector:
+        for batch in collector.remaining(batches):
+            with (
+                torch.enable_grad(),
+                torch.autocast(device_type, dtype=autocast_dtype)
+                if autocast_dtype is not None
+                else contextlib.nullcontext(),
+            ):
+                loss, tokens = loss_and_tokens(model, batch, loss_fn)
+            collector.backward(loss, tokens)
+    if group is not None:
+        collector.reduce(group)
+    return collector.finish(format, rank)
+
+
+class GlobalGradientCollector:
+    """The same in a loop of one's own.
+
+    Within ``with collector:`` the model is in evaluation mode (dropout off; modules' modes are restored one by one) and
+    every trainable parameter has a hook that adds its gradient to an fp32 sum as soon as it is complete, and releases
+    it. Memory beside the weights and activations: 4 bytes per parameter and one layer's gradients. Tied parameters are
+    one parameter; a parameter that a batch does not use counts as a gradient of zero. (Hugging Face models checkpoint
+    activations in training mode only, so not here: take smaller micro-batches instead.)
+
+    A micro-batch with a non-finite loss is dropped before backward; a non-finite gradient drops this micro-batch from
+    that tensor alone, sum and weight. Both are counted, stored and, at the end, warned about.
+
+    With ``snapshot_path``, sums and counts are written there (whole or not at all) every ``snapshot_every``
+    micro-batches. If the file exists when the collector is made, it goes on from there, to the same bits as without the
+    interruption: :meth:`remaining` skips what was consumed, which takes the same batches in the same order, and refuses
+    others. The file stays until you delete it.
+
+    Args:
+        model: not wrapped in DistributedDataParallel: ranks accumulate on their own and :meth:`reduce` once.
+        weighting, data, snapshot_path, snapshot_every: see :func:`collect_global_gradient`.
+
+    Raises:
+        ValueError: a bad argument, a model without trainable parameters, or a snapshot of another collection.
+
+    Example:
+        >>> model = nn.Linear(8, 1)
+        >>> collector = GlobalGradientCollector(model)
+        >>> with collector:
+        ...     for x in collector.remaining(torch.randn(3, 4, 8)):
+        ...         collector.backward(model(x).square().mean(), tokens=4)
+        >>> collector.finish(format="fp32").provenance.tokens
+        12
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        weighting: str = "tokens",
+        data: str | Iterable[str] = (),
+        snapshot_path: str | os.PathLike[str] | None = None,
+        snapshot_every: int = 100,
+    ) -> None:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ValueError("model: expected the bare model, got DistributedDataParallel; pass model.module")
+        if snapshot_every < 1:
+            raise ValueError(f"snapshot_every: expected at least 1, got {snapshot_every}")
+        self.model = model
+        self.weighting = check_name("weighting", weighting, WEIGHTINGS)
+        self.data = (data,) if isinstance(data, str) else tuple(data)
+        self.snapshot_path = None if snapshot_path is None else Path(snapshot_path)
+        self.snapshot_every = snapshot_every
+        everything = named_once(model.named_parameters())
+        self._params = {name: param for name, param in everything.items() if param.requires_grad}
+        if not self._params:
+            raise ValueError("model: expected parameters that require gradients, got none; unfreeze what to collect")
+        self._fingerprint: Fingerprint = fingerprint(everything.items())
+        self._sums = GradientSums(self._params)
+        self._active = contextlib.ExitStack()
+        self._weight: float | None = None  # of the micro-batch that is in its backward pass
+        self._seen: set[str] = set()
+        self._versions: list[tuple[str, torch.Tensor, int]] = []  # of every parameter: torch counts in-place writes
+        self._entered = False
+        self._finished = False
+        if self.snapshot_path is not None and self.snapshot_path.exists():
+            self._sums.load(self.snapshot_path, self._identity())
+
+    @property
+    def consumed(self) -> int:
+        """Micro-batches so far, dropped ones included."""
+        return self._sums.progress.consumed
+
+    # --- the pass -----------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> GlobalGradientCollector:
+        modes = [(module, module.training) for module in self.model.modules()]
+        grads = [(param, param.grad) for param in self._params.values()]
+        self._versions = [(name, param, param._version) for name, param in self.model.named_parameters()]
+        self._active.callback(_restore, modes, grads)
+        self._entered = True
+        self.model.eval()
+        for index, (name, param) in enumerate(self._params.items()):
+            param.grad = None
+            hook = param.register_post_accumulate_grad_hook(functools.partial(self._consume, index, name))
+            self._active.callback(hook.remove)
+        return self
+
+    def __exit__(self, kind: object, *exception: object) -> None:
+        self._entered = False
+        self._active.close()
+        if kind is None:
+            self._check_untouched()
+
+    def _check_untouched(self) -> None:
+        for name, param, version in self._versions:
+            if param._version != version:
+                raise RuntimeError(
+                    f"parameter {name!r}: expected untouched weights, got {param._version - version} writes during the "
+                    "collection; do not step an optimizer meanwhile"
+                )
+
+    def _consume(self, index: int, name: str, param: torch.Tensor) -> None:
+        """Hook: the gradient of ``param`` is complete; add it to the sum and release it."""
+        if self._weight is None:
+            raise RuntimeError(f"gradient of {name!r}: expected collector.backward(loss), got another backward()")
+        if name in self._seen:
+            raise RuntimeError(
+                f"parameter {name!r}: expected one complete gradient per micro-batch, got a second; use checkpointing "
+                "with use_reentrant=False"
+            )
+        assert param.grad is not None  # this hook runs after it was written
+        self._seen.add(name)
+        self._sums.add(index, param.grad, self._weight)
+        param.grad = None
+
+    def backward(self, loss: torch.Tensor, tokens: int | torch.Tensor | None = None) -> None:
+        """Add the gradient of one micro-batch; stands in for ``loss.backward()``.
+
+        Args:
+            loss: scalar, the micro-batch's mean loss.
+            tokens: its number of target tokens; None counts the micro-batch as 1. 0 leaves it out.
+
+        Raises:
+            RuntimeError: outside of ``with``, after an earlier backward pass failed half-way, or the weights changed.
+            ValueError: a number of tokens for some micro-batches and none for others.
+        """
+        self._check_usable()
+        if not self._entered:
+            raise RuntimeError(
+                "backward(): expected to be called within 'with collector:', which makes it see gradients"
+            )
+        self._check_untouched()
+        tokens = None if tokens is None else int(tokens)
+        weight = self._weight_of(tokens)
+        progress = self._sums.progress
+        progress.consumed += 1
+        if tokens == 0:
+            progress.empty += 1
+        elif not torch.isfinite(loss):
+            progress.dropped += 1
+        else:
+            progress.batches += 1
+            progress.tokens += tokens or 0
+            self._seen.clear()
+            self._weight = weight
+            loss.backward()
+            self._weight = None
+            self._sums.commit(weight)
+        if self.snapshot_path is not None and progress.consumed % self.snapshot_every == 0:
+            self._sums.save(self.snapshot_path, self._identity())
+
+    def _check_usable(self) -> None:
+        if self._finished:
+            raise RuntimeError("the collector is finished; make a new one")
+        if self._weight is not None:
+            raise RuntimeError(
+                "an earlier backward pass failed half-way; make a new collector, from the snapshot if any"
+            )
+
+    def _weight_of(self, tokens: int | None) -> float:
+        if tokens is not None and tokens < 0:
+            raise ValueError(f"tokens: expected at least 0, got {tokens}")
+        if self.weighting == "batch":
+            return 1.0
+        progress = self._sums.progress
+        if tokens != 0 and progress.batches > 0 and (progress.tokens > 0) != (tokens is not None):
+            raise ValueError("tokens: expected a number for every micro-batch or for none; or use weighting='batch'")
+        return 1.0 if tokens is None else float(tokens)
+
+    def remaining(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The micro-batches that were not consumed before the snapshot; each must go through :meth:`backward` once.
+
+        Raises:
+            ValueError: the skipped batches are not those of the snapshot.
+            RuntimeError: a batch was left out.
+        """
+        progress, done, chain = self._sums.progress, self.consumed, ""
+        for position, batch in enumerate(batches):
+            chain = hashlib.sha256(chain.encode() + digest_batch(batch)).hexdigest()
+            if position < done:
+                if position == done - 1 and chain != progress.data_digest:
+                    raise ValueError(
+                        f"{self.snapshot_path}: expected the {done} batches of the interrupted collection, got others; "
+                        "give the same data in the same order, or delete the snapshot"
+                    )
+                continue
+            progress.data_digest = chain
+            yield batch
+            if self.consumed != position + 1:
+                raise RuntimeError(f"batch {position}: expected one call of backward(), got {self.consumed - position}")
+        if self.consumed > 0 and chain != progress.data_digest:
+            raise ValueError(
+                f"{self.snapshot_path}: expected at least the {done} batches of the interrupted collection, got fewer; "
+                "give the same data, or delete the snapshot"
+            )
+
+    # --- the result ---------------------------------------------------------------------------------------------------
+
+    def reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Add up the sums of all ranks, once, after each has seen its part of the data; nothing with one process.
+
+        Args:
+            group: None for the default group.
+        """
+        self._check_usable()
+        self._sums.reduce(group)
+
+    def finish(self, format: str = "int8", rank: int | None = None) -> GlobalGradient:
+        """Divide, compress and describe; the sums are freed as they are consumed.
+
+        Raises:
+            ValueError: no micro-batch, or none with a finite gradient for some tensor; see
+                :meth:`GlobalGradient.from_tensors` too.
+        """
+        self._check_usable()
+        check_name("format", format, STORAGE_FORMATS)
+        shapes = {name: tuple(param.shape) for name, param in self._params.items()}
+        if rank is not None:
+            check_rank(rank, shapes)
+        self._check_complete()
+        self._warn_dropped()
+        self._finished = True
+        progress = self._sums.progress
+        statistics: dict[str, TensorStatistics] = {}
+        return GlobalGradient.from_tensors(
+            *(self._sums.means(statistics), format, rank),
+            shapes=shapes,
+            fingerprint=self._fingerprint,
+            provenance=Provenance(
+                batches=progress.batches,
+                tokens=progress.tokens,
+                weighting="tokens" if self.weighting == "tokens" and progress.tokens > 0 else "batch",
+                data=self.data,
+                data_digest=progress.data_digest,
+                dropped_batches=progress.dropped,
+                empty_batches=progress.empty,
+            ),
+            statistics=statistics,
+        )
+
+    def _check_complete(self) -> None:
+        progress = self._sums.progress
+        if progress.batches == 0:
+            raise ValueError(
+                f"batches: expected at least one with target tokens and a finite loss, got {progress.consumed}: "
+                f"{progress.empty} empty, {progress.dropped} not finite; check the data and the loss function"
+            )
+        for name, weight in zip(self._params, self._sums.scalars[:, 0].tolist(), strict=True):
+            if weight == 0:
+                raise ValueError(
+                    f"parameter {name!r}: expected a finite gradient, got none; freeze it or mend the loss"
+                )
+
+    def _warn_dropped(self) -> None:
+        progress, dropped = self._sums.progress, self._sums.scalars[:, 3]
+        if progress.dropped == 0 and not dropped.any():
+            return
+        worst = list(self._params)[int(dropped.argmax())]
+        where = f" (most often {worst!r}: {int(dropped.max())} times)" if dropped.any() else ""
+        warnings.warn(
+            f"global gradient: left out {progress.dropped} of {progress.consumed} micro-batches with a non-finite loss "
+            f"and the non-finite gradients of {int((dropped > 0).sum())} tensors{where}",
+            stacklevel=3,
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a snapshot to continue this collection."""
+        return {"weighting": self.weighting, "data": list(self.data), "fingerprint": self._fingerprint}
+
+
+def _restore(
+    modes: Sequence[tuple[nn.Module, bool]], grads: Sequence[tuple[torch.Tensor, torch.Tensor | None]]
+) -> None:
+    for module, training in modes:
+        module.training = training
+    for param, grad in grads:
+        param.grad = grad

@@ -1,0 +1,174 @@
+"""The running sums of a collection: what is added to, shared between ranks, kept in snapshots, divided at last."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, astuple, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from . import ops
+from .distributed import all_reduce_, world_size
+from .files import SavedTensors, as_bytes, save_tensors
+from .records import TensorStatistics, squared_norm
+
+KIND = "collection snapshot"
+FORMAT_VERSION = 1
+
+
+@dataclass
+class Progress:
+    """Counts of micro-batches, fields as in ``Provenance``, and the chained digest of what was consumed."""
+
+    consumed: int = 0
+    batches: int = 0
+    tokens: int = 0
+    dropped: int = 0
+    empty: int = 0
+    data_digest: str = ""
+
+    def counts(self) -> tuple[int, ...]:
+        return astuple(self)[:-1]
+
+
+class GradientSums:
+    """Σ w_i g_i of every tensor in fp32 (fp64 for fp64 parameters), and the scalars that go with it.
+
+    Args:
+        params: what gradients belong to, by name; only shapes, dtypes and devices are taken from them.
+    """
+
+    def __init__(self, params: Mapping[str, torch.Tensor]) -> None:
+        self.names = list(params)
+        self.totals = [
+            torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+            for p in params.values()
+        ]
+        # Per tensor: Σw, Σw², Σw²‖g‖², and how many gradients were dropped because they were not finite.
+        self.scalars = torch.zeros(len(params), 4, dtype=torch.float64)
+        self.progress = Progress()
+        # ‖g‖² of the micro-batch at hand, one vector per device so that nothing synchronises before commit().
+        self._squared = {t.device: self.scalars.new_zeros(len(params), device=t.device) for t in self.totals}
+
+    def add(self, index: int, grad: torch.Tensor, weight: float) -> None:
+        """Add one tensor's gradient of the micro-batch at hand; a non-finite one adds nothing."""
+        total = self.totals[index]
+        grad = grad.to_dense() if grad.is_sparse else grad.contiguous()
+        ops.accumulate([total], [grad], weight, self._squared[total.device][index : index + 1])
+
+    def commit(self, weight: float) -> None:
+        """The micro-batch is complete: count its weight, except for tensors whose gradient was not finite."""
+        norms = torch.stack([squared.cpu() for squared in self._squared.values()]).sum(dim=0)
+        finite = torch.isfinite(norms)
+        norms = norms.where(finite, 0.0)
+        self.scalars += torch.stack((finite * weight, finite * weight**2, norms * weight**2, ~finite), dim=1)
+        for squared in self._squared.values():
+            squared.zero_()
+
+    def reduce(self, group: dist.ProcessGroup | None) -> None:
+        """Sum over the ranks of ``group``; afterwards all ranks hold the same."""
+        if world_size(group) == 1:
+            return
+        for total in self.totals:
+            all_reduce_(total, group)
+        device, counts = self.totals[0].device, self.progress.counts()
+        digest = hashlib.sha256(self.progress.data_digest.encode()).digest()
+        shared = all_reduce_(torch.tensor([*counts, *digest], dtype=torch.int64, device=device), group).tolist()
+        consumed, batches, tokens, dropped, empty = shared[: len(counts)]
+        mixed = hashlib.sha256(repr(shared[len(counts) :]).encode()).hexdigest()
+        self.progress = Progress(consumed, batches, tokens, dropped, empty, mixed)
+        self.scalars = all_reduce_(self.scalars.to(device), group).cpu()
+
+    def means(self, statistics: dict[str, TensorStatistics]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Divide by the weights (eq. 1), one tensor at a time, each sum given up as it is taken.
+
+        Args:
+            statistics: receives each tensor's entry before the tensor is yielded.
+        """
+        for name, (weight, weight_sq, norms, dropped) in zip(self.names, self.scalars.tolist(), strict=True):
+            mean = self.totals.pop(0).div_(weight)
+            signal, noise = signal_and_noise(squared_norm(mean), weight, weight_sq, norms)
+            statistics[name] = TensorStatistics(signal, noise, int(dropped))
+            yield name, mean
+
+    # --- snapshots ----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], identity: dict[str, Any]) -> None:
+        """Write everything, whole or not at all.
+
+        Args:
+            path: ends in ``.safetensors``.
+            identity: what must be equal for the snapshot to be continued.
+
+        Raises:
+            OSError: it cannot be written; the older snapshot is intact.
+        """
+        tensors = self._tensors()
+        digests = {key: _sha256(tensor) for key, tensor in tensors.items()}
+        content = {"progress": asdict(self.progress), "digests": digests}
+        save_tensors(path, tensors, self._header(identity) | content)
+
+    def load(self, path: str | os.PathLike[str], identity: dict[str, Any]) -> None:
+        """Inverse of :meth:`save`.
+
+        Raises:
+            ValueError: corrupt, or of another collection.
+        """
+        saved, own = SavedTensors(path), self._tensors()
+        for key, want in self._header(identity).items():
+            if saved.content.get(key) != want:
+                raise ValueError(
+                    f"{path}: expected a snapshot of this collection, got another {key.replace('_', ' ')}; delete it, "
+                    "or choose another snapshot_path"
+                )
+        saved.check_layout({key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in own.items()})
+        for key, tensor in own.items():
+            found = saved[key]
+            if _sha256(found) != saved.content["digests"][key]:
+                raise ValueError(f"{path}: the sum {key!r} is corrupt; delete the snapshot and start again")
+            tensor.copy_(found)
+        self.progress = Progress(**saved.content["progress"])
+
+    def _header(self, identity: dict[str, Any]) -> dict[str, Any]:
+        return {"kind": KIND, "format_version": FORMAT_VERSION, "parameters": self.names, **identity}
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {f"{n}/total": t for n, t in zip(self.names, self.totals, strict=True)} | {"/scalars": self.scalars}
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(as_bytes(tensor)).hexdigest()
+
+
+def signal_and_noise(
+    mean_sq: float, weight: float, weight_sq: float, weighted_norms: float
+) -> tuple[float | None, float | None]:
+    """Unbiased estimates of ‖μ‖² and of E‖ĝ_G − μ‖², from one scalar per micro-batch.
+
+    Micro-batch i has the gradient g_i = μ + ε_i, with independent ε_i of mean 0 and any E‖ε_i‖² = v_i, and
+    ĝ = Σ w_i g_i / W. With W = Σ w_i, W₂ = Σ w_i² and Q = Σ w_i² ‖g_i‖²::
+
+        W² ‖ĝ‖² − Q = Σ_{i≠j} w_i w_j ⟨g_i, g_j⟩,   whose expectation is (W² − W₂) ‖μ‖²
+
+    so ``signal`` = (W² ‖ĝ‖² − Q) / (W² − W₂) is unbiased whatever the v_i, and so is ``noise`` = ‖ĝ‖² − ``signal``,
+    because E‖ĝ‖² = ‖μ‖² + E‖ĝ − μ‖². Either may come out negative where it is small.
+
+    Two random halves of the data have mean gradients of inner product ‖μ‖² and, with half the data each, of squared
+    norm ‖μ‖² + 2·noise: their expected cosine is signal / (signal + 2·noise), to first order.
+
+    Args:
+        mean_sq: ‖ĝ‖².
+        weight, weight_sq, weighted_norms: W, W₂, Q.
+
+    Returns:
+        signal and noise; None for both with fewer than two micro-batches.
+    """
+    pairs = weight**2 - weight_sq
+    if pairs <= 1e-12 * weight**2:
+        return None, None
+    noise = (weighted_norms - weight_sq * mean_sq) / pairs
+    return mean_sq - noise, noise
