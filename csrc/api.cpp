@@ -1,0 +1,162 @@
+#include "api.h"
+
+#include <cmath>
+#include <vector>
+
+#include "kernels.h"
+#include "model.h"
+#include "work.h"
+
+using namespace dba;
+
+namespace {
+
+constexpr int64_t ELEMENTS_PER_TASK = 32768;
+constexpr int64_t ELEMENTS_PER_WAVE = 1 << 18;  // small tensors share a wave: its two barriers cost microseconds
+constexpr int64_t CACHE_ELEMENTS = 1 << 20;     // above, what similarity read has left the cache when the step asks for it
+
+const Kernels& kernels_of(int64_t isa) {
+#if defined(__x86_64__)
+    if (isa == 2) return avx512_kernels;
+    if (isa == 1) return avx2_kernels;
+#endif
+    (void)isa;
+    return scalar_kernels;
+}
+
+}  // namespace
+
+int64_t dba_abi(void) { return 1; }
+
+int64_t dba_isa_usable(int64_t isa) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (isa == 2)
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (isa == 1) return avx2;
+#endif
+    return isa == 0;
+}
+
+void dba_accumulate(int64_t isa, int64_t threads, const Tensor* tensors, int64_t count, double weight,
+                    double* squared_norms) {
+    const Kernels& kernels = kernels_of(isa);
+    const Batch batch{count, FP32, NATIVE, STATE_FP32, GLOBAL_NONE, tensors};
+    Model model(kernels, &batch, 1);
+    const Tasks::Run square = [&](int64_t tensor, int64_t unit) { model.reduce(tensor, unit, Reduce::SQUARES); };
+    const Tasks::Run add = [&](int64_t tensor, int64_t unit) {
+        if (!std::isfinite(squared_norms[tensor])) return;
+        model.each_row(tensor, unit, [&](int64_t start, int64_t n) {
+            const Tensor& t = tensors[tensor];
+            kernels.accumulate[t.grad_dtype](t.grad + start * dtype_bytes(t.grad_dtype),
+                                             reinterpret_cast<float*>(t.param) + start, static_cast<float>(weight), n);
+        });
+    };
+    // Wave by wave: the sum reads from the cache what the norm has just read.
+    Tasks tasks;
+    model.each_wave(ELEMENTS_PER_WAVE, [&](int64_t begin, int64_t end) {
+        tasks.parallel(model.units(), begin, end, ELEMENTS_PER_TASK, square);
+        tasks.serial([&, begin, end] {
+            for (int64_t i = begin; i < end; ++i) squared_norms[i] = model.total(i).grad_sq;
+        });
+        tasks.parallel(model.units(), begin, end, ELEMENTS_PER_TASK, add);
+    });
+    tasks.execute(static_cast<int>(threads));
+}
+
+void dba_encode(int64_t isa, int64_t threads, int64_t dtype, int64_t format, int64_t rows, int64_t cols,
+                const uint8_t* source, uint8_t* codes, float* scales) {
+    const Units units({Cut(rows, cols, true)});
+    const Rows layout{units.cut(0).cols};
+    Kernels::Encode* encode = kernels_of(isa).encode[dtype][format];
+    const Tasks::Run run = [&](int64_t, int64_t unit) {
+        layout.each(units.cut(0).piece(unit), [&](int64_t row, int64_t col, int64_t n) {
+            encode(source + (row * layout.cols + col) * dtype_bytes(dtype), codes + layout.code(format, row, col),
+                   scales + layout.scale(row, col), n);
+        });
+    };
+    Tasks tasks;
+    tasks.parallel(units, 0, 1, ELEMENTS_PER_TASK, run);
+    tasks.execute(static_cast<int>(threads));
+}
+
+void dba_decode(int64_t isa, int64_t threads, int64_t format, int64_t rows, int64_t cols, const uint8_t* codes,
+                const float* scales, float* out) {
+    const Units units({Cut(rows, cols, global_is_grouped(format))});
+    const Rows layout{units.cut(0).cols};
+    Kernels::Decode* decode = kernels_of(isa).decode[format];
+    const Tasks::Run run = [&](int64_t, int64_t unit) {
+        layout.each(units.cut(0).piece(unit), [&](int64_t row, int64_t col, int64_t n) {
+            decode(codes + layout.code(format, row, col), scales + (scales ? layout.scale(row, col) : 0),
+                   out + row * layout.cols + col, n);
+        });
+    };
+    Tasks tasks;
+    tasks.parallel(units, 0, 1, ELEMENTS_PER_TASK, run);
+    tasks.execute(static_cast<int>(threads));
+}
+
+void dba_similarity(int64_t isa, int64_t threads, const Batch* batches, int64_t count, double* sums) {
+    Model model(kernels_of(isa), batches, count);
+    const Tasks::Run run = [&](int64_t tensor, int64_t unit) { model.reduce(tensor, unit, Reduce::BOTH); };
+    Tasks tasks;
+    tasks.parallel(model.units(), 0, model.tensors(), ELEMENTS_PER_TASK, run);
+    tasks.execute(static_cast<int>(threads));
+    for (int64_t i = 0; i < model.tensors(); ++i) model.write_sums(i, Reduce::BOTH, sums);
+}
+
+void dba_coefficients(const CoefficientArguments* arguments) {
+    Coefficients coefficients(*arguments);
+    coefficients.begin();
+    for (int64_t i = 0; i < arguments->active_count; ++i) coefficients.row(arguments->active[i]);
+}
+
+void dba_step(int64_t isa, int64_t threads, const Batch* batches, int64_t count, const double* table) {
+    Model model(kernels_of(isa), batches, count);
+    const Tasks::Run run = [&](int64_t tensor, int64_t unit) { model.step(tensor, unit, table); };
+    Tasks tasks;
+    tasks.parallel(model.units(), 0, model.tensors(), ELEMENTS_PER_TASK, run);
+    tasks.execute(static_cast<int>(threads));
+}
+
+// A non-finite gradient anywhere must leave everything untouched, and clipping needs the norm of the whole gradient: so
+// |g_D|^2 of every tensor comes first, and costs one reading of the gradients whatever follows. The dot of a tensor is
+// only needed for its own row of the table: it is taken right before the tensor's step, which then finds gradient and
+// global gradient in the cache. Where the tensor is too large for that, or the scope is the whole model, the dot is taken
+// with the norm.
+void dba_fused_step(int64_t isa, int64_t threads, const Batch* batches, int64_t count,
+                    const CoefficientArguments* arguments) {
+    Model model(kernels_of(isa), batches, count);
+    Coefficients coefficients(*arguments);
+    auto dot_later = [&](int64_t tensor) {
+        return !arguments->global_scope && model.has_global(tensor) && model.elements(tensor) <= CACHE_ELEMENTS;
+    };
+    auto first = [&](int64_t tensor) { return dot_later(tensor) ? Reduce::SQUARES : Reduce::BOTH; };
+    const Tasks::Run reduce = [&](int64_t tensor, int64_t unit) { model.reduce(tensor, unit, first(tensor)); };
+    const Tasks::Run dot = [&](int64_t tensor, int64_t unit) {
+        if (dot_later(tensor)) model.reduce(tensor, unit, Reduce::DOT);
+    };
+    const Tasks::Run step = [&](int64_t tensor, int64_t unit) { model.step(tensor, unit, arguments->table); };
+
+    Tasks tasks;
+    if (arguments->reduce) tasks.parallel(model.units(), 0, model.tensors(), ELEMENTS_PER_TASK, reduce);
+    tasks.serial([&] {
+        if (arguments->reduce)
+            for (int64_t i = 0; i < model.tensors(); ++i) model.write_sums(i, first(i), arguments->sums);
+        coefficients.begin();
+    });
+    auto rows = [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            if (arguments->reduce && dot_later(i)) model.write_sums(i, Reduce::DOT, arguments->sums);
+            coefficients.row(model.index(i));
+        }
+    };
+    model.each_wave(ELEMENTS_PER_WAVE, [&](int64_t begin, int64_t end) {
+        if (arguments->reduce) tasks.parallel(model.units(), begin, end, ELEMENTS_PER_TASK, dot);
+        tasks.serial([&, begin, end] { rows(begin, end); });
+        tasks.parallel(model.units(), begin, end, ELEMENTS_PER_TASK, step);
+    });
+    tasks.execute(static_cast<int>(threads));
+}

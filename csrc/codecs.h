@@ -1,0 +1,173 @@
+// How elements are widened on load and narrowed on store, in terms of a vector interface S (simd_*.h).
+// Every codec sees pointers to the first element of a group and an element index j inside the group, a multiple of W.
+#pragma once
+
+#include "formats.h"
+
+namespace dba {
+namespace {  // internal linkage: no instruction set may lend its code to another
+
+using bytes_t = const uint8_t*;
+
+// --- plain floating point -----------------------------------------------------------------------------------------
+
+template <class S, int64_t D> struct Float;
+
+template <class S> struct Float<S, FP32> {
+    static typename S::F load(bytes_t p, int j) { return S::load(p + 4 * j); }
+    static void store(uint8_t* p, int j, typename S::F x) { S::store(p + 4 * j, x); }
+};
+
+template <class S> struct Float<S, BF16> {
+    static typename S::F load(bytes_t p, int j) { return S::from_bits(S::load_u16(p + 2 * j) << 16); }
+    static void store(uint8_t* p, int j, typename S::F x) {
+        typename S::U u = S::bits(x);
+        typename S::U nearest_even = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+        S::store_low16(p + 2 * j, x == x ? nearest_even : S::splat_bits(0x7FC0));
+    }
+};
+
+template <class S> struct Float<S, FP16> {
+    static typename S::F load(bytes_t p, int j) { return S::load_f16(p + 2 * j); }
+    static void store(uint8_t* p, int j, typename S::F x) { S::store_f16(p + 2 * j, x); }
+};
+
+// --- the stored global gradient: load() gives code values; grouped formats still want the group's scale ---------------
+
+template <class S, int64_t G> struct Global;
+
+template <class S> struct Global<S, GLOBAL_FP32> : Float<S, FP32> {};
+template <class S> struct Global<S, GLOBAL_BF16> : Float<S, BF16> {};
+template <class S> struct Global<S, GLOBAL_FP16> : Float<S, FP16> {};
+
+template <class S> struct Global<S, GLOBAL_INT8> {
+    static typename S::F load(bytes_t p, int j) { return S::to_float(S::load_i8(p + j)); }
+};
+
+template <class S> struct Global<S, GLOBAL_INT4> {
+    static typename S::F load(bytes_t p, int j) { return S::to_float(S::load_nibbles(p, j)); }
+};
+
+template <class S> struct Global<S, GLOBAL_FP8> {
+    static typename S::F load(bytes_t p, int j) {
+        typename S::U code = S::load_u8(p + j), magnitude = code & 0x7Fu;
+        typename S::F subnormal = S::to_float((typename S::I)magnitude) * S::splat(0x1p-9f);
+        typename S::F value = magnitude < 8u ? subnormal : S::from_bits((magnitude << 20) + (120u << 23));
+        value = magnitude == 0x7Fu ? S::from_bits(S::splat_bits(0x7FC00000)) : value;
+        return S::from_bits(S::bits(value) | ((code & 0x80u) << 24));
+    }
+    // e4m3 code of x, |x| <= 448 up to rounding, ties to even.
+    static typename S::U encode(typename S::F x) {
+        typename S::U magnitude = S::bits(x) & 0x7FFFFFFFu, sign = (S::bits(x) >> 24) & 0x80u;
+        typename S::U normal = (magnitude + 0x7FFFFu + ((magnitude >> 20) & 1u) - (120u << 23)) >> 20;
+        typename S::F shifted = S::from_bits(magnitude) + S::splat(16384.0f);  // ulp(2^14) = 2^-9, the subnormals' unit
+        typename S::U subnormal = S::bits(shifted) - S::bits(S::splat(16384.0f));
+        return (magnitude < (121u << 23) ? subnormal : normal) | sign;
+    }
+};
+
+// --- parameters: a weight, and a remainder that together hold more than the weight's dtype ----------------------------
+
+// 32-bit integer hash with full avalanche ("lowbias32" of C. Wellons' hash prospector).
+template <class U> inline U mix32(U x) {
+    x = (x ^ (x >> 16)) * 0x7FEB352Du;
+    x = (x ^ (x >> 15)) * 0x846CA68Bu;
+    return x ^ (x >> 16);
+}
+
+template <class S, int64_t Format, int64_t D> struct Param;
+
+template <class S, int64_t D> struct Param<S, NATIVE, D> {
+    static typename S::F load(bytes_t weight, bytes_t, int j) { return Float<S, D>::load(weight, j); }
+    static void store(uint8_t* weight, uint8_t*, int j, typename S::F x, typename S::U) {
+        Float<S, D>::store(weight, j, x);
+    }
+};
+
+template <class S, int64_t D> struct Param<S, MASTER, D> {
+    static typename S::F load(bytes_t, bytes_t master, int j) { return S::load(master + 4 * j); }
+    static void store(uint8_t* weight, uint8_t* master, int j, typename S::F x, typename S::U) {
+        Float<S, D>::store(weight, j, x);
+        S::store(master + 4 * j, x);
+    }
+};
+
+// bf16 + 16 bits: high = nearest bf16 (ties away from zero), low = pattern - (high << 16): the exact fp32 value.
+template <class S> struct Param<S, SPLIT16, BF16> {
+    static typename S::F load(bytes_t weight, bytes_t low, int j) {
+        return S::from_bits((S::load_u16(weight + 2 * j) << 16) + (typename S::U)S::load_i16(low + 2 * j));
+    }
+    static void store(uint8_t* weight, uint8_t* low, int j, typename S::F x, typename S::U) {
+        typename S::U u = S::bits(x);
+        S::store_low16(weight + 2 * j, (u + 0x8000u) >> 16);
+        S::store_low16(low + 2 * j, u);  // the low half, read back as signed, is the remainder
+    }
+};
+
+// bf16 + 8 bits: the pattern rounded stochastically to a multiple of 256, then split as above.
+template <class S> struct Param<S, SPLIT8, BF16> {
+    static typename S::F load(bytes_t weight, bytes_t low, int j) {
+        typename S::U remainder = (typename S::U)S::load_i8(low + j);
+        return S::from_bits((S::load_u16(weight + 2 * j) << 16) + (remainder << 8));
+    }
+    static void store(uint8_t* weight, uint8_t* low, int j, typename S::F x, typename S::U random) {
+        typename S::U u = S::bits(x) + random;
+        S::store_low16(weight + 2 * j, ((u & 0xFFFFFF00u) + 0x8000u) >> 16);
+        S::store_low8(low + j, u >> 8);
+    }
+};
+
+// fp16: the remainder counts units of ulp(weight) * 2^-15 (split16) or * 2^-7 (split8).
+template <class S, int FractionBits> struct Fp16Unit {
+    typename S::U exponent;  // biased, of ulp(weight) * 2^-FractionBits
+    explicit Fp16Unit(typename S::U half) {
+        typename S::U field = (half >> 10) & 31u;
+        field = field == 0u ? S::splat_bits(1) : field;
+        exponent = field + (127u - 15u - 10u - FractionBits);
+    }
+    typename S::F unit() const { return S::from_bits(exponent << 23); }
+    typename S::F inverse() const { return S::from_bits((254u - exponent) << 23); }
+};
+
+template <class S> struct Param<S, SPLIT16, FP16> {
+    using Unit = Fp16Unit<S, 15>;
+    static typename S::F load(bytes_t weight, bytes_t low, int j) {
+        typename S::F remainder = S::to_float(S::load_i16(low + 2 * j));
+        return S::load_f16(weight + 2 * j) + remainder * Unit(S::load_u16(weight + 2 * j)).unit();
+    }
+    static void store(uint8_t* weight, uint8_t* low, int j, typename S::F x, typename S::U) {
+        S::store_f16(weight + 2 * j, x);
+        typename S::F rest = x - S::load_f16(weight + 2 * j);
+        S::store_low16(low + 2 * j, (typename S::U)S::to_int(rest * Unit(S::load_u16(weight + 2 * j)).inverse()));
+    }
+};
+
+template <class S> struct Param<S, SPLIT8, FP16> {
+    using Unit = Fp16Unit<S, 7>;
+    static typename S::F load(bytes_t weight, bytes_t low, int j) {
+        typename S::F remainder = S::to_float(S::load_i8(low + j));
+        return S::load_f16(weight + 2 * j) + remainder * Unit(S::load_u16(weight + 2 * j)).unit();
+    }
+    static void store(uint8_t* weight, uint8_t* low, int j, typename S::F x, typename S::U random) {
+        S::store_f16(weight + 2 * j, x);
+        typename S::F rest = x - S::load_f16(weight + 2 * j);
+        typename S::F units = rest * Unit(S::load_u16(weight + 2 * j)).inverse();
+        typename S::F dithered = S::floor(units + S::to_float((typename S::I)random) * S::splat(0x1p-8f));
+        S::store_low8(low + j, (typename S::U)S::to_int(dithered));
+    }
+};
+
+// --- scales of grouped codecs -----------------------------------------------------------------------------------------
+
+struct Scale {
+    float scale, inverse;  // value of code 1 and its reciprocal; both 0 where the scale would be subnormal
+    Scale(float absmax, double value_of_absmax) {
+        float wanted = absmax * static_cast<float>(1.0 / value_of_absmax);
+        bool usable = wanted >= SMALLEST_SCALE;
+        scale = usable ? wanted : 0.0f;
+        inverse = usable ? 1.0f / wanted : 0.0f;
+    }
+};
+
+}  // namespace
+}  // namespace dba

@@ -1,0 +1,56 @@
+// The kernels of one instruction set, as a table of function pointers: the boundary between api.cpp, which is compiled
+// for the baseline machine, and isa_*.cpp, which are not.
+#pragma once
+
+#include "formats.h"
+
+namespace dba {
+
+// Gradient and stored global gradient.
+struct GradSource {
+    const uint8_t *grad, *codes;
+    const float* scales;  // null where the format has none
+};
+
+struct Sums {
+    double dot, grad_sq;
+};
+
+// One row of the coefficient table in fp32, and what keys the stochastic rounding.
+struct StepScalars {
+    float grad_weight, global_weight, beta1, one_minus_beta1, beta2, one_minus_beta2;
+    float step_size, inv_sqrt_bias_correction2, eps, lr_weight_decay;
+    uint32_t step, seed;
+};
+
+// What a step updates: pointers to one element, which starts a group of its row.
+struct StepTarget {
+    uint8_t *param, *remainder, *exp_avg, *exp_avg_sq;
+    float *exp_avg_scale, *exp_avg_sq_scale;  // null unless the state is int8
+};
+
+// Every function takes a run of n elements of one row that starts at a group boundary. A null entry: no such combination.
+struct Kernels {
+    using Boost = void(const GradSource& in, float a, float b, int n, float* out);
+    using Update = void(const StepTarget&, const float* grad, const StepScalars&, uint64_t element, int n);
+    using Similarity = void(const GradSource& in, int64_t n, Sums& sums);
+    using Accumulate = void(const uint8_t* grad, float* total, float weight, int64_t n);
+    using Encode = void(const uint8_t* source, uint8_t* codes, float* scales, int64_t n);
+    using Decode = void(const uint8_t* codes, const float* scales, float* out, int64_t n);
+
+    Boost* boost[DTYPES][GLOBAL_FORMATS];
+    Update* update[PARAM_FORMATS][DTYPES][STATE_FORMATS];
+    Similarity* similarity[DTYPES][GLOBAL_FORMATS];  // dot and squares
+    Similarity* dot[DTYPES][GLOBAL_FORMATS];         // dot alone
+    Accumulate* accumulate[DTYPES];
+    Encode* encode[DTYPES][GLOBAL_FORMATS];
+    Decode* decode[GLOBAL_FORMATS];
+};
+
+extern const Kernels scalar_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+
+}  // namespace dba

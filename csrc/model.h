@@ -1,0 +1,70 @@
+// The tensors of one call, cut into units, and what kernels do to one unit.
+#pragma once
+
+#include <vector>
+
+#include "api.h"
+#include "kernels.h"
+#include "work.h"
+
+namespace dba {
+
+// Addresses inside a tensor of rows of `cols` elements.
+struct Rows {
+    int64_t cols;
+
+    int64_t scale(int64_t row, int64_t col) const { return row * ((cols + GROUP - 1) / GROUP) + col / GROUP; }
+    int64_t code(int64_t format, int64_t row, int64_t col) const {  // in bytes
+        return row * global_bytes(format, cols) + global_bytes(format, col);
+    }
+    template <class Body> void each(const Piece& piece, Body&& body) const {
+        for (int64_t row = piece.row; row < piece.row + piece.rows; ++row) body(row, piece.col, piece.cols);
+    }
+};
+
+enum class Reduce { DOT, SQUARES, BOTH };
+
+class Model {
+public:
+    Model(const Kernels& kernels, const Batch* batches, int64_t count);
+
+    const Units& units() const { return units_; }
+    int64_t tensors() const { return units_.tensors(); }
+    int64_t index(int64_t tensor) const { return entries_[tensor].tensor->index; }
+    int64_t elements(int64_t tensor) const { return units_.cut(tensor).rows * units_.cut(tensor).cols; }
+    bool has_global(int64_t tensor) const { return entries_[tensor].batch->global_format != GLOBAL_NONE; }
+
+    // body(begin, end) over consecutive runs of tensors with at least `elements` elements each.
+    template <class Body> void each_wave(int64_t elements_per_wave, Body&& body) const {
+        for (int64_t begin = 0, end = 0; begin < tensors(); begin = end) {
+            for (int64_t sum = 0; end < tensors() && sum < elements_per_wave; ++end) sum += elements(end);
+            body(begin, end);
+        }
+    }
+    // body(first element, n) for every row of the unit.
+    template <class Body> void each_row(int64_t tensor, int64_t unit, Body&& body) const {
+        const Rows layout{units_.cut(tensor).cols};
+        layout.each(piece(tensor, unit), [&](int64_t row, int64_t col, int64_t n) { body(row * layout.cols + col, n); });
+    }
+
+    void reduce(int64_t tensor, int64_t unit, Reduce what);  // keeps the unit's sums
+    void step(int64_t tensor, int64_t unit, const double* table) const;
+    Sums total(int64_t tensor) const;  // the sums of its units, in their order
+    void write_sums(int64_t tensor, Reduce what, double* sums) const;
+
+private:
+    struct Entry {
+        const Batch* batch;
+        const Tensor* tensor;
+    };
+    Piece piece(int64_t tensor, int64_t unit) const { return units_.cut(tensor).piece(unit - units_.first(tensor)); }
+    GradSource source(const Entry& entry, const Rows& layout, int64_t row, int64_t col) const;
+    StepTarget target(const Entry& entry, const Rows& layout, int64_t row, int64_t col) const;
+
+    const Kernels& kernels_;
+    std::vector<Entry> entries_;
+    Units units_;
+    std::vector<Sums> sums_;  // one per unit
+};
+
+}  // namespace dba

@@ -1,0 +1,62 @@
+// The vector interface of simd_scalar.h in sixteen lanes: AVX-512 F, BW, DQ, VL.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace dba {
+namespace {  // internal linkage: no instruction set may lend its code to another
+
+struct Avx512 {
+    static constexpr int W = 16;
+    using F = __m512;
+    using I = int32_t __attribute__((vector_size(64)));
+    using U = uint32_t __attribute__((vector_size(64)));
+
+    static F splat(float x) { return _mm512_set1_ps(x); }
+    static U splat_bits(uint32_t x) { return (U)_mm512_set1_epi32(static_cast<int>(x)); }
+    static U iota() { return (U)_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+    static U bits(F x) { return (U)x; }
+    static F from_bits(U u) { return (F)u; }
+
+    static __m256i half(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+    static __m128i quarter(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+
+    static F load(const void* p) { return _mm512_loadu_ps(p); }
+    static void store(void* p, F x) { _mm512_storeu_ps(p, x); }
+    static U load_bits(const void* p) { return (U)_mm512_loadu_si512(p); }
+    static I load_i8(const void* p) { return (I)_mm512_cvtepi8_epi32(quarter(p)); }
+    static U load_u8(const void* p) { return (U)_mm512_cvtepu8_epi32(quarter(p)); }
+    static I load_i16(const void* p) { return (I)_mm512_cvtepi16_epi32(half(p)); }
+    static U load_u16(const void* p) { return (U)_mm512_cvtepu16_epi32(half(p)); }
+    static void store_low8(void* p, U x) {
+        _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x));
+    }
+    static void store_low16(void* p, U x) {
+        _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)x));
+    }
+    static I load_nibbles(const uint8_t* row, int64_t j) {
+        __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + j / 2));
+        __m512i twice = _mm512_shuffle_epi32(_mm512_cvtepu8_epi64(eight), _MM_PERM_CCAA);  // byte in both halves
+        return (I)_mm512_srai_epi32(_mm512_sllv_epi32(twice, _mm512_set1_epi64((24LL << 32) | 28)), 28);
+    }
+    static F load_f16(const void* p) { return _mm512_cvtph_ps(half(p)); }
+    static void store_f16(void* p, F x) {
+        _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    }
+
+    static F to_float(I x) { return _mm512_cvtepi32_ps((__m512i)x); }
+    static I to_int(F x) { return (I)_mm512_cvtps_epi32(x); }
+    static F floor(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+    static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F sqrt(F x) { return _mm512_sqrt_ps(x); }
+    static F divide(F a, F b) { return a / b; }
+    static F max(F a, F b) { return _mm512_max_ps(a, b); }
+    static F abs(F x) { return _mm512_abs_ps(x); }
+    static float sum(F x) { return _mm512_reduce_add_ps(x); }
+    static float largest(F x) { return _mm512_reduce_max_ps(x); }
+};
+
+}  // namespace
+}  // namespace dba
