@@ -1,6 +1,8 @@
 """Dynamic Boosted Annealing: fine-tune on domain data alone, boosted by one stored gradient of the general data."""
 
+from .global_gradient import GlobalGradient
+from .optim import DBAAdamW
 from .schedule import annealing_schedule
 
 __version__ = "0.1.0"
-__all__ = ["annealing_schedule"]
+__all__ = ["DBAAdamW", "GlobalGradient", "annealing_schedule"]

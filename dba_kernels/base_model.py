@@ -120,7 +120,8 @@ def check_names(
     if lacking and missing == "error":
         raise ValueError(
             f"parameter {lacking[0]!r}: expected a global gradient, got none ({_count(lacking, params)} are missing"
-            f"{_hint(lacking[0], shapes)}); collect it with the same parameters trainable, or freeze it"
+            f"{_hint(lacking[0], shapes)}); collect it with the same parameters trainable, freeze it, or "
+            "pass missing='adamw' to the optimizer"
         )
     left = [name for name in shapes if name not in params]
     if left and extra == "error":

@@ -121,8 +121,8 @@ class Plan:
         global_sq = [-1.0] * len(self.params)
         gg = self.optimizer.global_gradient
         if gg is not None:
-            named = dict(zip(self.names, self.params, strict=True))
-            gg.check_model(named, weights=fresh, partial=self.optimizer.missing == "adamw")
+            others = "ignore" if self.optimizer.missing == "adamw" else "error"
+            gg.check_model(zip(self.names, self.params, strict=True), weights=fresh, missing=others, extra=others)
             for i, name in enumerate(self.names):
                 if name in gg:
                     self.stored[i], global_sq[i] = gg.stored(name).to(self.params[i].device), gg.global_sq(name)
