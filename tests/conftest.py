@@ -35,9 +35,10 @@ def _triton() -> SimpleNamespace:
 def _native() -> ModuleType:
     try:
         module = importlib.import_module("dba_kernels.native")
-        module.load()
-    except (ImportError, OSError, RuntimeError) as error:
-        pytest.skip(f"the native library does not load: {error}")
+    except ImportError as error:
+        pytest.skip(f"native: {error}")
+    if module.why_not() is not None:
+        pytest.skip(f"native: {module.why_not()}")
     return module
 
 

@@ -37,10 +37,11 @@ def largest_terms(
     m_terms = row[Coefficient.BETA1] * exp_avg.abs(), row[Coefficient.ONE_MINUS_BETA1] * largest_grad
     v_terms = row[Coefficient.BETA2] * exp_avg_sq, row[Coefficient.ONE_MINUS_BETA2] * largest_grad.square()
     m_largest, v_largest = torch.maximum(*m_terms), torch.maximum(*v_terms)
+    m = row[Coefficient.BETA1] * exp_avg + row[Coefficient.ONE_MINUS_BETA1] * (grad + stored)
     v = row[Coefficient.BETA2] * exp_avg_sq + row[Coefficient.ONE_MINUS_BETA2] * (grad + stored).square()
     denominator = v.sqrt() * row[Coefficient.INV_SQRT_BIAS_CORRECTION2] + row[Coefficient.EPS]
     cancellation = (v_largest / v).nan_to_num(1.0, posinf=1.0).clamp(min=1.0)
-    update = row[Coefficient.STEP_SIZE] * m_largest / denominator * cancellation
+    update = row[Coefficient.STEP_SIZE] * torch.maximum(m.abs(), m_largest) / denominator * cancellation
     return {"exp_avg": m_largest, "exp_avg_sq": v_largest, "param": torch.maximum(param.abs(), update)}
 
 

@@ -1,0 +1,248 @@
+"""What all kernels share: tables of pointers and chunks on the host, tile addressing on the device.
+
+One launch serves every tensor of a batch. A program takes one chunk of CHUNK positions and walks it in tiles of TILE.
+*Positions* number the elements of a tensor whose rows are padded to whole groups, so group ``p // GROUP`` of a grouped
+format always is 64 consecutive positions; without padding (full rows, or no grouped format: one long row) position and
+element are the same and a tile may be *full*: no masks, 16-byte accesses. All other tiles are *masked*.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import formats
+from ..formats import EncodedTensor, TensorBatch, matrix_shape
+from . import columns as col
+
+GROUP = tl.constexpr(formats.GROUP)
+TILE = tl.constexpr(1024)
+"""Positions that 128 threads hold in registers: 8 each, two 16-byte loads of fp32 or one of bf16."""
+CHUNK = tl.constexpr(4 * TILE.value)
+"""Positions per program: the tables, pointers and coefficients are read once per chunk."""
+NUM_WARPS = 4
+ALIGNMENT = 16
+"""Bytes that every address must be a multiple of for full tiles."""
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+# --- host -------------------------------------------------------------------------------------------------------------
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launch on the tensor's device, not on the current one."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+
+
+def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A host list as a device tensor, without waiting for the copy."""
+    # Pinned memory comes from torch's caching allocator, which reuses it only after this copy has completed.
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def chunks_in(positions: int) -> int:
+    return -(-positions // CHUNK.value)
+
+
+def chunk_table(positions: list[int]) -> list[tuple[int, int]]:
+    """``(tensor, first position / CHUNK)`` of every program; each position of each tensor in exactly one chunk."""
+    return [(i, k) for i, n in enumerate(positions) for k in range(chunks_in(n))]
+
+
+class Addresses:
+    """Device table of the addresses of tensors that may move between steps (gradients): copied only when they do."""
+
+    def __init__(self, n: int, device: torch.device):
+        self.table = torch.zeros(n, dtype=torch.int64, device=device)
+        self._known: list[int] = []
+        self._captured: list[torch.Tensor] = []
+
+    def refresh(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """The table for these tensors.
+
+        Raises:
+            ValueError: a tensor is not contiguous, or not of the others' dtype.
+        """
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if addresses != self._known:
+            for i, tensor in enumerate(tensors):
+                _check_contiguous(f"grads[{i}]", tensor)
+                if tensor.dtype != tensors[0].dtype:
+                    raise ValueError(
+                        f"grads[{i}]: expected {tensors[0].dtype} like grads[0], got {tensor.dtype}; batch them apart"
+                    )
+            host = torch.tensor(addresses, dtype=torch.int64, pin_memory=self.table.is_cuda)
+            self.table.copy_(host, non_blocking=True)
+            if self.table.is_cuda and torch.cuda.is_current_stream_capturing():
+                self._captured.append(host)  # a graph reads it again at every replay
+            self._known = addresses
+        return self.table
+
+
+class Tables:
+    """Pointer and chunk tables of one batch, built once.
+
+    Args (attributes):
+        pointers: int64 ``[n, POINTERS]``.
+        chunks: int32 ``[n_chunks, 2]``.
+        grads: where this step's gradients are.
+        partials: fp32 ``[n_chunks, 2]``, scratch of the reduction.
+    """
+
+    def __init__(self, batch: TensorBatch):
+        device = batch.params[0].device
+        grouped = batch.state_format == "int8" or batch.global_format in ("int8", "int4", "fp8_e4m3")
+        index = batch.index.tolist()
+        rows, positions = [], []
+        for i, param in enumerate(batch.params):
+            entry, count = _pointer_row(batch, i, grouped)
+            entry[col.TABLE_ROW.value] = index[i]
+            entry[col.FIRST_CHUNK.value] = sum(chunks_in(n) for n in positions)
+            entry[col.N_CHUNKS.value] = chunks_in(count)
+            rows.append(entry)
+            positions.append(count)
+            _check_contiguous(f"params[{i}]", param)
+        chunks = chunk_table(positions)
+        self.n_chunks = len(chunks)
+        self.pointers = to_device(rows, torch.int64, device)
+        self.chunks = to_device(chunks or [(0, 0)], torch.int32, device)
+        self.grads = Addresses(len(rows), device)
+        self.partials = torch.empty(max(len(chunks), 1), 2, dtype=torch.float32, device=device)
+
+
+def tables_of(batch: TensorBatch) -> Tables:
+    """The batch's tables, from its cache."""
+    if "triton" not in batch.cache:
+        batch.cache["triton"] = Tables(batch)
+    return batch.cache["triton"]
+
+
+def _check_contiguous(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{name}: expected contiguous storage, got strides {tensor.stride()}; call .contiguous() first"
+        )
+
+
+def _pointer_row(batch: TensorBatch, i: int, grouped: bool) -> tuple[list[int], int]:
+    """One row of the pointer table, and the number of positions of its tensor."""
+    stored: Any = batch.global_grads[i] if batch.global_grads else None
+    parts = {
+        col.PARAM: batch.params[i],
+        col.REMAINDER: batch.remainders[i] if batch.remainders else None,
+        col.EXP_AVG: batch.exp_avgs[i] if batch.exp_avgs else None,
+        col.EXP_AVG_SQ: batch.exp_avg_sqs[i] if batch.exp_avg_sqs else None,
+        col.EXP_AVG_SCALE: batch.exp_avg_scales[i] if batch.exp_avg_scales else None,
+        col.EXP_AVG_SQ_SCALE: batch.exp_avg_sq_scales[i] if batch.exp_avg_sq_scales else None,
+        col.GLOBAL_GRAD: stored.codes if stored is not None else None,
+        col.GLOBAL_SCALE: stored.scales if stored is not None else None,
+    }
+    if isinstance(stored, EncodedTensor) and stored.format != batch.global_format:
+        raise ValueError(f"global_grads[{i}]: expected format {batch.global_format!r}, got {stored.format!r}")
+    entry = [0] * col.POINTERS.value
+    for column, tensor in parts.items():
+        if tensor is not None:
+            _check_contiguous(f"tensor {i} of the batch, column {column.value}", tensor)
+            entry[column.value] = tensor.data_ptr()
+    numel = batch.params[i].numel()
+    rows, cols = matrix_shape(tuple(batch.params[i].shape)) if grouped else (1, numel)
+    groups = -(-cols // formats.GROUP)
+    streams = [entry[c.value] for c in (col.PARAM, col.REMAINDER, col.EXP_AVG, col.EXP_AVG_SQ, col.GLOBAL_GRAD)]
+    entry[col.ROWS.value], entry[col.COLS.value] = rows, cols
+    entry[col.FULL_TILES.value] = int(
+        all(p % ALIGNMENT == 0 for p in streams) and (rows == 1 or cols % formats.GROUP == 0)
+    )
+    if batch.seeds:
+        entry[col.SEED.value] = batch.seeds[i]
+    if batch.offsets:
+        entry[col.OFFSET.value] = batch.offsets[i]
+    return entry, rows * groups * formats.GROUP if numel else 0
+
+
+def vector_elements(*dtypes: torch.dtype) -> int:
+    """Elements per access, the same for all tensors of a tile: 16 bytes of the widest, less of the others."""
+    return ALIGNMENT // max(dtype.itemsize for dtype in dtypes)
+
+
+# --- device -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def pointer(pointers, column, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """The tensor in this column. On full tiles VECTOR elements of it are aligned: one vector access per thread."""
+    address = tl.load(pointers + column).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(address, VECTOR * DTYPE.primitive_bitwidth // 8)
+
+
+@triton.jit
+def tile_offsets(start, rows, cols, LANES: tl.constexpr, MASKED: tl.constexpr):
+    """Where the tile of positions ``start … start + TILE`` lies in a tensor that stores LANES items per group.
+
+    LANES is GROUP for tensors of elements and GROUP / 2 for packed int4; ``cols`` counts items per row.
+
+    Returns:
+        (offset of the first item, offsets relative to it ``[TILE // GROUP, LANES]``, mask of the same shape)
+    """
+    group = tl.arange(0, TILE // GROUP)[:, None]
+    lane = tl.arange(0, LANES)[None, :]
+    if not MASKED:
+        return start // GROUP * LANES, group * LANES + lane, group + lane >= 0
+    groups_per_row = tl.maximum(tl.cdiv(cols, LANES), 1)
+    first_group = start // GROUP
+    row = first_group // groups_per_row
+    column_group = first_group - row * groups_per_row + group  # int64: counts on into the next rows
+    next_row = column_group // groups_per_row
+    column = (column_group - next_row * groups_per_row) * LANES + lane
+    inside = (column < cols) & (row + next_row < rows)
+    return row * cols, next_row * cols + column, inside
+
+
+@triton.jit
+def group_offsets(start, rows, cols, MASKED: tl.constexpr):
+    """Like :func:`tile_offsets`, for the scales: one per group, ``[TILE // GROUP, 1]``."""
+    group = tl.arange(0, TILE // GROUP)[:, None]
+    if not MASKED:
+        return start // GROUP, group, group >= 0
+    n_groups = rows * tl.cdiv(cols, GROUP)
+    return start // GROUP, group, start // GROUP + group < n_groups
+
+
+@triton.jit
+def load(pointer, at, MASKED: tl.constexpr):
+    """The tile at the offsets ``at``; 0 outside the tensor."""
+    first, offsets, inside = at
+    if MASKED:
+        return tl.load(pointer + first + offsets, mask=inside, other=0)
+    return tl.load(pointer + first + offsets)
+
+
+@triton.jit
+def narrow(value, dtype: tl.constexpr):
+    """``value`` in ``dtype``; floats round to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16 and value.dtype == tl.float32:  # where the interpreter would truncate
+        bits = value.to(tl.int32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return value.to(dtype)
+
+
+@triton.jit
+def store(pointer, at, value, MASKED: tl.constexpr):
+    first, offsets, inside = at
+    value = narrow(value, pointer.dtype.element_ty)
+    if MASKED:
+        tl.store(pointer + first + offsets, value, mask=inside)
+    else:
+        tl.store(pointer + first + offsets, value)

@@ -1,0 +1,82 @@
+"""Parameter formats in registers: a low-precision weight and the remainder that completes it.
+
+bf16: the fp32 pattern is cut in two, the weight rounded to nearest (ties away from zero). fp16: the remainder counts
+units of ulp(weight)·2⁻¹⁵ (split16) or ·2⁻⁷ (split8).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .codecs import narrow_integer
+
+
+@triton.jit
+def mix32(x):
+    """The 32-bit hash "lowbias32" of C. Wellons' hash prospector, on uint32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def random_key(seed, step, high):
+    """Key of the elements whose index has these upper 32 bits; all uint32."""
+    return mix32(seed + step * 0x9E3779B9 + high * 0x85EBCA6B)
+
+
+@triton.jit
+def random_bytes(seed, step, first, offsets):
+    """Counter-based random bytes, int32 in [0, 255], of the elements ``first + offsets`` of the whole parameter.
+
+    A tile may straddle one multiple of 2³², hence two keys.
+    """
+    low = (first & 0xFFFFFFFF).to(tl.uint32)
+    high = (first >> 32).to(tl.uint32)
+    index = low + offsets.to(tl.uint32)
+    key = tl.where(index < low, random_key(seed, step, high + 1), random_key(seed, step, high))
+    return (mix32(index ^ key) >> 24).to(tl.int32)
+
+
+@triton.jit
+def power_of_two(exponent):
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fp16_unit_exponent(weight, FORMAT: tl.constexpr):
+    """log2 of the remainder's unit for an fp16 weight given in fp32."""
+    exponent = ((weight.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
+    return tl.maximum(exponent, -14) - (25 if FORMAT == "split16" else 17)
+
+
+@triton.jit
+def join(weight, remainder, FORMAT: tl.constexpr):
+    """The fp32 parameter."""
+    if weight.dtype == tl.float16:
+        wide = weight.to(tl.float32)
+        return wide + remainder.to(tl.float32) * power_of_two(fp16_unit_exponent(wide, FORMAT))
+    low = remainder.to(tl.int32)
+    if FORMAT == "split8":
+        low = low << 8
+    return ((weight.to(tl.int16, bitcast=True).to(tl.int32) << 16) + low).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split(value, random, dtype: tl.constexpr, FORMAT: tl.constexpr):
+    """(weight, remainder as int32) of an fp32 parameter; ``random`` is read for split8 only."""
+    if dtype == tl.float16:
+        weight = value.to(tl.float16)
+        wide = weight.to(tl.float32)
+        units = (value - wide) * power_of_two(-fp16_unit_exponent(wide, FORMAT))
+        if FORMAT == "split16":
+            return weight, narrow_integer(units)
+        return weight, tl.floor(units + random.to(tl.float32) * 0.00390625).to(tl.int32)
+    bits = value.to(tl.int32, bitcast=True)
+    if FORMAT == "split8":
+        bits = (bits + random) & -256  # stochastic rounding to a multiple of 2**8
+    high = (bits + 0x8000) >> 16
+    low = bits - (high << 16)
+    weight = high.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return weight, low >> 8 if FORMAT == "split8" else low

@@ -1,0 +1,128 @@
+"""The read-only reduction before an update, inner product and norms (inputs of METHOD.md eq. 4).
+
+Bytes per parameter with bf16 gradients: 3 with int8 ĝ_G, 2.5 with int4, 2 without (clipping alone); scales add
+4 / GROUP. Sums are taken in a fixed order: per chunk in fp32, over the chunks of a tensor in float64, without atomics.
+A finite gradient of magnitude 1e18 or more counts as non-finite: its square leaves fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..formats import TensorBatch
+from . import columns as col
+from .codecs import load_global, stored_dtype
+from .coefficients import coefficients
+from .common import (
+    CHUNK,
+    GROUP,
+    NUM_WARPS,
+    TILE,
+    TRITON_DTYPES,
+    load,
+    on_device,
+    pointer,
+    tables_of,
+    tile_offsets,
+    vector_elements,
+)
+
+__all__ = ["coefficients", "similarity"]
+
+SUM_BLOCK = tl.constexpr(1024)
+
+
+@triton.jit
+def load_pair(grad_ptr, global_ptr, scale_ptr, start, rows, cols, FORMAT: tl.constexpr, MASKED: tl.constexpr):
+    """(g_D, ĝ_G) of a tile in fp32; ĝ_G is 0 without one."""
+    at = tile_offsets(start, rows, cols, GROUP, MASKED)
+    grad = load(grad_ptr, at, MASKED).to(tl.float32)
+    if FORMAT == "none":
+        return grad, tl.zeros_like(grad)
+    return grad, load_global(global_ptr, scale_ptr, start, rows, cols, at, FORMAT, MASKED)
+
+
+@triton.jit
+def reduce_kernel(
+    partials_ptr,
+    pointers_ptr,
+    grads_ptr,
+    chunks_ptr,
+    GRAD_DTYPE: tl.constexpr,
+    GLOBAL_FORMAT: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """⟨g_D, ĝ_G⟩ and ‖g_D‖² of one chunk."""
+    chunk = chunks_ptr + 2 * tl.program_id(0)
+    tensor = tl.load(chunk).to(tl.int64)
+    pointers = pointers_ptr + tensor * col.POINTERS
+    rows = tl.load(pointers + col.ROWS)
+    cols = tl.load(pointers + col.COLS)
+    STORED: tl.constexpr = "fp32" if GLOBAL_FORMAT == "none" else GLOBAL_FORMAT
+    global_ptr = pointer(pointers, col.GLOBAL_GRAD, stored_dtype(STORED), VECTOR // 2 if STORED == "int4" else VECTOR)
+    scale_ptr = pointer(pointers, col.GLOBAL_SCALE, tl.float32, 1)
+    grad_ptr = pointer(grads_ptr, tensor, GRAD_DTYPE, VECTOR)
+    full_tiles = (tl.load(pointers + col.FULL_TILES) != 0) & (tl.load(grads_ptr + tensor) % 16 == 0)
+    positions = rows * tl.cdiv(cols, GROUP) * GROUP
+    first = tl.load(chunk + 1).to(tl.int64) * CHUNK
+    dot = tl.zeros((TILE // GROUP, GROUP), tl.float32)
+    square = tl.zeros((TILE // GROUP, GROUP), tl.float32)
+    for start in range(first, tl.minimum(first + CHUNK, positions), TILE):
+        if full_tiles & (start + TILE <= rows * cols):
+            grad, stored = load_pair(grad_ptr, global_ptr, scale_ptr, start, rows, cols, GLOBAL_FORMAT, False)
+        else:
+            grad, stored = load_pair(grad_ptr, global_ptr, scale_ptr, start, rows, cols, GLOBAL_FORMAT, True)
+        dot += grad * stored
+        square += grad * grad
+    partial = partials_ptr + 2 * tl.program_id(0)
+    tl.store(partial, tl.sum(dot))
+    tl.store(partial + 1, tl.sum(square))
+
+
+@triton.jit
+def finish_kernel(sums_ptr, partials_ptr, pointers_ptr, WIDTH: tl.constexpr):
+    """Sum the chunks of one tensor, in float64, into its row of ``[n, WIDTH]``: (dot, square), or the square alone."""
+    pointers = pointers_ptr + tl.program_id(0).to(tl.int64) * col.POINTERS
+    n_chunks = tl.load(pointers + col.N_CHUNKS)
+    partials = partials_ptr + tl.load(pointers + col.FIRST_CHUNK) * 2
+    dot = tl.zeros((SUM_BLOCK,), tl.float64)
+    square = tl.zeros((SUM_BLOCK,), tl.float64)
+    for first in range(0, n_chunks, SUM_BLOCK):
+        chunk = first + tl.arange(0, SUM_BLOCK)
+        square += tl.load(partials + 2 * chunk + 1, mask=chunk < n_chunks, other=0).to(tl.float64)
+        dot += tl.load(partials + 2 * chunk, mask=chunk < n_chunks, other=0).to(tl.float64)
+    row = sums_ptr + tl.load(pointers + col.TABLE_ROW) * WIDTH
+    tl.store(row + WIDTH - 1, tl.sum(square))
+    if WIDTH == 2:
+        tl.store(row, tl.sum(dot))
+
+
+@torch.no_grad()
+def similarity(batch: TensorBatch, grads: list[torch.Tensor], sums: torch.Tensor) -> None:
+    """Write ⟨g_D, ĝ_G⟩ and ‖g_D‖² of every parameter of the batch to its rows of ``sums`` (float64 ``[n_params, 2]``).
+
+    The gradients are taken as they are: not unscaled, not clipped, not negated. A NaN or an infinity in a gradient
+    makes its ‖g_D‖² non-finite.
+
+    Raises:
+        ValueError: storage that is not contiguous, or gradients of several dtypes.
+    """
+    if not grads:
+        return
+    tables = tables_of(batch)
+    codes = [stored.codes.dtype for stored in batch.global_grads[:1]]
+    with on_device(sums):
+        if tables.n_chunks:
+            reduce_kernel[(tables.n_chunks,)](
+                tables.partials,
+                tables.pointers,
+                tables.grads.refresh(grads),
+                tables.chunks,
+                TRITON_DTYPES[grads[0].dtype],
+                batch.global_format,
+                vector_elements(grads[0].dtype, *codes),
+                num_warps=NUM_WARPS,
+            )
+        finish_kernel[(len(grads),)](sums, tables.partials, tables.pointers, 2, num_warps=NUM_WARPS)

@@ -1,0 +1,199 @@
+"""One optimizer step of every tensor of a batch, in one launch (METHOD.md eqs. 3, 7, 8).
+
+Bytes per parameter with bf16 gradients: fp32 θ, m, v and int8 ĝ_G 27; bf16 split16, int8 m and v, int8 ĝ_G 15; split8
+13; one less with int4 ĝ_G, and none of it without; scales add 4 / GROUP per grouped tensor read or written.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..formats import TensorBatch
+from . import columns as col
+from .codecs import decode_exp_avg, decode_exp_avg_sq, encode_exp_avg, encode_exp_avg_sq, load_global, stored_dtype
+from .common import (
+    CHUNK,
+    GROUP,
+    NUM_WARPS,
+    TILE,
+    TRITON_DTYPES,
+    group_offsets,
+    load,
+    on_device,
+    pointer,
+    store,
+    tables_of,
+    tile_offsets,
+    vector_elements,
+)
+from .remainder import join, random_bytes, split
+
+
+@triton.jit
+def load_coefficients(row):
+    """The scalars of a tensor's row of the table, in fp32; the count as uint32."""
+    return (
+        tl.load(row + col.GRAD_WEIGHT).to(tl.float32),
+        tl.load(row + col.GLOBAL_WEIGHT).to(tl.float32),
+        tl.load(row + col.BETA1).to(tl.float32),
+        tl.load(row + col.ONE_MINUS_BETA1).to(tl.float32),
+        tl.load(row + col.BETA2).to(tl.float32),
+        tl.load(row + col.ONE_MINUS_BETA2).to(tl.float32),
+        tl.load(row + col.STEP_SIZE).to(tl.float32),
+        tl.load(row + col.INV_SQRT_BIAS_CORRECTION2).to(tl.float32),
+        tl.load(row + col.EPS).to(tl.float32),
+        tl.load(row + col.LR_WEIGHT_DECAY).to(tl.float32),
+        tl.load(row + col.STEP).to(tl.int64).to(tl.uint32),
+    )
+
+
+@triton.jit
+def update_tile(
+    tensors,
+    extent,
+    coefficients,
+    start,
+    PARAM_FORMAT: tl.constexpr,
+    STATE_FORMAT: tl.constexpr,
+    GLOBAL_FORMAT: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Load, update and store the positions ``start … start + TILE`` of one tensor."""
+    param_ptr, remainder_ptr, exp_avg_ptr, exp_avg_sq_ptr, grad_ptr, global_ptr, scale_ptrs = tensors
+    m_scale_ptr, v_scale_ptr, global_scale_ptr = scale_ptrs
+    rows, cols, seed, offset = extent
+    a, b, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_c2, eps, decay, step = coefficients
+    at = tile_offsets(start, rows, cols, GROUP, MASKED)
+    at_group = group_offsets(start, rows, cols, MASKED)
+
+    grad = load(grad_ptr, at, MASKED).to(tl.float32)
+    weight = load(param_ptr, at, MASKED)
+    exp_avg = load(exp_avg_ptr, at, MASKED)
+    exp_avg_sq = load(exp_avg_sq_ptr, at, MASKED)
+    boosted = a * grad
+    if GLOBAL_FORMAT != "none":
+        global_grad = load_global(global_ptr, global_scale_ptr, start, rows, cols, at, GLOBAL_FORMAT, MASKED)
+        boosted += b * global_grad  # eq. 3
+    if STATE_FORMAT == "int8":
+        exp_avg = decode_exp_avg(exp_avg, load(m_scale_ptr, at_group, MASKED))
+        exp_avg_sq = decode_exp_avg_sq(exp_avg_sq, load(v_scale_ptr, at_group, MASKED))
+    if PARAM_FORMAT == "native":
+        param = weight.to(tl.float32)
+    elif PARAM_FORMAT == "master":
+        param = load(remainder_ptr, at, MASKED)
+    else:
+        param = join(weight, load(remainder_ptr, at, MASKED), PARAM_FORMAT)
+
+    exp_avg = beta1 * exp_avg.to(tl.float32) + one_minus_beta1 * boosted  # eq. 7
+    exp_avg_sq = beta2 * exp_avg_sq.to(tl.float32) + one_minus_beta2 * (boosted * boosted)
+    inverse_root = tl.rsqrt(tl.sqrt(exp_avg_sq) * inv_sqrt_c2 + eps)  # two approximate roots cost less than a division
+    param -= decay * param + step_size * exp_avg * (inverse_root * inverse_root)  # eq. 8
+
+    if STATE_FORMAT == "int8":
+        exp_avg, m_scale = encode_exp_avg(exp_avg)
+        exp_avg_sq, v_scale = encode_exp_avg_sq(exp_avg_sq)
+        store(m_scale_ptr, at_group, m_scale, MASKED)
+        store(v_scale_ptr, at_group, v_scale, MASKED)
+    store(exp_avg_ptr, at, exp_avg, MASKED)
+    store(exp_avg_sq_ptr, at, exp_avg_sq, MASKED)
+    if PARAM_FORMAT == "split16" or PARAM_FORMAT == "split8":
+        first, offsets, _ = at
+        random = random_bytes(seed, step, offset + first, offsets) if PARAM_FORMAT == "split8" else 0
+        weight, rest = split(param, random, weight.dtype, PARAM_FORMAT)
+        store(param_ptr, at, weight, MASKED)
+        store(remainder_ptr, at, rest, MASKED)
+    else:
+        store(param_ptr, at, param, MASKED)
+        if PARAM_FORMAT == "master":
+            store(remainder_ptr, at, param, MASKED)
+
+
+@triton.jit
+def step_kernel(
+    pointers_ptr,
+    grads_ptr,
+    chunks_ptr,
+    table_ptr,
+    PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    PARAM_FORMAT: tl.constexpr,
+    STATE_FORMAT: tl.constexpr,
+    GLOBAL_FORMAT: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """One chunk of one tensor. Nothing that changes between steps is an argument: all of it lies in the tables."""
+    chunk = chunks_ptr + 2 * tl.program_id(0)
+    tensor = tl.load(chunk).to(tl.int64)
+    pointers = pointers_ptr + tensor * col.POINTERS
+    row = table_ptr + tl.load(pointers + col.TABLE_ROW) * col.COEFFICIENTS
+    if tl.load(row + col.SKIP) != 0:
+        return
+    coefficients = load_coefficients(row)
+    rows = tl.load(pointers + col.ROWS)
+    cols = tl.load(pointers + col.COLS)
+    extent = rows, cols, tl.load(pointers + col.SEED).to(tl.uint32), tl.load(pointers + col.OFFSET)
+    STATE_SQ_FORMAT: tl.constexpr = "uint8" if STATE_FORMAT == "int8" else STATE_FORMAT
+    REMAINDER_FORMAT: tl.constexpr = "master" if PARAM_FORMAT == "native" else PARAM_FORMAT
+    STORED_FORMAT: tl.constexpr = "fp32" if GLOBAL_FORMAT == "none" else GLOBAL_FORMAT
+    STORED_VECTOR: tl.constexpr = VECTOR // 2 if GLOBAL_FORMAT == "int4" else VECTOR
+    tensors = (
+        pointer(pointers, col.PARAM, PARAM_DTYPE, VECTOR),
+        pointer(pointers, col.REMAINDER, stored_dtype(REMAINDER_FORMAT), VECTOR),
+        pointer(pointers, col.EXP_AVG, stored_dtype(STATE_FORMAT), VECTOR),
+        pointer(pointers, col.EXP_AVG_SQ, stored_dtype(STATE_SQ_FORMAT), VECTOR),
+        pointer(grads_ptr, tensor, GRAD_DTYPE, VECTOR),
+        pointer(pointers, col.GLOBAL_GRAD, stored_dtype(STORED_FORMAT), STORED_VECTOR),
+        (
+            pointer(pointers, col.EXP_AVG_SCALE, tl.float32, 1),
+            pointer(pointers, col.EXP_AVG_SQ_SCALE, tl.float32, 1),
+            pointer(pointers, col.GLOBAL_SCALE, tl.float32, 1),
+        ),
+    )
+    full_tiles = (tl.load(pointers + col.FULL_TILES) != 0) & (tl.load(grads_ptr + tensor) % 16 == 0)
+    positions = rows * tl.cdiv(cols, GROUP) * GROUP
+    first = tl.load(chunk + 1).to(tl.int64) * CHUNK
+    for start in range(first, tl.minimum(first + CHUNK, positions), TILE):
+        if full_tiles & (start + TILE <= rows * cols):
+            update_tile(tensors, extent, coefficients, start, PARAM_FORMAT, STATE_FORMAT, GLOBAL_FORMAT, False)
+        else:
+            update_tile(tensors, extent, coefficients, start, PARAM_FORMAT, STATE_FORMAT, GLOBAL_FORMAT, True)
+
+
+@torch.no_grad()
+def step(batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor) -> None:
+    """Update every parameter of the batch and its state in place: boost, moments, corrected AdamW update.
+
+    Args:
+        batch: parameters, state and stored global gradients; its tables are built at the first call and kept in
+            ``batch.cache``, so its tensors must stay where they are.
+        grads: domain gradients g_D, fp32, bf16 or fp16, contiguous, one per parameter; they may move between steps.
+        table: coefficient table, float64 ``[n_params, Coefficient.COUNT]``; ``batch.index`` names the rows.
+
+    Raises:
+        ValueError: storage that is not contiguous, or gradients of several dtypes.
+    """
+    if not grads:
+        return
+    tables = tables_of(batch)
+    if tables.n_chunks == 0:
+        return
+    parts = (batch.params, grads, batch.remainders, batch.exp_avgs, batch.exp_avg_sqs)
+    widths = [part[0].dtype for part in parts if part]
+    if batch.global_grads:
+        widths.append(batch.global_grads[0].codes.dtype)
+    with on_device(table):
+        step_kernel[(tables.n_chunks,)](
+            tables.pointers,
+            tables.grads.refresh(grads),
+            tables.chunks,
+            table,
+            TRITON_DTYPES[batch.params[0].dtype],
+            TRITON_DTYPES[grads[0].dtype],
+            batch.param_format,
+            batch.state_format,
+            batch.global_format,
+            vector_elements(*widths),
+            num_warps=NUM_WARPS,
+        )
