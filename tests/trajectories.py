@@ -7,11 +7,12 @@ import torch
 from dba_kernels.formats import (
     REMAINDER_DTYPES,
     Coefficient,
+    StoredTensor,
     TensorBatch,
     matrix_shape,
     scales_shape,
 )
-from dba_kernels.reference import quantize, remainder, step
+from dba_kernels.reference import remainder, step
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
@@ -84,14 +85,14 @@ def displacement(
     *,
     steps: int,
     lr: float,
-    global_grad: torch.Tensor | None = None,
+    global_grad: StoredTensor | None = None,
     weight_decay: float = 0.0,
 ) -> torch.Tensor:
-    """θ_T − θ_0 in float64 after ``steps`` steps; with ``global_grad`` (stored as int8) γ = 0.3."""
+    """θ_T − θ_0 in float64 after ``steps`` steps; γ = 0.3 with a global gradient."""
     batch = batch_of(start, dtype, param_format, state_format)
     gamma = 0.0
     if global_grad is not None:
-        batch.global_grads, gamma = [quantize.encode(global_grad, "int8")], 0.3
+        batch.global_grads, batch.global_format, gamma = [global_grad], global_grad.format, 0.3
     for t in range(steps):
         row = coefficient_row(t, steps, lr, gamma, weight_decay)
         step.step(batch, [gradient(tuple(start.shape), t)], row)
