@@ -124,7 +124,22 @@ def decode(stored: StoredTensor, backend: str = "auto") -> torch.Tensor:
     if isinstance(stored, LowRankTensor):
         factor = decode(stored.u, backend) * stored.sigma  # [rows, r]
         return (factor @ decode(stored.v, backend).T).reshape(stored.shape)
+    if _traced(stored.codes):
+        return torch.ops.dba_kernels.decode(stored.codes, stored.scales, list(stored.shape), stored.format, backend)
     return implementation(select(backend, stored.device, torch.float32), "quantize").decode(stored)
+
+
+@torch.library.custom_op("dba_kernels::decode", mutates_args=())
+def _decode_op(
+    codes: torch.Tensor, scales: torch.Tensor | None, shape: list[int], format: str, backend: str
+) -> torch.Tensor:
+    decoded = decode(EncodedTensor(format, tuple(shape), codes, scales), backend)
+    return decoded.clone() if decoded.data_ptr() == codes.data_ptr() else decoded  # an op must not return its input
+
+
+@_decode_op.register_fake
+def _(codes: torch.Tensor, scales: torch.Tensor | None, shape: list[int], format: str, backend: str) -> torch.Tensor:
+    return codes.new_empty(shape, dtype=torch.float32)
 
 
 def factorize(tensor: torch.Tensor, rank: int, format: str) -> LowRankTensor:

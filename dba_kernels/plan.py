@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import state
 from .distributed import refuse_sharded
@@ -112,7 +113,7 @@ class Plan:
         self.counters = torch.tensor([done, groups[0]["steps_skipped"]], dtype=torch.int64, device=self.device)
         for param in self.params:
             if param in optimizer.state:
-                optimizer.state[param]["step"] = self.steps[self.row[param]]
+                optimizer.state[param]["step"] = self.steps.select(0, self.row[param])
         self._bind(fresh=done == 0)
 
     def _bind(self, fresh: bool) -> None:
@@ -150,7 +151,7 @@ class Plan:
         """Whether parameters and state still are the tensors that the batches were made of."""
         states = self.optimizer.state
         return all(
-            storage == [p.data_ptr() for p in params]
+            storage == _addresses(params)
             and all(states[p].get("exp_avg") is m for p, m in zip(params, batch.exp_avgs, strict=True))
             for params, batch, storage in zip(active.params, active.parts, active.storage, strict=True)
         )
@@ -170,7 +171,7 @@ class Plan:
             params=members,
             parts=parts,
             rows=[self._index(part) for part in members],
-            storage=[[p.data_ptr() for p in part] for part in members],
+            storage=[_addresses(part) for part in members],
             grads=[],
         )
 
@@ -185,7 +186,7 @@ class Plan:
         formats = state.formats_of(param, optimizer.param_format, optimizer.state_format)
         own = optimizer.state[param]
         state.prepare(own, param, *formats, name)
-        own["step"] = self.steps[row]
+        own["step"] = self.steps.select(0, row)
         return formats
 
     def _batch(
@@ -230,11 +231,13 @@ class Plan:
             rows.append(tuple(0.0 if torch.is_tensor(value) else float(value) for value in values))
         if rows != self._uploaded:
             # A fresh pinned buffer each time: one that is reused might be overwritten before its copy has completed.
-            host = torch.tensor(rows, dtype=torch.float64, pin_memory=self.device.type == "cuda")
+            host = torch.tensor(
+                rows, dtype=torch.float64, pin_memory=self.device.type == "cuda" and torch.cuda.is_available()
+            )
             self.hyper.copy_(host, non_blocking=True)
             self._uploaded = rows
         for i, column, value in tensors:
-            self.hyper[i, column].copy_(value.squeeze(), non_blocking=True)
+            self.hyper.select(0, i).select(0, column).copy_(value.squeeze(), non_blocking=True)
 
     def tables(self, active: ActiveSet) -> tuple[torch.Tensor, ...]:
         """Leading arguments of ``coefficients``."""
@@ -267,6 +270,10 @@ def _names(groups: list[dict[str, Any]]) -> list[str]:
         unnamed = [f"param_groups[{i}][{j}]" for j in range(len(group["params"]))]
         names += [normalize_name(name) for name in group.get("param_names", unnamed)]
     return names
+
+
+def _addresses(tensors: list[torch.Tensor]) -> list[int]:
+    return [0 if isinstance(t, FakeTensor) else t.data_ptr() for t in tensors]
 
 
 def _usable_grad(param: torch.Tensor, name: str) -> torch.Tensor:

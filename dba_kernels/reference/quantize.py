@@ -31,7 +31,7 @@ def _groups(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _ungroup(groups: torch.Tensor, cols: int) -> torch.Tensor:
-    return groups.flatten(1)[:, :cols]
+    return groups.flatten(1)[:, :cols].contiguous()
 
 
 def _scale_and_inverse(absmax: torch.Tensor, value_of_absmax: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,7 +81,7 @@ def encode(tensor: torch.Tensor, format: str) -> EncodedTensor:
         codes = scaled.round().clamp(-chosen.code_max, chosen.code_max).to(torch.int8)
         if chosen.bits == 4:
             codes = pack_int4(codes)
-    return EncodedTensor(chosen.name, tuple(tensor.shape), codes.contiguous(), scale)
+    return EncodedTensor(chosen.name, tuple(tensor.shape), codes, scale)
 
 
 def decode(encoded: StoredTensor) -> torch.Tensor:
@@ -133,7 +133,7 @@ def encode_exp_avg(exp_avg: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     groups = _groups(exp_avg.to(torch.float32).reshape(rows, cols))
     scale, inverse = _scale_and_inverse(groups.abs().amax(dim=2), float(EXP_AVG_CODE_MAX**2))
     magnitude = (groups.abs() * inverse.unsqueeze(2)).sqrt().round().clamp(max=EXP_AVG_CODE_MAX)
-    return _ungroup(magnitude.copysign(groups), cols).to(torch.int8).contiguous(), scale
+    return _ungroup(magnitude.copysign(groups), cols).to(torch.int8), scale
 
 
 def decode_exp_avg(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -154,7 +154,7 @@ def encode_exp_avg_sq(exp_avg_sq: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     inverse = inverse.unsqueeze(2)
     codes = (groups * inverse).sqrt().sqrt().round().clamp(max=EXP_AVG_SQ_CODE_MAX)
     codes = torch.where((groups > 0) & (inverse > 0), codes.clamp(min=1.0), codes)
-    return _ungroup(codes, cols).to(torch.uint8).contiguous(), scale
+    return _ungroup(codes, cols).to(torch.uint8), scale
 
 
 def decode_exp_avg_sq(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,0 +1,147 @@
+"""The contract sheet: registered operators, checks at the door, low rank above the backends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dba_kernels import ops
+from dba_kernels.formats import STORAGE_FORMATS, Coefficient, EncodedTensor, Hyper, Summary, TensorBatch
+
+ROWS, COLS = 66, 70
+
+
+def random_table(n: int) -> torch.Tensor:
+    table = torch.zeros(n, Coefficient.COUNT, dtype=torch.float64)
+    for column, value in (
+        (Coefficient.GRAD_WEIGHT, 0.7),
+        (Coefficient.GLOBAL_WEIGHT, 0.3),
+        (Coefficient.BETA1, 0.9),
+        (Coefficient.ONE_MINUS_BETA1, 0.1),
+        (Coefficient.BETA2, 0.99),
+        (Coefficient.ONE_MINUS_BETA2, 0.01),
+        (Coefficient.STEP_SIZE, 1e-3),
+        (Coefficient.INV_SQRT_BIAS_CORRECTION2, 2.0),
+        (Coefficient.EPS, 1e-8),
+        (Coefficient.STEP, 3.0),
+    ):
+        table[:, column] = value
+    return table
+
+
+def make_batch(global_grads: list, global_format: str, n: int = 2) -> tuple[TensorBatch, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    params = [torch.randn(ROWS, COLS) for _ in range(n)]
+    batch = TensorBatch(
+        param_format="native",
+        state_format="fp32",
+        global_format=global_format,
+        params=params,
+        exp_avgs=[torch.randn(ROWS, COLS) for _ in range(n)],
+        exp_avg_sqs=[torch.rand(ROWS, COLS) for _ in range(n)],
+        index=torch.arange(n),
+        global_grads=global_grads,
+        seeds=[0] * n,
+        offsets=[0] * n,
+    )
+    return batch, [torch.randn(ROWS, COLS) for _ in range(n)]
+
+
+OPCHECK = ("test_schema", "test_faketensor", "test_autograd_registration")
+
+
+def test_opcheck_accumulate() -> None:
+    args = ([torch.zeros(4, 5)], [torch.randn(4, 5)], 1.0, torch.zeros(1, dtype=torch.float64), "reference")
+    torch.library.opcheck(torch.ops.dba_kernels.accumulate, args, test_utils=OPCHECK)
+
+
+@pytest.mark.parametrize("format", STORAGE_FORMATS)
+def test_opcheck_encode_and_decode(format: str) -> None:
+    tensor = torch.randn(ROWS, COLS)
+    torch.library.opcheck(torch.ops.dba_kernels.encode, (tensor, format, "reference"), test_utils=OPCHECK)
+    stored = ops.encode(tensor, format, backend="reference")
+    args = (stored.codes, stored.scales, [ROWS, COLS], format, "reference")
+    torch.library.opcheck(torch.ops.dba_kernels.decode, args, test_utils=OPCHECK)
+
+
+def test_opcheck_similarity_and_step() -> None:
+    stored = [ops.encode(torch.randn(ROWS, COLS), "int8", backend="reference") for _ in range(2)]
+    batch, grads = make_batch(stored, "int8")
+    codes, scales = [s.codes for s in stored], [s.scales for s in stored]
+    sums = torch.zeros(2, 2, dtype=torch.float64)
+    args = (batch.params, grads, codes, scales, batch.index, sums, "int8", "reference")
+    torch.library.opcheck(torch.ops.dba_kernels.similarity, args, test_utils=OPCHECK)
+    args = (
+        *(batch.params, [], batch.exp_avgs, [], batch.exp_avg_sqs, [], grads, codes, scales, batch.index),
+        *(random_table(2), [0, 0], [0, 0], "native", "fp32", "int8", "reference"),
+    )
+    torch.library.opcheck(torch.ops.dba_kernels.step, args, test_utils=OPCHECK)
+
+
+def test_opcheck_coefficients() -> None:
+    n = 3
+    tensors = (
+        torch.rand(n, 2, dtype=torch.float64),
+        torch.ones(n, dtype=torch.float64),
+        torch.tensor([[1e-5, 0.9, 0.99, 1e-8, 0.0, 1.0]], dtype=torch.float64),
+        torch.zeros(n, dtype=torch.int64),
+        torch.arange(n),
+        torch.zeros(n),
+        torch.zeros(n, 2, dtype=torch.float64),
+        torch.zeros(2, dtype=torch.int64),
+        torch.zeros(n, Coefficient.COUNT, dtype=torch.float64),
+        torch.zeros(n, 2, dtype=torch.float64),
+        torch.zeros(Summary.COUNT, dtype=torch.float64),
+    )
+    assert tensors[2].shape[1] == Hyper.COUNT
+    scalars = (0.2, 1000, 0.5, "cosine", "tensor", 0.0, 2.0, 1.0, True, "reference")
+    args = (*tensors, None, None, None, None, *scalars)
+    torch.library.opcheck(torch.ops.dba_kernels.coefficients, args, test_utils=OPCHECK)
+
+
+def test_registered_operator_equals_the_eager_call() -> None:
+    """Tracing takes another door into the same computation: the same bits."""
+    stored = [ops.encode(torch.randn(ROWS, COLS), "int4", backend="reference") for _ in range(2)]
+    eager, grads = make_batch(stored, "int4")
+    traced, _ = make_batch(stored, "int4")
+    ops.step(eager, grads, random_table(2), backend="reference")
+    torch.ops.dba_kernels.step(
+        *(traced.params, [], traced.exp_avgs, [], traced.exp_avg_sqs, [], grads),
+        *([s.codes for s in stored], [s.scales for s in stored], traced.index, random_table(2), [0, 0], [0, 0]),
+        *("native", "fp32", "int4", "reference"),
+    )
+    assert all(torch.equal(a, b) for a, b in zip(eager.params, traced.params, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_low_rank_equals_its_dense_rebuild(backend: str) -> None:
+    """A low-rank ĝ_G is rebuilt tensor by tensor into one buffer; similarity and step see the dense tensor."""
+    exact = [torch.randn(ROWS, 8) @ torch.randn(8, COLS) for _ in range(2)]
+    low = [ops.factorize(tensor, 16, "fp32") for tensor in exact]
+    dense = [EncodedTensor("fp32", (ROWS, COLS), ops.decode(stored, "reference")) for stored in low]
+    one, grads = make_batch(low, "lowrank")
+    two, _ = make_batch(dense, "fp32")
+    sums = torch.zeros(2, 2, 2, dtype=torch.float64)
+    for i, batch in enumerate((one, two)):
+        ops.similarity(batch, grads, sums[i], backend=backend)
+        ops.step(batch, grads, random_table(2), backend=backend)
+    torch.testing.assert_close(sums[0], sums[1], rtol=1e-5, atol=1e-4)
+    for a, b, tensor in zip(one.params, two.params, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        assert (a - b).abs().max() < 1e-3 * tensor.abs().max()
+    # Negative control: another rank is another gradient.
+    worse, _ = make_batch([ops.factorize(tensor, 4, "fp32") for tensor in exact], "lowrank")
+    ops.step(worse, grads, random_table(2), backend=backend)
+    assert (worse.params[0] - two.params[0]).abs().max() > 1e-4
+
+
+def test_wrong_shapes_dtypes_and_ranks_are_named() -> None:
+    norms = torch.zeros(1, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"grads\[0\]: expected shape \(4,\), got \(5,\)"):
+        ops.accumulate([torch.zeros(4)], [torch.zeros(5)], 1.0, norms)
+    with pytest.raises(ValueError, match=r"grads\[0\]: expected float32, bfloat16 or float16, got torch.float64"):
+        ops.accumulate([torch.zeros(4)], [torch.zeros(4, dtype=torch.float64)], 1.0, norms)
+    with pytest.raises(ValueError, match="format: expected one of 'fp32', .* got 'int2'"):
+        ops.encode(torch.zeros(4, 4), "int2")
+    with pytest.raises(ValueError, match="rank: expected 1 <= rank <= 4 for shape .*, got 5"):
+        ops.factorize(torch.zeros(4, 6), 5, "fp32")
