@@ -79,7 +79,7 @@ class Addresses:
         addresses = [tensor.data_ptr() for tensor in tensors]
         if addresses != self._known:
             for i, tensor in enumerate(tensors):
-                _check_contiguous(f"grads[{i}]", tensor)
+                check_contiguous(f"grads[{i}]", tensor)
                 if tensor.dtype != tensors[0].dtype:
                     raise ValueError(
                         f"grads[{i}]: expected {tensors[0].dtype} like grads[0], got {tensor.dtype}; batch them apart"
@@ -114,7 +114,7 @@ class Tables:
             entry[col.N_CHUNKS.value] = chunks_in(count)
             rows.append(entry)
             positions.append(count)
-            _check_contiguous(f"params[{i}]", param)
+            check_contiguous(f"params[{i}]", param)
         chunks = chunk_table(positions)
         self.n_chunks = len(chunks)
         self.pointers = to_device(rows, torch.int64, device)
@@ -130,7 +130,7 @@ def tables_of(batch: TensorBatch) -> Tables:
     return batch.cache["triton"]
 
 
-def _check_contiguous(name: str, tensor: torch.Tensor) -> None:
+def check_contiguous(name: str, tensor: torch.Tensor) -> None:
     if not tensor.is_contiguous():
         raise ValueError(
             f"{name}: expected contiguous storage, got strides {tensor.stride()}; call .contiguous() first"
@@ -155,7 +155,7 @@ def _pointer_row(batch: TensorBatch, i: int, grouped: bool) -> tuple[list[int], 
     entry = [0] * col.POINTERS.value
     for column, tensor in parts.items():
         if tensor is not None:
-            _check_contiguous(f"tensor {i} of the batch, column {column.value}", tensor)
+            check_contiguous(f"tensor {i} of the batch, column {column.value}", tensor)
             entry[column.value] = tensor.data_ptr()
     numel = batch.params[i].numel()
     rows, cols = matrix_shape(tuple(batch.params[i].shape)) if grouped else (1, numel)

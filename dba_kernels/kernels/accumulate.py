@@ -1,0 +1,127 @@
+"""Stage 1, the global gradient: fp32 sums over the general data (eq. 1's sum), all tensors in three launches.
+
+Bytes per parameter with bf16 gradients: 12. A non-finite gradient must add nothing, so its norm comes before the sum:
+2 to read it, then 2 + 4 + 4. A finite gradient of magnitude 1e18 or more counts as non-finite.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from . import columns as col
+from .common import (
+    ALIGNMENT,
+    CHUNK,
+    GROUP,
+    NUM_WARPS,
+    TILE,
+    TRITON_DTYPES,
+    Addresses,
+    check_contiguous,
+    chunk_table,
+    chunks_in,
+    load,
+    on_device,
+    pointer,
+    store,
+    tile_offsets,
+    to_device,
+    vector_elements,
+)
+from .similarity import finish_kernel, reduce_kernel
+
+
+@triton.jit
+def add_tile(total_ptr, grad_ptr, weight, start, numel, MASKED: tl.constexpr):
+    at = tile_offsets(start, 1, numel, GROUP, MASKED)
+    grad = load(grad_ptr, at, MASKED).to(tl.float32)
+    store(total_ptr, at, load(total_ptr, at, MASKED) + weight * grad, MASKED)
+
+
+@triton.jit
+def add_kernel(
+    pointers_ptr, grads_ptr, chunks_ptr, squared_norms_ptr, weight, GRAD_DTYPE: tl.constexpr, VECTOR: tl.constexpr
+):
+    """total ← total + weight · grad for one chunk, where the gradient is finite."""
+    chunk = chunks_ptr + 2 * tl.program_id(0)
+    tensor = tl.load(chunk).to(tl.int64)
+    squared_norm = tl.load(squared_norms_ptr + tensor)
+    if not (squared_norm < float("inf")):
+        return
+    pointers = pointers_ptr + tensor * col.POINTERS
+    numel = tl.load(pointers + col.COLS)
+    total_ptr = pointer(pointers, col.PARAM, tl.float32, VECTOR)
+    grad_ptr = pointer(grads_ptr, tensor, GRAD_DTYPE, VECTOR)
+    full_tiles = (tl.load(pointers + col.FULL_TILES) != 0) & (tl.load(grads_ptr + tensor) % 16 == 0)
+    first = tl.load(chunk + 1).to(tl.int64) * CHUNK
+    for start in range(first, tl.minimum(first + CHUNK, numel), TILE):
+        if full_tiles & (start + TILE <= numel):
+            add_tile(total_ptr, grad_ptr, weight, start, numel, False)
+        else:
+            add_tile(total_ptr, grad_ptr, weight, start, numel, True)
+
+
+class _Tables:
+    """Tables of one list of sums; gradients come and go."""
+
+    def __init__(self, addresses: tuple[int, ...], numels: tuple[int, ...], device: torch.device):
+        rows = []
+        first_chunk = 0
+        for i, (address, numel) in enumerate(zip(addresses, numels, strict=True)):
+            row = [0] * col.POINTERS.value
+            row[col.PARAM.value], row[col.ROWS.value], row[col.COLS.value] = address, 1, numel
+            row[col.FULL_TILES.value], row[col.TABLE_ROW.value] = int(address % ALIGNMENT == 0), i
+            row[col.FIRST_CHUNK.value], row[col.N_CHUNKS.value] = first_chunk, chunks_in(numel)
+            first_chunk += chunks_in(numel)
+            rows.append(row)
+        self.n_chunks = first_chunk
+        self.pointers = to_device(rows, torch.int64, device)
+        self.chunks = to_device(chunk_table(list(numels)) or [(0, 0)], torch.int32, device)
+        self.partials = torch.empty(max(first_chunk, 1), 2, dtype=torch.float32, device=device)
+        self.grads = Addresses(len(rows), device)
+
+
+_tables = functools.lru_cache(maxsize=1024)(_Tables)  # a collector's hooks come with one sum each, again and again
+
+
+@torch.no_grad()
+def accumulate(
+    totals: list[torch.Tensor], grads: list[torch.Tensor], weight: float, squared_norms: torch.Tensor
+) -> None:
+    """``total ← total + weight · grad`` for every tensor; ‖grad‖² of each into ``squared_norms`` (float64 ``[n]``).
+
+    A non-finite gradient adds nothing, whole tensor; its norm is then NaN or infinite.
+
+    Args:
+        totals: fp32 running sums, contiguous.
+        grads: fp32, bf16 or fp16 gradients of one micro-batch, contiguous, all of one dtype.
+        weight: weight of the micro-batch (1, or its number of target tokens).
+
+    Raises:
+        ValueError: storage that is not contiguous, or gradients of several dtypes.
+    """
+    if not totals:
+        return
+    for i, total in enumerate(totals):
+        check_contiguous(f"totals[{i}]", total)
+    addresses, numels = zip(*((total.data_ptr(), total.numel()) for total in totals), strict=True)
+    tables = _tables(addresses, numels, totals[0].device)
+    dtype = TRITON_DTYPES[grads[0].dtype]
+    with on_device(totals[0]):
+        where = tables.grads.refresh(grads)
+        grid = (tables.n_chunks,)
+        if tables.n_chunks:
+            vector = vector_elements(grads[0].dtype)
+            reduce_kernel[grid](
+                tables.partials, tables.pointers, where, tables.chunks, dtype, "none", vector, num_warps=NUM_WARPS
+            )
+        finish_kernel[(len(totals),)](squared_norms, tables.partials, tables.pointers, 1, num_warps=NUM_WARPS)
+        if tables.n_chunks:
+            vector = vector_elements(grads[0].dtype, torch.float32)
+            add_kernel[grid](
+                tables.pointers, where, tables.chunks, squared_norms, float(weight), dtype, vector, num_warps=NUM_WARPS
+            )
