@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 METADATA_KEY = "dba_kernels"
+DIGEST_KEY = "dba_kernels.digest"
 SHARD_KEY = "dba_kernels.shard_of"
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -125,13 +126,14 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def json_digest(content: Any) -> str:
-    """SHA-256 of ``content`` as JSON, hexadecimal; key order counts."""
-    return hashlib.sha256(_json(content).encode()).hexdigest()
-
-
-def _json(content: Any) -> str:
+def to_json(content: Any) -> str:
+    """The one spelling of ``content`` that digests are taken of."""
     return json.dumps(content, separators=(",", ":"), allow_nan=False)
+
+
+def text_digest(text: str) -> str:
+    """SHA-256, hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def save_tensors(
@@ -162,20 +164,21 @@ def save_tensors(
         raise ValueError(f"path: expected a name that ends in '.safetensors', got {str(path)!r}")
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: expected at least 1 or None, got {max_shard_bytes}")
-    digest = json_digest(content)
-    content = {**content, "header_digest": digest}
+    text = to_json(content)
+    metadata = {METADATA_KEY: text, DIGEST_KEY: text_digest(text)}
     index_path = index_of(path)
     old = _old_shards(path)
     shards = _fill_shards(tensors, max_shard_bytes)
     if len(shards) == 1:
-        write_safetensors(path, tensors, {METADATA_KEY: _json(content)})
+        write_safetensors(path, tensors, metadata)
         _remove([index_path, *old])
         return path
-    names = [f"{path.stem}-{digest[:8]}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    stem, count = f"{path.stem}-{metadata[DIGEST_KEY][:8]}", len(shards)
+    names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     files = [path.with_name(name) for name in names]
     weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
     total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total, METADATA_KEY: content}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
     try:
         for file, keys in zip(files, shards, strict=True):
             write_safetensors(file, {key: tensors[key] for key in keys}, {SHARD_KEY: index_path.name})
@@ -237,19 +240,18 @@ class SavedTensors:
             path = index_of(path)
         self.path = path
         if path.suffix == ".json":
-            content = self._open_shards()
+            metadata = self._open_shards()
         else:
             file, metadata = _map(path)
             if SHARD_KEY in metadata:
                 raise ValueError(f"{path}: expected a whole set, got one shard; load {metadata[SHARD_KEY]} beside it")
             self._files = dict.fromkeys(file.keys(), file)
-            content = metadata.get(METADATA_KEY)
-        self.content = self._verified(content)
+        self.content = self._verified(metadata)
 
-    def _open_shards(self) -> Any:
+    def _open_shards(self) -> dict[str, Any]:
         try:
             index = json.loads(self.path.read_bytes())
-            weight_map, content = dict(index["weight_map"]), _json(index["metadata"][METADATA_KEY])
+            weight_map, metadata = dict(index["weight_map"]), dict(index["metadata"])
             shards = {name: _map(self.path.with_name(name))[0] for name in sorted(set(weight_map.values()))}
         except FileNotFoundError as error:
             missing = error.filename or error
@@ -260,19 +262,15 @@ class SavedTensors:
         for key, file in self._files.items():
             if key not in file.keys():  # noqa: SIM118 - not a dict
                 raise _corrupt(self.path, f"{key!r} is not in its shard")
-        return content
+        return metadata
 
-    def _verified(self, text: str | None) -> dict[str, Any]:
-        if text is None:
+    def _verified(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        text, digest = metadata.get(METADATA_KEY), metadata.get(DIGEST_KEY)
+        if not isinstance(text, str):
             raise _corrupt(self.path, "no description by this library")
-        try:
-            content = json.loads(text)
-            digest = content.pop("header_digest")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise _corrupt(self.path, f"its description cannot be read: {error!r}") from error
-        if json_digest(content) != digest:
+        if text_digest(text) != digest:
             raise _corrupt(self.path, "its description does not match its digest")
-        return content
+        return json.loads(text)
 
     def check_layout(self, expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         """Compare every tensor's dtype and shape, from the headers alone.

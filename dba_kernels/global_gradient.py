@@ -14,7 +14,7 @@ import torch
 
 from . import ops
 from .base_model import Fingerprint, check_names, check_weights, fingerprint, named_once, normalize_name
-from .files import SavedTensors, json_digest, save_tensors
+from .files import SavedTensors, save_tensors, text_digest, to_json
 from .formats import STORAGE_FORMATS, EncodedTensor, StoredTensor, check_name
 from .records import TensorRecord, TensorStatistics, assemble, check_rank, compress, layout, parts, verify
 
@@ -146,7 +146,7 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
     def digest(self) -> str:
         """SHA-256 over names, formats and tensor digests: equal exactly where the stored gradients are."""
         content = {name: (r.shape, r.format, r.rank, r.digest) for name, r in self.records.items()}
-        return json_digest(content)
+        return text_digest(to_json(content))
 
     @property
     def nbytes(self) -> int:
