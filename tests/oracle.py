@@ -57,7 +57,7 @@ class State:
     done: int
     skipped: int
     report: dict[str, tuple[float, float]] = field(default_factory=dict)  # φ, α of the parameters updated in this step
-    summary: tuple[float, float, float] = (0.0, 1.0, 0.0)  # γ, clip factor, ‖g_D‖
+    summary: tuple[float, ...] = ()  # γ, clip factor, ‖g_D‖, ‖ĝ_G‖ over the parameters of this step; empty if skipped
 
 
 def start() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -129,7 +129,7 @@ def oracle(case: Case) -> list[State]:
     for t in range(STEPS):
         sign = -1.0 if case.maximize else 1.0
         grads = {name: sign * grad / (case.loss_scale or 1.0) for name, grad in gradients(case, t).items()}
-        report, summary = {}, (0.0, 1.0, 0.0)
+        report, summary = {}, ()
         if t == FOUND_INF_STEP or not all(np.isfinite(grad).all() for grad in grads.values()):
             skipped += 1
         else:
@@ -139,8 +139,8 @@ def oracle(case: Case) -> list[State]:
             gamma = case.gamma
             if gamma is None:
                 gamma = min(max(case.boost * (TOTAL_STEPS - done) / TOTAL_STEPS, 0.0), case.boost_max)
-            summary = (gamma, clip, norm)
             with_global = [name for name in grads if name in stored]
+            summary = (gamma, clip, norm, math.hypot(*joined([stored[name] for name in with_global])))
             for i, name in enumerate(NAMES):
                 if name not in grads:
                     continue
