@@ -8,6 +8,7 @@ python -m bench.quality --report          tables and figures from the results on
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import time
@@ -34,7 +35,7 @@ def execute(stage: str, workers: int, limit: float, folder: Path) -> None:
     began = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         queue = iter(pending)
-        flying = [pool.apply_async(training.run, (group,)) for group, _ in zip(queue, range(workers), strict=False)]
+        flying = [pool.apply_async(training.run, (group,)) for group in itertools.islice(queue, workers)]
         finished = 0
         while flying:
             ready = next((run for run in flying if run.ready()), None)
