@@ -42,6 +42,11 @@ def _native() -> ModuleType:
     return module
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # numpy announces the NaN and infinities that some tests feed on purpose
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> object:
     """A backend under test: an object with the functions named in ``STEMS``."""
