@@ -12,7 +12,7 @@ from bench.quality.setting import Setting
 
 Options = dict[str, Any]
 LRS = (1e-4, 3e-4, 1e-3, 3e-3)
-FIRST_LRS = (1e-3, 3e-4, 3e-3, 1e-4)  # the same in the order of running: the middle of the curves comes first
+FIRST_LRS = (1e-3, 3e-4, 1e-4, 3e-3)  # the same in the order of running: the middle of the curves comes first
 SEEDS = (0, 1, 2)
 STEPS = 200
 K0 = 200 / STEPS  # eq. 2
