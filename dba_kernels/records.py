@@ -151,7 +151,8 @@ def check_rank(rank: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for candidate, shape in shapes.items():
         rows, cols = matrix_shape(shape)
         useful = (rows * cols - 1) // (rows + cols) if is_compressible(shape) else 0
-        best, name = max((best, name), (useful, candidate))
+        if useful > best:
+            best, name = useful, candidate
     advice = f"the largest rank that saves bytes is {best}, for {name!r}" if best else "no tensor is a large matrix"
     raise ValueError(f"rank: expected 1 <= rank < m·n / (m + n) for some matrix, got {rank}; {advice}")
 
