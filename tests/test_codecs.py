@@ -362,11 +362,13 @@ def test_row_slices() -> None:
 @pytest.mark.parametrize("name", GROUPED)
 def test_layout_of_the_source_does_not_matter(name: str) -> None:
     """Protects callers: transposed, narrow, fp64 and grad-requiring sources encode as their fp32 copy does."""
-    x = torch.randn(90, 70, generator=torch.Generator().manual_seed(1))
-    for source in (x.t(), x.bfloat16(), x.double(), x.clone().requires_grad_(), x[::1, 3:]):
+    x = torch.randn(128, 90, generator=torch.Generator().manual_seed(1))
+    channels_last = x.reshape(16, 10, 8, 9).to(memory_format=torch.channels_last)
+    for source in (x.t(), x.bfloat16(), x.double(), x.clone().requires_grad_(), x[:, 3:], x[::2], channels_last):
         got = quantize.encode(source, name)
         expected = quantize.encode(source.detach().float().contiguous().clone(), name)
         assert torch.equal(got.codes, expected.codes) and torch.equal(got.scales, expected.scales)
+        assert got.codes.is_contiguous() and got.scales.is_contiguous()
         assert not got.codes.requires_grad and got.nbytes == expected.codes.numel() + 4 * expected.scales.numel()
 
 
