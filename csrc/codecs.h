@@ -40,12 +40,19 @@ template <class S> struct Global<S, GLOBAL_FP32> : Float<S, FP32> {};
 template <class S> struct Global<S, GLOBAL_BF16> : Float<S, BF16> {};
 template <class S> struct Global<S, GLOBAL_FP16> : Float<S, FP16> {};
 
+// Integer codes are quadratic: value = scale * c|c|.
 template <class S> struct Global<S, GLOBAL_INT8> {
-    static typename S::F load(bytes_t p, int j) { return S::to_float(S::load_i8(p + j)); }
+    static typename S::F load(bytes_t p, int j) {
+        typename S::F code = S::to_float(S::load_i8(p + j));
+        return code * S::abs(code);
+    }
 };
 
 template <class S> struct Global<S, GLOBAL_INT4> {
-    static typename S::F load(bytes_t p, int j) { return S::to_float(S::load_nibbles(p, j)); }
+    static typename S::F load(bytes_t p, int j) {
+        typename S::F code = S::to_float(S::load_nibbles(p, j));
+        return code * S::abs(code);
+    }
 };
 
 template <class S> struct Global<S, GLOBAL_FP8> {

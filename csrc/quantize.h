@@ -18,16 +18,21 @@ template <class S, int64_t D, int64_t G> struct Encode {
         }
     }
 
+    static typename S::F signed_root(typename S::F x) {
+        return S::from_bits(S::bits(S::sqrt(S::abs(x))) | (S::bits(x) & 0x80000000u));
+    }
+
     static void group(bytes_t x, uint8_t* out, float* scale) {
         typename S::F most = S::splat(0.0f);
         for (int j = 0; j < GROUP; j += S::W) most = S::max(most, S::abs(Float<S, D>::load(x, j)));
-        const float largest_value = G == GLOBAL_FP8 ? FP8_MAX : G == GLOBAL_INT8 ? INT8_MAX_CODE : INT4_MAX_CODE;
+        const double code_max = G == GLOBAL_FP8 ? FP8_MAX : G == GLOBAL_INT8 ? INT8_MAX_CODE : INT4_MAX_CODE;
+        const double largest_value = G == GLOBAL_FP8 ? code_max : code_max * code_max;
         Scale s(S::largest(most), largest_value);
         *scale = s.scale;
         for (int j = 0; j < GROUP; j += S::W) {
             typename S::F scaled = Float<S, D>::load(x, j) * S::splat(s.inverse);
             if constexpr (G == GLOBAL_FP8) S::store_low8(out + j, Global<S, G>::encode(scaled));
-            else S::store_low8(out + j, (typename S::U)S::to_int(scaled));
+            else S::store_low8(out + j, (typename S::U)S::to_int(signed_root(scaled)));
         }
         if constexpr (G == GLOBAL_INT4)
             for (int k = 0; k < GROUP / 2; ++k) out[k] = static_cast<uint8_t>((out[2 * k] & 0xF) | (out[2 * k + 1] << 4));

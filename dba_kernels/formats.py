@@ -33,14 +33,18 @@ class StorageFormat:
         name: the public name.
         dtype: dtype of the codes (the values themselves where ``code_max`` is None).
         bits: stored bits per element, scales not included.
-        code_max: for grouped formats the largest magnitude of a code; ``scale = absmax / code_max`` is the value of
-            code 1. None where elements are stored as plain floats.
+        code_max: for grouped formats the largest magnitude of a code. None where elements are stored as plain floats.
+        power: companding of grouped formats: ``value = scale · sign(c) · |c|^power``, so that
+            ``scale = absmax / code_max^power`` is the value of code 1. Integer codes are quadratic because Adam
+            normalises every element: the small entries of a group count as much as the large one that sets its scale
+            (``python -m bench.codecs``).
     """
 
     name: str
     dtype: torch.dtype
     bits: int
     code_max: float | None = None
+    power: int = 1
 
     @property
     def grouped(self) -> bool:
@@ -66,8 +70,8 @@ STORAGE_FORMATS = {
         StorageFormat("bf16", torch.bfloat16, 16),
         StorageFormat("fp16", torch.float16, 16),
         StorageFormat("fp8_e4m3", torch.uint8, 8, 448.0),
-        StorageFormat("int8", torch.int8, 8, 127.0),
-        StorageFormat("int4", torch.uint8, 4, 7.0),
+        StorageFormat("int8", torch.int8, 8, 127.0, power=2),
+        StorageFormat("int4", torch.uint8, 4, 7.0, power=2),
     )
 }
 STATE_FORMATS = ("fp32", "bf16", "int8")
@@ -273,7 +277,7 @@ class TensorBatch:
         exp_avg_scales, exp_avg_sq_scales: fp32 :func:`scales_shape` for int8 state.
         global_grads: the stored tensors.
         index: int64 ``[n]``, each parameter's row in the coefficient table.
-        seeds: 32-bit seed of each parameter's stochastic rounding (split8).
+        seeds: 32-bit seed of each parameter's stochastic rounding (split8 remainders, bf16 exp_avg_sq).
         offsets: position of element 0 in the flattened whole parameter (not 0 only for a row shard).
         cache: scratch that a backend keeps between steps (pointer and chunk tables), keyed by the backend.
     """

@@ -68,10 +68,21 @@ def scale_and_inverse(absmax, STEP: tl.constexpr):
 
 
 @triton.jit
-def decode_exp_avg(codes, scale):
-    """m = scale · c·|c|"""
-    wide = widen_int8(codes)
+def decode_quadratic(wide, scale):
+    """value = scale · c·|c|"""
     return wide * tl.abs(wide) * scale
+
+
+@triton.jit
+def decode_exp_avg(codes, scale):
+    return decode_quadratic(widen_int8(codes), scale)
+
+
+@triton.jit
+def narrow_signed_root(value):
+    """c = sign(x) · round(√|x|), as the low bits of an int32."""
+    magnitude = narrow_integer(tl.sqrt(tl.abs(value)))
+    return tl.where(value < 0, -magnitude, magnitude)
 
 
 @triton.jit
@@ -86,8 +97,7 @@ def decode_exp_avg_sq(codes, scale):
 def encode_exp_avg(exp_avg):
     """(codes, scale ``[groups, 1]``); no clamp: √(absmax · inverse) rounds to 127."""
     scale, inverse = scale_and_inverse(tl.max(tl.abs(exp_avg), axis=1, keep_dims=True), EXP_AVG_STEP)
-    magnitude = narrow_integer(tl.sqrt(tl.abs(exp_avg) * inverse))
-    return tl.where(exp_avg < 0, -magnitude, magnitude).to(tl.int8), scale
+    return narrow_signed_root(exp_avg * inverse).to(tl.int8), scale
 
 
 @triton.jit
@@ -104,12 +114,12 @@ def decode_int4(packed, scale):
     """Bytes ``[groups, GROUP // 2]``, low nibble first, to ``[groups, GROUP]``."""
     byte = packed.to(tl.int32)
     pairs = tl.join(widen_nibble(byte & 0xF), widen_nibble(byte >> 4))  # [groups, GROUP // 2, 2]
-    return tl.reshape(pairs, (packed.shape[0], GROUP)) * scale
+    return decode_quadratic(tl.reshape(pairs, (packed.shape[0], GROUP)), scale)
 
 
 @triton.jit
 def encode_int4(scaled):
-    low, high = tl.split(tl.reshape(narrow_integer(scaled), (scaled.shape[0], GROUP // 2, 2)))
+    low, high = tl.split(tl.reshape(narrow_signed_root(scaled), (scaled.shape[0], GROUP // 2, 2)))
     return ((low & 0xF) | ((high & 0xF) << 4)).to(tl.uint8)
 
 
@@ -127,8 +137,11 @@ def load_global(codes_ptr, scale_ptr, start, rows, cols, at, FORMAT: tl.constexp
     if FORMAT == "int4":
         packed = load(codes_ptr, tile_offsets(start, rows, (cols + 1) // 2, GROUP // 2, MASKED), MASKED)
         return decode_int4(packed, load(scale_ptr, group_offsets(start, rows, cols, MASKED), MASKED))
-    if FORMAT == "int8" or FORMAT == "fp8_e4m3":
+    elif FORMAT == "int8":
         scale = load(scale_ptr, group_offsets(start, rows, cols, MASKED), MASKED)
-        codes = load(codes_ptr, at, MASKED)
-        return (widen_int8(codes) if FORMAT == "int8" else widen_fp8_e4m3(codes)) * scale
-    return load(codes_ptr, at, MASKED).to(tl.float32)
+        return decode_quadratic(widen_int8(load(codes_ptr, at, MASKED)), scale)
+    elif FORMAT == "fp8_e4m3":
+        scale = load(scale_ptr, group_offsets(start, rows, cols, MASKED), MASKED)
+        return widen_fp8_e4m3(load(codes_ptr, at, MASKED)) * scale
+    else:
+        return load(codes_ptr, at, MASKED).to(tl.float32)

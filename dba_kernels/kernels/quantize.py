@@ -12,10 +12,11 @@ import triton.language as tl
 
 from ..formats import GROUP as GROUP_SIZE
 from ..formats import STORAGE_FORMATS, EncodedTensor, matrix_shape, scales_shape, storage_format
-from .codecs import encode_int4, load_global, narrow_fp8_e4m3, narrow_integer, scale_and_inverse
+from .codecs import encode_int4, load_global, narrow_fp8_e4m3, narrow_signed_root, scale_and_inverse
 from .common import (
     ALIGNMENT,
     GROUP,
+    MASKED_TILE,
     NUM_WARPS,
     TILE,
     group_offsets,
@@ -45,7 +46,7 @@ def encode_tile(
         packed = encode_int4(scaled)
         store(codes_ptr, tile_offsets(start, rows, (cols + 1) // 2, GROUP // 2, MASKED), packed, MASKED)
     else:
-        codes = narrow_integer(scaled) if FORMAT == "int8" else narrow_fp8_e4m3(scaled)
+        codes = narrow_signed_root(scaled) if FORMAT == "int8" else narrow_fp8_e4m3(scaled)
         store(codes_ptr, tile_offsets(start, rows, cols, GROUP, MASKED), codes, MASKED)
 
 
@@ -66,10 +67,12 @@ def encode_kernel(
     tensor_ptr = aligned(tensor_ptr, VECTOR)
     rows, cols = rows.to(tl.int64), cols.to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * TILE
+    positions = rows * tl.cdiv(cols, GROUP) * GROUP
     if (full_tiles != 0) & (start + TILE <= rows * cols):
         encode_tile(codes_ptr, scales_ptr, tensor_ptr, start, rows, cols, FORMAT, STEP, False)
     else:
-        encode_tile(codes_ptr, scales_ptr, tensor_ptr, start, rows, cols, FORMAT, STEP, True)
+        for part in range(start, tl.minimum(start + TILE, positions), MASKED_TILE):
+            encode_tile(codes_ptr, scales_ptr, tensor_ptr, part, rows, cols, FORMAT, STEP, True)
 
 
 @triton.jit
@@ -85,10 +88,12 @@ def decode_kernel(out_ptr, codes_ptr, scales_ptr, rows, cols, full_tiles, FORMAT
     out_ptr = aligned(out_ptr, VECTOR)
     rows, cols = rows.to(tl.int64), cols.to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * TILE
+    positions = rows * tl.cdiv(cols, GROUP) * GROUP
     if (full_tiles != 0) & (start + TILE <= rows * cols):
         decode_tile(out_ptr, codes_ptr, scales_ptr, start, rows, cols, FORMAT, False)
     else:
-        decode_tile(out_ptr, codes_ptr, scales_ptr, start, rows, cols, FORMAT, True)
+        for part in range(start, tl.minimum(start + TILE, positions), MASKED_TILE):
+            decode_tile(out_ptr, codes_ptr, scales_ptr, part, rows, cols, FORMAT, True)
 
 
 def _geometry(shape: tuple[int, ...], *tensors: torch.Tensor) -> tuple[int, int, int, tuple[int]]:
@@ -125,7 +130,7 @@ def encode(tensor: torch.Tensor, format: str) -> EncodedTensor:
             cols,
             full_tiles,
             FORMAT=chosen.name,
-            STEP=1.0 / chosen.code_max,
+            STEP=1.0 / chosen.code_max**chosen.power,
             VECTOR=vector_elements(tensor.dtype, codes.dtype),
             num_warps=NUM_WARPS,
         )

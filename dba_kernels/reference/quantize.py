@@ -42,6 +42,11 @@ def _scale_and_inverse(absmax: torch.Tensor, value_of_absmax: float) -> tuple[to
     return torch.where(usable, scale, zero), torch.where(usable, 1.0 / scale, zero)
 
 
+def _quadratic_codes(scaled: torch.Tensor, code_max: float) -> torch.Tensor:
+    """int8 ``c = sign(x) · round(√|x|)`` of values in units of their scale."""
+    return scaled.abs().sqrt().round().clamp(max=code_max).copysign(scaled).to(torch.int8)
+
+
 # --- storage of the global gradient -----------------------------------------------------------------------------------
 
 
@@ -60,9 +65,11 @@ def unpack_int4(packed: torch.Tensor, cols: int) -> torch.Tensor:
 def encode(tensor: torch.Tensor, format: str) -> EncodedTensor:
     """Encode a dense tensor.
 
-    Error bounds per element, with A the absmax of its group: int8 A/254, int4 A/14 (each up to fp32 rounding),
-    fp8_e4m3 max(|x|/16, A·2⁻¹⁰/448); bf16 max(|x|·2⁻⁸, 2⁻¹³⁴), fp16 max(|x|·2⁻¹¹, 2⁻²⁵) below 65520. A group with
-    A < 2⁻¹²⁶·code_max becomes zeros.
+    int8 and int4 are companded like ``exp_avg``: value = scale · c·|c|, c = sign(x) · round(√(|x| / scale)).
+
+    Error bounds per element, with A the absmax of its group and C the largest code: int8 and int4
+    √(|x|·A)/C + A/(2C)² (up to fp32 rounding), fp8_e4m3 max(|x|/16, A·2⁻¹⁰/448); bf16 max(|x|·2⁻⁸, 2⁻¹³⁴), fp16
+    max(|x|·2⁻¹¹, 2⁻²⁵) below 65520. A group with A < 2⁻¹²⁶·C^power becomes zeros.
 
     Args:
         tensor: floating point, any shape. 1-D and small tensors are stored as fp32 whatever ``format`` says.
@@ -73,19 +80,19 @@ def encode(tensor: torch.Tensor, format: str) -> EncodedTensor:
         return EncodedTensor(chosen.name, tuple(tensor.shape), tensor.detach().to(chosen.dtype, copy=True).contiguous())
     rows, cols = matrix_shape(tuple(tensor.shape))
     groups = _groups(tensor.detach().to(torch.float32).reshape(rows, cols))
-    scale, inverse = _scale_and_inverse(groups.abs().amax(dim=2), chosen.code_max)
-    scaled = _ungroup(groups * inverse.unsqueeze(2), cols)
+    scale, inverse = _scale_and_inverse(groups.abs().amax(dim=2), chosen.code_max**chosen.power)
+    scaled = groups * inverse.unsqueeze(2)
     if chosen.name == "fp8_e4m3":
-        codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8)
+        codes = _ungroup(scaled, cols).to(torch.float8_e4m3fn).view(torch.uint8)
     else:
-        codes = scaled.round().clamp(-chosen.code_max, chosen.code_max).to(torch.int8)
+        codes = _ungroup(_quadratic_codes(scaled, chosen.code_max), cols)
         if chosen.bits == 4:
             codes = pack_int4(codes)
     return EncodedTensor(chosen.name, tuple(tensor.shape), codes, scale)
 
 
 def decode(encoded: StoredTensor) -> torch.Tensor:
-    """The fp32 tensor that is stored: ``code · scale``."""
+    """The fp32 tensor that is stored: ``scale · c·|c|`` for integer codes, ``scale · c`` for fp8."""
     if isinstance(encoded, LowRankTensor):
         return rebuild(encoded)
     if not STORAGE_FORMATS[encoded.format].grouped:
@@ -93,10 +100,9 @@ def decode(encoded: StoredTensor) -> torch.Tensor:
     cols = matrix_shape(encoded.shape)[1]
     if encoded.format == "fp8_e4m3":
         values = encoded.codes.view(torch.float8_e4m3fn).to(torch.float32)
-    elif encoded.format == "int4":
-        values = unpack_int4(encoded.codes, cols).to(torch.float32)
     else:
-        values = encoded.codes.to(torch.float32)
+        codes = unpack_int4(encoded.codes, cols) if encoded.format == "int4" else encoded.codes
+        values = codes.to(torch.float32) * codes.to(torch.float32).abs()
     return _ungroup(_groups(values) * encoded.scales.unsqueeze(2), cols).reshape(encoded.shape)
 
 
@@ -132,8 +138,7 @@ def encode_exp_avg(exp_avg: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, cols = matrix_shape(tuple(exp_avg.shape))
     groups = _groups(exp_avg.to(torch.float32).reshape(rows, cols))
     scale, inverse = _scale_and_inverse(groups.abs().amax(dim=2), float(EXP_AVG_CODE_MAX**2))
-    magnitude = (groups.abs() * inverse.unsqueeze(2)).sqrt().round().clamp(max=EXP_AVG_CODE_MAX)
-    return _ungroup(magnitude.copysign(groups), cols).to(torch.int8), scale
+    return _ungroup(_quadratic_codes(groups * inverse.unsqueeze(2), EXP_AVG_CODE_MAX), cols), scale
 
 
 def decode_exp_avg(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -30,17 +30,28 @@ def mix32(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
-def random_bytes(shape: tuple[int, ...], seed: int, step: int, offset: int, device: torch.device) -> torch.Tensor:
-    """Counter-based random bytes, int64 in [0, 255]: a function of (seed, step, element index) and nothing else.
+def random_words(shape: tuple[int, ...], seed: int, step: int, offset: int, device: torch.device) -> torch.Tensor:
+    """Counter-based random 32-bit words, as int64: a function of (seed, step, element index) and nothing else.
 
-    Element ``i`` of the flattened whole parameter draws ``mix32(low32(i) ^ key) >> 24``, where
+    Element ``i`` of the flattened whole parameter draws ``mix32(low32(i) ^ key)``, where
     ``key = mix32(seed + step · 0x9E3779B9 + high32(i) · 0x85EBCA6B)`` (all modulo 2³²). So a row shard that knows its
-    ``offset`` rounds as the whole tensor would.
+    ``offset`` rounds as the whole tensor would. The top byte rounds split8 remainders, the low half bf16 exp_avg_sq.
     """
     numel = int(torch.Size(shape).numel())
     index = torch.arange(offset, offset + numel, dtype=torch.int64, device=device)
     key = mix32((seed + step * 0x9E3779B9 + (index >> 32) * 0x85EBCA6B) & _MASK32)
-    return (mix32((index & _MASK32) ^ key) >> 24).reshape(shape)
+    return mix32((index & _MASK32) ^ key).reshape(shape)
+
+
+def random_bytes(shape: tuple[int, ...], seed: int, step: int, offset: int, device: torch.device) -> torch.Tensor:
+    """The top byte of :func:`random_words`, int64 in [0, 255]."""
+    return random_words(shape, seed, step, offset, device) >> 24
+
+
+def stochastic_bf16(value: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """fp32 → bf16, rounded up in magnitude with the probability of what is cut off; ``words & 0xFFFF`` decides."""
+    bits = value.view(torch.int32) + (words & 0xFFFF).to(torch.int32)
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def _fp16_unit_exponent(weight: torch.Tensor, format: str) -> torch.Tensor:

@@ -51,8 +51,16 @@ def _load_state(batch: TensorBatch, i: int, dtype: torch.dtype) -> tuple[torch.T
     )
 
 
-def _store_state(batch: TensorBatch, i: int, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
+def _random_words(batch: TensorBatch, i: int, step: int) -> torch.Tensor:
+    param = batch.params[i]
+    return remainder.random_words(tuple(param.shape), batch.seeds[i], step, batch.offsets[i], param.device)
+
+
+def _store_state(batch: TensorBatch, i: int, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, step: int) -> None:
     if batch.state_format != "int8":
+        if batch.state_format == "bf16":
+            # Rounded to nearest, v could never decay: 1 − β₂ is less than half a bf16 ulp.
+            exp_avg_sq = remainder.stochastic_bf16(exp_avg_sq, _random_words(batch, i, step))
         batch.exp_avgs[i].copy_(exp_avg)
         batch.exp_avg_sqs[i].copy_(exp_avg_sq)
         return
@@ -75,9 +83,7 @@ def _store_param(batch: TensorBatch, i: int, value: torch.Tensor, step: int) -> 
     if batch.param_format == "native":
         param.copy_(value)
         return
-    random = None
-    if batch.param_format == "split8":
-        random = remainder.random_bytes(tuple(param.shape), batch.seeds[i], step, batch.offsets[i], param.device)
+    random = _random_words(batch, i, step) >> 24 if batch.param_format == "split8" else None
     weight, rest = remainder.split(value, param.dtype, batch.param_format, random)
     param.copy_(weight)
     batch.remainders[i].copy_(rest)
@@ -103,5 +109,6 @@ def step(batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor) -> 
         )
         exp_avg, exp_avg_sq = moments(boosted, *_load_state(batch, i, dtype), row)  # eq. 7
         param = updated_param(_load_param(batch, i, dtype), exp_avg, exp_avg_sq, row)  # eq. 8
-        _store_state(batch, i, exp_avg, exp_avg_sq)
-        _store_param(batch, i, param, int(table[index, Coefficient.STEP]))
+        number = int(table[index, Coefficient.STEP])
+        _store_state(batch, i, exp_avg, exp_avg_sq, number)
+        _store_param(batch, i, param, number)
