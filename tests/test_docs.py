@@ -1,0 +1,63 @@
+"""What the documentation shows must run: doctests of the public modules, the README's Python, the command in CI."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import dba_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+MODULES = ("schedule", "backends", "base_model", "global_gradient", "collect", "optim")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name: str) -> None:
+    module = importlib.import_module(f"dba_kernels.{name}")
+    assert doctest.testmod(module).failed == 0
+
+
+def test_some_docstring_examples_were_found() -> None:
+    """Negative control of the test above: it would also pass without a single example."""
+    finder = doctest.DocTestFinder()
+    examples = [e for m in MODULES for t in finder.find(importlib.import_module(f"dba_kernels.{m}")) for e in t.examples]
+    assert len(examples) >= 10
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    for name in dba_kernels.__all__:
+        assert (getattr(dba_kernels, name).__doc__ or "").strip(), name
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("block", python_blocks(), ids=lambda block: block.splitlines()[0][:40])
+def test_readme_python_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Python block of the README runs as written, in an empty folder, on a small model that it is given."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=128
+    )
+    text = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 128, (8, 2, 16))]
+    dba_kernels.collect_global_gradient(LlamaForCausalLM(config), text[:2]).save(tmp_path / "given.safetensors")
+    scope = {"model": LlamaForCausalLM(config), "general_batches": text, "domain_batches": text[:4]}
+    exec(compile(block, "README.md", "exec"), scope)
+
+
+def test_ci_runs_the_readme_command() -> None:
+    """.ci/run reads its command from the README: there is one, and it passes the tests."""
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "README.md" in script
+    match = re.search(r"^# Pass the tests.*\n(.*)\n```$", README, re.MULTILINE)
+    assert match and "pytest" in match[1] and "torch==" in match[1]
