@@ -14,22 +14,22 @@ import os
 import time
 from pathlib import Path
 
+from bench.quality.setting import Setting
+
 STAGES = ("first", "sweep", "sensitivity", "seeds", "core", "confirm")
 
 
-def execute(stage: str, workers: int, limit: float, folder: Path) -> None:
-    """Run what a stage still lacks; stops taking new runs after ``limit`` minutes."""
+def execute(name: str, settings: list[Setting], workers: int, limit: float, folder: Path) -> None:
+    """Run what is still lacking of ``settings``; takes no new run after ``limit`` minutes."""
     import torch
 
     from bench.quality import data, grid, model, results, training
-    from bench.quality.setting import Setting
 
     torch.set_num_threads(workers)
     model.train_base()
-    settings = grid.stage(stage)
     done = {key for domain in data.DOMAINS for key in results.load(domain, folder)}
     pending = grid.trainings(settings, done)
-    print(f"{stage}: {len(settings)} settings, {len(pending)} trainings to do", flush=True)
+    print(f"{name}: {len(settings)} settings, {len(pending)} trainings to do", flush=True)
     if any(s.needs_general() for group in pending for s in group):
         training.base_statistics(model.load_base(), Setting("recipes", "", 0.0))  # once, before the workers share it
     began = time.monotonic()
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
     parser.add_argument("--output", type=Path, help="folder of results and report (default: results/ beside this file)")
     arguments = parser.parse_args()
-    from bench.quality import data, report, results
+    from bench.quality import data, grid, report, results
 
     # The core is there to be reproduced: it runs beside the committed results, which only choose its settings.
     folder = arguments.output or (data.cache_folder() / "core" if arguments.core else results.FOLDER)
@@ -76,7 +76,7 @@ def main() -> None:
         [arguments.stage] if arguments.stage else ["core"] if arguments.core else [] if arguments.report else STAGES
     )
     for stage in stages:
-        execute(stage, arguments.workers, arguments.minutes, folder)
+        execute(stage, grid.stage(stage), arguments.workers, arguments.minutes, folder)
     report.write(folder, folder)
 
 
