@@ -17,6 +17,7 @@ from .common import (
     ALIGNMENT,
     CHUNK,
     GROUP,
+    MASKED_TILE,
     NUM_WARPS,
     TILE,
     TRITON_DTYPES,
@@ -62,7 +63,8 @@ def add_kernel(
         if full_tiles & (start + TILE <= numel):
             add_tile(total_ptr, grad_ptr, weight, start, numel, False)
         else:
-            add_tile(total_ptr, grad_ptr, weight, start, numel, True)
+            for part in range(start, tl.minimum(start + TILE, numel), MASKED_TILE):
+                add_tile(total_ptr, grad_ptr, weight, part, numel, True)
 
 
 class _Tables:

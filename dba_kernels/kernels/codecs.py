@@ -81,8 +81,9 @@ def decode_exp_avg(codes, scale):
 @triton.jit
 def narrow_signed_root(value):
     """c = sign(x) · round(√|x|), as the low bits of an int32."""
-    magnitude = narrow_integer(tl.sqrt(tl.abs(value)))
-    return tl.where(value < 0, -magnitude, magnitude)
+    sign = value.to(tl.int32, bitcast=True) & -0x80000000
+    root = tl.sqrt(tl.abs(value)).to(tl.int32, bitcast=True)
+    return narrow_integer((root | sign).to(tl.float32, bitcast=True))
 
 
 @triton.jit

@@ -34,7 +34,8 @@ def load_scalar(ptr, default: tl.constexpr):
     """float64 value of an optional one-element tensor."""
     if ptr is None:
         return tl.full((), default, tl.float64)
-    return tl.load(ptr).to(tl.float64)
+    else:
+        return tl.load(ptr).to(tl.float64)
 
 
 @triton.jit

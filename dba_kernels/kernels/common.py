@@ -23,6 +23,8 @@ from . import columns as col
 GROUP = tl.constexpr(formats.GROUP)
 TILE = tl.constexpr(1024)
 """Positions that 128 threads hold in registers: 8 each, two 16-byte loads of fp32 or one of bf16."""
+MASKED_TILE = tl.constexpr(256)
+"""Positions of a tile with masks: 2 per thread, so that its addresses need no more registers than a full tile."""
 CHUNK = tl.constexpr(4 * TILE.value)
 """Positions per program: the tables, pointers and coefficients are read once per chunk."""
 NUM_WARPS = 4
@@ -189,35 +191,43 @@ def pointer(pointers, column, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit
 def tile_offsets(start, rows, cols, LANES: tl.constexpr, MASKED: tl.constexpr):
-    """Where the tile of positions ``start … start + TILE`` lies in a tensor that stores LANES items per group.
+    """Where the tile that begins at position ``start`` lies in a tensor that stores LANES items per group.
 
     LANES is GROUP for tensors of elements and GROUP / 2 for packed int4; ``cols`` counts items per row.
 
     Returns:
-        (offset of the first item, offsets relative to it ``[TILE // GROUP, LANES]``, mask of the same shape)
+        (offset of the first item, offsets relative to it ``[groups, LANES]``, mask of the same shape)
     """
-    group = tl.arange(0, TILE // GROUP)[:, None]
+    group = tl.arange(0, (MASKED_TILE if MASKED else TILE) // GROUP)[:, None]
     lane = tl.arange(0, LANES)[None, :]
-    if not MASKED:
-        return start // GROUP * LANES, group * LANES + lane, group + lane >= 0
-    groups_per_row = tl.maximum(tl.cdiv(cols, LANES), 1)
-    first_group = start // GROUP
-    row = first_group // groups_per_row
-    column_group = first_group - row * groups_per_row + group  # int64: counts on into the next rows
-    next_row = column_group // groups_per_row
-    column = (column_group - next_row * groups_per_row) * LANES + lane
-    inside = (column < cols) & (row + next_row < rows)
-    return row * cols, next_row * cols + column, inside
+    if MASKED:
+        groups_per_row = tl.maximum(tl.cdiv(cols, LANES), 1)
+        first_group = start // GROUP
+        row = first_group // groups_per_row
+        column = (first_group - row * groups_per_row) * LANES
+        # From the first item on, 32 bits do: a tile that reaches a further row is near the end of the first one, and
+        # a row that it passes whole is short.
+        rest = tl.minimum(cols - column, TILE).to(tl.int32)  # items left in the first row
+        length = tl.minimum(cols, TILE).to(tl.int32)  # items of a further row
+        further = group - tl.cdiv(rest, LANES)  # [groups, 1], counted from the second row
+        in_first = further < 0
+        passed = further // tl.cdiv(length, LANES)  # rows between the first and this one
+        item = tl.where(in_first, group, further - passed * tl.cdiv(length, LANES)) * LANES + lane
+        rows_left = tl.minimum(rows - row, TILE).to(tl.int32)
+        inside = (item < tl.where(in_first, rest, length)) & (in_first | (passed + 1 < rows_left))
+        return row * cols + column, tl.where(in_first, 0, rest + passed * length) + item, inside
+    else:
+        return start // GROUP * LANES, group * LANES + lane, None
 
 
 @triton.jit
 def group_offsets(start, rows, cols, MASKED: tl.constexpr):
-    """Like :func:`tile_offsets`, for the scales: one per group, ``[TILE // GROUP, 1]``."""
-    group = tl.arange(0, TILE // GROUP)[:, None]
-    if not MASKED:
-        return start // GROUP, group, group >= 0
-    n_groups = rows * tl.cdiv(cols, GROUP)
-    return start // GROUP, group, start // GROUP + group < n_groups
+    """Like :func:`tile_offsets`, for the scales: one per group, ``[groups, 1]``."""
+    group = tl.arange(0, (MASKED_TILE if MASKED else TILE) // GROUP)[:, None]
+    if MASKED:
+        return start // GROUP, group, start // GROUP + group < rows * tl.cdiv(cols, GROUP)
+    else:
+        return start // GROUP, group, None
 
 
 @triton.jit
@@ -226,7 +236,8 @@ def load(pointer, at, MASKED: tl.constexpr):
     first, offsets, inside = at
     if MASKED:
         return tl.load(pointer + first + offsets, mask=inside, other=0)
-    return tl.load(pointer + first + offsets)
+    else:
+        return tl.load(pointer + first + offsets)
 
 
 @triton.jit
@@ -235,7 +246,8 @@ def narrow(value, dtype: tl.constexpr):
     if INTERPRETED and dtype == tl.bfloat16 and value.dtype == tl.float32:  # where the interpreter would truncate
         bits = value.to(tl.int32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return value.to(dtype)
+    else:
+        return value.to(dtype)
 
 
 @triton.jit

@@ -27,8 +27,8 @@ def random_key(seed, step, high):
 
 
 @triton.jit
-def random_bytes(seed, step, first, offsets):
-    """Counter-based random bytes, int32 in [0, 255], of the elements ``first + offsets`` of the whole parameter.
+def random_words(seed, step, first, offsets):
+    """Counter-based random uint32 of the elements ``first + offsets`` of the whole parameter.
 
     A tile may straddle one multiple of 2³², hence two keys.
     """
@@ -36,7 +36,14 @@ def random_bytes(seed, step, first, offsets):
     high = (first >> 32).to(tl.uint32)
     index = low + offsets.to(tl.uint32)
     key = tl.where(index < low, random_key(seed, step, high + 1), random_key(seed, step, high))
-    return (mix32(index ^ key) >> 24).to(tl.int32)
+    return mix32(index ^ key)
+
+
+@triton.jit
+def stochastic_bf16(value, words):
+    """fp32 → bf16, rounded up in magnitude with the probability of what is cut off; the words' low half decides."""
+    bits = value.to(tl.int32, bitcast=True) + (words & 0xFFFF).to(tl.int32)
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -57,26 +64,42 @@ def join(weight, remainder, FORMAT: tl.constexpr):
     if weight.dtype == tl.float16:
         wide = weight.to(tl.float32)
         return wide + remainder.to(tl.float32) * power_of_two(fp16_unit_exponent(wide, FORMAT))
-    low = remainder.to(tl.int32)
+    else:
+        low = remainder.to(tl.int32)
+        if FORMAT == "split8":
+            low = low << 8
+        return ((weight.to(tl.int16, bitcast=True).to(tl.int32) << 16) + low).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split_fp16(value, random, FORMAT: tl.constexpr):
+    """(weight, remainder as int32)."""
+    weight = value.to(tl.float16)
+    wide = weight.to(tl.float32)
+    units = (value - wide) * power_of_two(-fp16_unit_exponent(wide, FORMAT))
     if FORMAT == "split8":
-        low = low << 8
-    return ((weight.to(tl.int16, bitcast=True).to(tl.int32) << 16) + low).to(tl.float32, bitcast=True)
+        return weight, tl.floor(units + random.to(tl.float32) * 0.00390625).to(tl.int32)
+    else:
+        return weight, narrow_integer(units)
+
+
+@triton.jit
+def split_bf16(value, random, FORMAT: tl.constexpr):
+    """(weight, remainder as int32)."""
+    bits = value.to(tl.int32, bitcast=True)
+    if FORMAT == "split8":
+        bits = (bits + random) & -256  # stochastic rounding to a multiple of 2**8
+    high = (bits + 0x8000) >> 16
+    low = bits - (high << 16)
+    if FORMAT == "split8":
+        low = low >> 8
+    return high.to(tl.int16).to(tl.bfloat16, bitcast=True), low
 
 
 @triton.jit
 def split(value, random, dtype: tl.constexpr, FORMAT: tl.constexpr):
     """(weight, remainder as int32) of an fp32 parameter; ``random`` is read for split8 only."""
     if dtype == tl.float16:
-        weight = value.to(tl.float16)
-        wide = weight.to(tl.float32)
-        units = (value - wide) * power_of_two(-fp16_unit_exponent(wide, FORMAT))
-        if FORMAT == "split16":
-            return weight, narrow_integer(units)
-        return weight, tl.floor(units + random.to(tl.float32) * 0.00390625).to(tl.int32)
-    bits = value.to(tl.int32, bitcast=True)
-    if FORMAT == "split8":
-        bits = (bits + random) & -256  # stochastic rounding to a multiple of 2**8
-    high = (bits + 0x8000) >> 16
-    low = bits - (high << 16)
-    weight = high.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return weight, low >> 8 if FORMAT == "split8" else low
+        return split_fp16(value, random, FORMAT)
+    else:
+        return split_bf16(value, random, FORMAT)

@@ -18,6 +18,7 @@ from .coefficients import coefficients
 from .common import (
     CHUNK,
     GROUP,
+    MASKED_TILE,
     NUM_WARPS,
     TILE,
     TRITON_DTYPES,
@@ -41,7 +42,8 @@ def load_pair(grad_ptr, global_ptr, scale_ptr, start, rows, cols, FORMAT: tl.con
     grad = load(grad_ptr, at, MASKED).to(tl.float32)
     if FORMAT == "none":
         return grad, tl.zeros_like(grad)
-    return grad, load_global(global_ptr, scale_ptr, start, rows, cols, at, FORMAT, MASKED)
+    else:
+        return grad, load_global(global_ptr, scale_ptr, start, rows, cols, at, FORMAT, MASKED)
 
 
 @triton.jit
@@ -69,16 +71,21 @@ def reduce_kernel(
     first = tl.load(chunk + 1).to(tl.int64) * CHUNK
     dot = tl.zeros((TILE // GROUP, GROUP), tl.float32)
     square = tl.zeros((TILE // GROUP, GROUP), tl.float32)
+    masked_dot = tl.zeros((MASKED_TILE // GROUP, GROUP), tl.float32)
+    masked_square = tl.zeros((MASKED_TILE // GROUP, GROUP), tl.float32)
     for start in range(first, tl.minimum(first + CHUNK, positions), TILE):
         if full_tiles & (start + TILE <= rows * cols):
             grad, stored = load_pair(grad_ptr, global_ptr, scale_ptr, start, rows, cols, GLOBAL_FORMAT, False)
+            dot += grad * stored
+            square += grad * grad
         else:
-            grad, stored = load_pair(grad_ptr, global_ptr, scale_ptr, start, rows, cols, GLOBAL_FORMAT, True)
-        dot += grad * stored
-        square += grad * grad
+            for part in range(start, tl.minimum(start + TILE, positions), MASKED_TILE):
+                grad, stored = load_pair(grad_ptr, global_ptr, scale_ptr, part, rows, cols, GLOBAL_FORMAT, True)
+                masked_dot += grad * stored
+                masked_square += grad * grad
     partial = partials_ptr + 2 * tl.program_id(0)
-    tl.store(partial, tl.sum(dot))
-    tl.store(partial + 1, tl.sum(square))
+    tl.store(partial, tl.sum(dot) + tl.sum(masked_dot))
+    tl.store(partial + 1, tl.sum(square) + tl.sum(masked_square))
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from .codecs import decode_exp_avg, decode_exp_avg_sq, encode_exp_avg, encode_ex
 from .common import (
     CHUNK,
     GROUP,
+    MASKED_TILE,
     NUM_WARPS,
     TILE,
     TRITON_DTYPES,
@@ -28,7 +29,7 @@ from .common import (
     tile_offsets,
     vector_elements,
 )
-from .remainder import join, random_bytes, split
+from .remainder import join, random_words, split, stochastic_bf16
 
 
 @triton.jit
@@ -60,7 +61,7 @@ def update_tile(
     GLOBAL_FORMAT: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Load, update and store the positions ``start … start + TILE`` of one tensor."""
+    """Load, update and store the tile of one tensor that begins at position ``start``."""
     param_ptr, remainder_ptr, exp_avg_ptr, exp_avg_sq_ptr, grad_ptr, global_ptr, scale_ptrs = tensors
     m_scale_ptr, v_scale_ptr, global_scale_ptr = scale_ptrs
     rows, cols, seed, offset = extent
@@ -91,17 +92,19 @@ def update_tile(
     inverse_root = tl.rsqrt(tl.sqrt(exp_avg_sq) * inv_sqrt_c2 + eps)  # two approximate roots cost less than a division
     param -= decay * param + step_size * exp_avg * (inverse_root * inverse_root)  # eq. 8
 
+    first, offsets, _ = at
+    words = random_words(seed, step, offset + first, offsets)  # read by split8 and bf16 state, else dead code
     if STATE_FORMAT == "int8":
         exp_avg, m_scale = encode_exp_avg(exp_avg)
         exp_avg_sq, v_scale = encode_exp_avg_sq(exp_avg_sq)
         store(m_scale_ptr, at_group, m_scale, MASKED)
         store(v_scale_ptr, at_group, v_scale, MASKED)
+    if STATE_FORMAT == "bf16":  # to nearest, v could never decay: 1 − β₂ is less than half a bf16 ulp
+        exp_avg_sq = stochastic_bf16(exp_avg_sq, words)
     store(exp_avg_ptr, at, exp_avg, MASKED)
     store(exp_avg_sq_ptr, at, exp_avg_sq, MASKED)
     if PARAM_FORMAT == "split16" or PARAM_FORMAT == "split8":
-        first, offsets, _ = at
-        random = random_bytes(seed, step, offset + first, offsets) if PARAM_FORMAT == "split8" else 0
-        weight, rest = split(param, random, weight.dtype, PARAM_FORMAT)
+        weight, rest = split(param, (words >> 24).to(tl.int32), weight.dtype, PARAM_FORMAT)
         store(param_ptr, at, weight, MASKED)
         store(remainder_ptr, at, rest, MASKED)
     else:
@@ -158,7 +161,8 @@ def step_kernel(
         if full_tiles & (start + TILE <= rows * cols):
             update_tile(tensors, extent, coefficients, start, PARAM_FORMAT, STATE_FORMAT, GLOBAL_FORMAT, False)
         else:
-            update_tile(tensors, extent, coefficients, start, PARAM_FORMAT, STATE_FORMAT, GLOBAL_FORMAT, True)
+            for part in range(start, tl.minimum(start + TILE, positions), MASKED_TILE):
+                update_tile(tensors, extent, coefficients, part, PARAM_FORMAT, STATE_FORMAT, GLOBAL_FORMAT, True)
 
 
 @torch.no_grad()
