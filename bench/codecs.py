@@ -144,7 +144,9 @@ class Codec:
         if self.rounding == "clip":
             for ratio in (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55):
                 trial = self._pass(groups, absmax * ratio, generator)
-                better = (trial - groups).square().sum(-1, keepdim=True) < (best - groups).square().sum(-1, keepdim=True)
+                better = (trial - groups).square().sum(-1, keepdim=True) < (best - groups).square().sum(
+                    -1, keepdim=True
+                )
                 best = torch.where(better, trial, best)
         return best.flatten(-2)[..., :cols]
 
@@ -286,7 +288,7 @@ def replay(
 
 @dataclass(frozen=True)
 class Score:
-    """Relative errors of the late updates and of the displacement; cosine and length of the displacement to the truth."""
+    """Relative errors of the late updates and of the displacement; the displacement's cosine and length to the truth."""
 
     update: float
     displacement: float

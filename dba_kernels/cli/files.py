@@ -1,0 +1,53 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+
+class InputError(click.ClickException):
+    """Something the user gave, or has not installed, cannot be used; the message says what and how to mend it."""
+
+
+def prepare_folder(folder: Path, expected_bytes: int = 0) -> None:
+    """Make ``folder``, and see that ``expected_bytes`` can be written to it.
+
+    Raises:
+        InputError: it cannot be made or written to, or its disk has too little room.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0")
+    except OSError as error:
+        raise InputError(f"cannot write to {str(folder)!r} ({error.strerror}); choose another --out") from error
+    free = shutil.disk_usage(folder).free
+    if free < expected_bytes:
+        raise InputError(
+            f"{str(folder)!r}: expected {expected_bytes / 2**20:,.0f} MiB of free disk space, "
+            f"got {free / 2**20:,.0f}; free some or choose another --out"
+        )
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then put it in place; if it fails, the old file stays.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(scratch)
+        with open(scratch, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+    finally:
+        scratch.unlink(missing_ok=True)

