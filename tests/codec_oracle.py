@@ -44,25 +44,21 @@ class Codec:
 
     def values(self, codes: np.ndarray, cols: int) -> np.ndarray:
         """What the codes mean, in units of the scale."""
-        if self.name == "int4":
-            return int4_values(codes, cols).astype(float)
         if self.name == "fp8_e4m3":
             return np.array([fp8_value(c) for c in range(256)])[codes]
-        wide = codes.astype(float)
-        return {"int8": wide, "exp_avg": np.sign(wide) * wide**2, "exp_avg_sq": wide**4}[self.name]
+        wide = (int4_values(codes, cols) if self.name == "int4" else codes).astype(float)
+        return wide**4 if self.name == "exp_avg_sq" else np.sign(wide) * wide**2
 
     def ideal(self, units: np.ndarray) -> np.ndarray:
         """The real number that the code of an element of value ``units`` (in scales) must be nearest to."""
-        if self.name == "exp_avg":
-            return np.sign(units) * np.sqrt(np.abs(units))
-        return units**0.25 if self.name == "exp_avg_sq" else units
+        return units**0.25 if self.name == "exp_avg_sq" else np.sign(units) * np.sqrt(np.abs(units))
 
 
 CODECS = {
     codec.name: codec
     for codec in (
-        Codec("int8", 127.0),
-        Codec("int4", 7.0),
+        Codec("int8", 127.0**2),
+        Codec("int4", 7.0**2),
         Codec("fp8_e4m3", 448.0),
         Codec("exp_avg", 127.0**2),
         Codec("exp_avg_sq", 255.0**4),

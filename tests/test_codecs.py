@@ -164,9 +164,10 @@ def test_ties_round_to_even(name: str) -> None:
         middles = [(low + high) / 2 for low, high in itertools.pairwise(values)]
         expected = [values[i + i % 2] for i in range(len(middles))]  # neighbours are codes i and i + 1
     else:
-        largest = int(CODECS[name].largest)
-        middles = [i + 0.5 for i in range(-largest, largest)]
-        expected = [x - 0.5 if (x - 0.5) % 2 == 0 else x + 0.5 for x in middles]
+        roots = [i + 0.5 for i in range(round(math.sqrt(CODECS[name].largest)))]
+        even = [x - 0.5 if (x - 0.5) % 2 == 0 else x + 0.5 for x in roots]
+        middles = [sign * x**2 for x in roots for sign in (1, -1)]
+        expected = [sign * x**2 for x in even for sign in (1, -1)]
     cols = 2 * len(middles)
     row = np.full(cols, CODECS[name].largest)
     row[1::2] = middles
@@ -232,8 +233,8 @@ def error_bound(name: str, x: np.ndarray) -> np.ndarray:
     a = per_element(group_absmax(x), x.shape[1])
     magnitude = np.abs(x)
     return {
-        "int8": lambda: a / 254,
-        "int4": lambda: a / 14,
+        "int8": lambda: np.sqrt(magnitude) * np.sqrt(a) / 127 + a / 254**2,
+        "int4": lambda: np.sqrt(magnitude) * np.sqrt(a) / 7 + a / 14**2,
         "fp8_e4m3": lambda: np.maximum(magnitude / 16, a * 2.0**-10 / 448),
         "exp_avg": lambda: np.sqrt(magnitude) * np.sqrt(a) / 127 + a / 254**2,
         "bf16": lambda: np.maximum(magnitude * 2.0**-8, 2.0**-134),

@@ -200,7 +200,7 @@ def test_regime_split8(
     """Protects split8: its error is the noise of an unbiased rounding, bounded; rounding to nearest loses all."""
     errors = regime(dtype, "split8")
     assert all(error < bound for error, bound in zip(errors, bounds, strict=True))
-    monkeypatch.setattr(remainder, "random_bytes", lambda shape, *_: torch.full(shape, 128))
+    monkeypatch.setattr(remainder, "random_words", lambda shape, *_: torch.full(shape, 128 << 24))
     nearest = regime(dtype, "split8")
     assert all(worse > 1.4 * error for worse, error in zip(nearest, errors, strict=True))
     assert nearest[2] == 1.0  # at |θ| = 1 nothing moves

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dba_kernels.formats import StoredTensor
-from dba_kernels.reference import quantize
-from tests.trajectories import displacement, relative_error
+from dba_kernels.reference import quantize, remainder, step
+from tests.trajectories import BETA2, batch_of, coefficient_row, displacement, relative_error
 
 STEPS, LR, WEIGHT_DECAY = 100, 1e-5, 0.1
 SHAPE = (40, 150)  # two full groups and a ragged one in each row
@@ -48,7 +48,7 @@ PARAM_ERROR = {  # seen with fp32 state, and the bound
     (torch.bfloat16, "split8"): 0.012,  # 0.0091
     (torch.float16, "split8"): 0.003,  # 0.0023
 }
-STATE_ERROR = {"fp32": 0.0, "bf16": 0.0027, "int8": 0.031}  # seen with fp32 parameters: 0.0021 and 0.0249
+STATE_ERROR = {"fp32": 0.0, "bf16": 0.0034, "int8": 0.031}  # seen with fp32 parameters: 0.0027 and 0.0248
 
 
 @pytest.mark.parametrize("state_format", STATE_ERROR)
@@ -85,7 +85,7 @@ def truncated_exp_avg(m: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("function", "codec", "seen"),
-    [("encode_exp_avg_sq", linear_exp_avg_sq, 18.0), ("encode_exp_avg", truncated_exp_avg, 0.27)],
+    [("encode_exp_avg_sq", linear_exp_avg_sq, 16.5), ("encode_exp_avg", truncated_exp_avg, 0.27)],
 )
 def test_bad_codecs_fail(
     error: Callable[..., float], function: str, codec: Codec, seen: float, monkeypatch: pytest.MonkeyPatch
@@ -103,9 +103,9 @@ def test_bad_codecs_fail(
         ("fp32", 1e-4),  # seen: 2.6e-5
         ("bf16", 0.002),  # 0.0012
         ("fp16", 0.001),  # 0.00076
-        ("int8", 0.0065),  # 0.0051
+        ("int8", 0.006),  # 0.0045
         ("fp8_e4m3", 0.016),  # 0.0127
-        ("int4", 0.11),  # 0.088
+        ("int4", 0.09),  # 0.070
         ("lowrank", 1e-4),  # full rank, fp32 factors: 2.6e-5
     ],
 )
@@ -117,3 +117,18 @@ def test_stored_formats_of_the_global_gradient(format: str, bound: float) -> Non
     assert relative_error(moved(torch.float32, "native", "fp32", stored), exact) < bound
     without = displacement(START, torch.float64, steps=STEPS, lr=LR, weight_decay=WEIGHT_DECAY)
     assert relative_error(without, exact) > 0.5  # negative control: the boost matters. Seen: 0.73
+
+
+def test_bf16_second_moment_decays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects bf16 state: v follows β₂^k when gradients vanish. Rounded to nearest it would stay where it is."""
+
+    def after(steps: int) -> float:
+        batch = batch_of(START.float(), torch.float32, "native", "bf16")
+        batch.exp_avg_sqs[0].fill_(1.0)
+        for t in range(steps):
+            step.step(batch, [torch.zeros(SHAPE)], coefficient_row(t, steps, LR, 0.0, 0.0))
+        return batch.exp_avg_sqs[0].double().mean().item()
+
+    assert after(300) == pytest.approx(BETA2**300, rel=0.01)
+    monkeypatch.setattr(remainder, "stochastic_bf16", lambda value, words: value.bfloat16())
+    assert after(300) == 1.0

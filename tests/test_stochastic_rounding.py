@@ -27,14 +27,19 @@ def hash32(x: int) -> int:
     return x ^ x >> 16
 
 
-def random_byte(seed: int, step: int, index: int) -> int:
-    """The byte of element ``index`` as the docstring defines it."""
+def random_word(seed: int, step: int, index: int) -> int:
+    """The word of element ``index`` as the docstring defines it."""
     key = hash32((seed + step * 0x9E3779B9 + (index >> 32) * 0x85EBCA6B) % 2**32)
-    return hash32((index % 2**32) ^ key) >> 24
+    return hash32((index % 2**32) ^ key)
+
+
+def low_halves(seed: int = 3, step: int = 1, offset: int = 0, count: int = 1 << 16) -> torch.Tensor:
+    """The second byte from below: the upper one of those that round bf16 exp_avg_sq."""
+    return (remainder.random_words((count,), seed, step, offset, CPU) >> 8) & 0xFF
 
 
 def draws(seed: int = 3, step: int = 1, offset: int = 0, count: int = 1 << 16) -> torch.Tensor:
-    return remainder.random_bytes((count,), seed, step, offset, CPU)
+    return remainder.random_words((count,), seed, step, offset, CPU) >> 24
 
 
 VECTORS = {
@@ -75,12 +80,12 @@ def test_hash_avalanche() -> None:
     ("seed", "step", "offset"),
     [(0, 1, 0), (1, 1, 0), (0xFFFFFFFF, 7, 1000), (123456789, 10**6, 2**31 - 8), (5, 3, 2**32 - 8), (9, 2, 2**35 + 5)],
 )
-def test_random_bytes_definition(seed: int, step: int, offset: int) -> None:
-    """Protects the counter: plain integers give the same bytes, beyond 2³² elements and for any seed and step."""
-    expected = [random_byte(seed, step, offset + i) for i in range(16)]
-    assert remainder.random_bytes((4, 4), seed, step, offset, CPU).flatten().tolist() == expected
+def test_random_words_definition(seed: int, step: int, offset: int) -> None:
+    """Protects the counter: plain integers give the same words, beyond 2³² elements and for any seed and step."""
+    expected = [random_word(seed, step, offset + i) for i in range(16)]
+    assert remainder.random_words((4, 4), seed, step, offset, CPU).flatten().tolist() == expected
     for other in ((seed ^ 1, step, offset), (seed, step + 1, offset), (seed, step, offset + 1)):
-        assert remainder.random_bytes((16,), *other, CPU).tolist() != expected
+        assert remainder.random_words((16,), *other, CPU).tolist() != expected
 
 
 def chi_square_z(counts: np.ndarray) -> float:
@@ -120,6 +125,9 @@ def check_random(draw: Callable[..., torch.Tensor]) -> None:
 def test_random_bytes_are_uniform_and_independent() -> None:
     """Protects stochastic rounding from a bad generator; three weaker generators fail the same check."""
     check_random(draws)
+    check_random(low_halves)
+    large = {"count": 1 << 20}
+    assert abs(correlation_z(draws(**large), low_halves(**large))) < 4  # the rounding of a weight and of its v
 
     def counter(seed: int = 3, step: int = 1, offset: int = 0, count: int = 1 << 16) -> torch.Tensor:
         return (torch.arange(count) + 31 * seed + 17 * step) & 0xFF
@@ -135,7 +143,8 @@ def test_random_bytes_are_uniform_and_independent() -> None:
             check_random(weak)
 
 
-def test_shards_draw_as_the_whole() -> None:
+@pytest.mark.parametrize("state_format", ["fp32", "bf16", "int8"])
+def test_shards_draw_as_the_whole(state_format: str) -> None:
     """Protects sharding: a shard that knows its offset draws, and steps, exactly as its rows of the whole tensor do."""
     whole = draws(count=1000)
     assert torch.equal(draws(offset=300, count=200), whole[300:500])
@@ -145,7 +154,7 @@ def test_shards_draw_as_the_whole() -> None:
     start = start.bfloat16().float()
 
     def after_ten_steps(low: int, high: int, offset: int) -> torch.Tensor:
-        batch = batch_of(start[low:high], torch.bfloat16, "split8", "int8", seed=77, offset=offset)
+        batch = batch_of(start[low:high], torch.bfloat16, "split8", state_format, seed=77, offset=offset)
         for t in range(10):
             step.step(batch, [gradient((12, 70), t)[low:high]], coefficient_row(t, 10, 1e-5, 0.0, 0.0))
         return value_of(batch)
@@ -190,6 +199,26 @@ def test_rounding_is_unbiased_with_drawn_bytes(dtype: torch.dtype) -> None:
     assert abs(rounding_z(million, dtype)) < 4
     assert abs(rounding_z(million * 0, dtype)) > 100
     assert abs(rounding_z(million // 2, dtype)) > 100
+
+
+def check_bf16_rounding(round_: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    """Over all 65,536 low halves of a word the mean is exactly the value; the high half does not matter."""
+    words = torch.arange(1 << 16) | (0xABCD << 16)
+    for number in (1.0, 1e-12, 0.7, 3e5, 1 - 2.0**-24, 1 + 2.0**-23, 1e-30, 0.0):
+        value = torch.full((1 << 16,), number)
+        assert round_(value, words).double().mean().item() == value[0].item()
+
+
+def test_bf16_rounding_is_unbiased() -> None:
+    """Protects bf16 exp_avg_sq, which could not decay if it were rounded to nearest."""
+    check_bf16_rounding(remainder.stochastic_bf16)
+    for wrong in (
+        lambda value, words: value.bfloat16(),
+        lambda value, words: remainder.stochastic_bf16(value, words >> 16),
+        lambda value, words: remainder.stochastic_bf16(value, words >> 1),
+    ):
+        with pytest.raises(AssertionError):
+            check_bf16_rounding(wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
