@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
+import dba_kernels
 from bench.quality import adapters, analysis, choose, data, grid, results, training
 from bench.quality.optimizers import GaLoreAdamW, GeneralStatistics, StudyAdamW, gamma, similarity
 from bench.quality.setting import Setting
@@ -84,21 +85,22 @@ def test_dba_rows_are_adamw_on_the_boosted_gradient(boosted, corrected) -> None:
     assert gap(study(**options), oracle(not boosted, corrected)) > 1e-3
 
 
-def test_dba_rows_agree_with_the_library() -> None:
-    library = pytest.importorskip("dba_kernels")
-    if not hasattr(library, "DBAAdamW"):
-        pytest.skip("dba_kernels.DBAAdamW is not built")
+@pytest.mark.filterwarnings("ignore:boost:UserWarning", "ignore:lr:UserWarning")
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("correction", ["cosine", "none", "agem", "pcgrad"])
+def test_rows_agree_with_the_library(correction, scope) -> None:
     parameters, targets = quadratic()
-    stored = library.GlobalGradient.from_tensors(statistics().mean, format="fp32")
-    optimizer = library.DBAAdamW(
+    stored = dba_kernels.GlobalGradient.from_tensors(statistics().mean, format="fp32")
+    optimizer = dba_kernels.DBAAdamW(
         parameters.items(), lr=0.05, weight_decay=0.0, global_gradient=stored, total_steps=STEPS, boost=1.0,
-        boost_max=0.5, correction="cosine", correction_scope="tensor", correction_bounds=(0.0, 2.0),
+        boost_max=0.5, correction=correction, correction_scope=scope, correction_bounds=(0.0, 2.0),
     )  # fmt: skip
-    schedule = library.annealing_schedule(optimizer, total_steps=STEPS)
+    schedule = dba_kernels.annealing_schedule(optimizer, total_steps=STEPS)
     for _ in range(STEPS):
         train(optimizer, parameters, targets, steps=1)
         schedule.step()
-    assert gap(study(boost=1.0, correction="cosine"), parameters) < 1e-5
+    assert gap(study(boost=1.0, correction=correction, scope=scope), parameters) < 1e-5
+    assert gap(study(boost=0.3, boost_max=0.3), parameters) > 1e-3  # negative control: another boost
 
 
 def test_constant_rate_is_torch_adamw() -> None:
