@@ -10,91 +10,20 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
-from safetensors.torch import load_file, save_file
 
-from dba_kernels.cli.assets import cache_dir, load_documents, load_model, token_blocks
+from bench.gradients import BETA1, BETA2, EPS, GLOBAL_BATCHES, LR, ROWS, STEPS, progress, recording
+from dba_kernels.cli.assets import cache_dir
+from dba_kernels.reference import quantize
 
-STEPS = 48
-GLOBAL_BATCHES = 32
-BATCH, LENGTH = 4, 128
-LR, BETA1, BETA2, EPS = 3e-5, 0.9, 0.999, 1e-8
-ROWS = {  # tensor → how many of its rows, evenly spaced, are kept: whole rows, so that groups stay what they are
-    "model.embed_tokens.weight": 1024,
-    "model.layers.0.self_attn.q_proj.weight": 256,
-    "model.layers.0.self_attn.k_proj.weight": 192,
-    "model.layers.0.mlp.down_proj.weight": 192,
-    "model.layers.14.self_attn.v_proj.weight": 192,
-    "model.layers.14.self_attn.o_proj.weight": 256,
-    "model.layers.14.mlp.up_proj.weight": 256,
-    "model.layers.29.self_attn.q_proj.weight": 256,
-    "model.layers.29.mlp.gate_proj.weight": 256,
-    "model.layers.29.mlp.down_proj.weight": 192,
-}
-
-
-def progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True))
-
-
-def recording() -> dict[str, torch.Tensor]:
-    """Real gradients, from the cache or recorded now.
-
-    Per tensor: ``grad/NAME`` bf16 ``[STEPS, rows, cols]`` of a fine-tuning run on recipes, and ``global/NAME`` fp32
-    ``[rows, cols]``, the mean gradient of the base model over Wikipedia text.
-    """
-    path = cache_dir() / "studies" / f"gradients-{STEPS}-{GLOBAL_BATCHES}.safetensors"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(".partial")
-        save_file(_record(), scratch)
-        scratch.rename(path)
-    return load_file(path)
-
-
-def _record() -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    model, tokenizer, _ = load_model()
-    model.eval()  # no dropout; SmolLM2 has none to begin with
-    params = dict(model.named_parameters())
-    rows = {name: torch.linspace(0, len(params[name]) - 1, count).long() for name, count in ROWS.items()}
-
-    def batches(corpus: str, count: int) -> torch.Tensor:
-        documents, _ = load_documents(corpus)
-        blocks = token_blocks(tokenizer, documents, length=LENGTH, train=count * BATCH, held_out=BATCH)
-        return blocks.train.view(count, BATCH, LENGTH)
-
-    def backward(ids: torch.Tensor) -> None:
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            model(input_ids=ids, labels=ids).loss.backward()
-
-    record = {f"global/{name}": torch.zeros(len(index), params[name].shape[1]) for name, index in rows.items()}
-    with progress() as bar:
-        for ids in bar.track(batches("wikipedia", GLOBAL_BATCHES), description="mean gradient on Wikipedia"):
-            backward(ids)
-            for name, index in rows.items():
-                record[f"global/{name}"] += params[name].grad[index] / GLOBAL_BATCHES
-
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(BETA1, BETA2), eps=EPS)
-        grads: dict[str, list[torch.Tensor]] = {name: [] for name in rows}
-        for step, ids in enumerate(bar.track(batches("recipes", STEPS), description="fine-tuning on recipes")):
-            backward(ids)
-            for name, index in rows.items():
-                grads[name].append(params[name].grad[index].bfloat16())  # what a bf16 model would hand over
-            optimizer.param_groups[0]["lr"] = LR * (1 - step / STEPS)
-            optimizer.step()
-    return record | {f"grad/{name}": torch.stack(steps) for name, steps in grads.items()}
-
-
-# --------------------------------------------------------------------------------------------------------- codecs
+# --- codecs -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -228,7 +157,7 @@ GLOBAL = [
 ]
 ROUNDINGS = (("nearest", "nearest"), ("nearest", "stochastic"), ("stochastic", "stochastic"))
 
-# --------------------------------------------------------------------------------------------------------- replay
+# --- replay -----------------------------------------------------------------------------------------------------------
 
 Codecs = tuple[Codec | None, Codec | None, Codec | None]  # of exp_avg, exp_avg_sq, ĝ_G; None keeps fp64
 
@@ -288,7 +217,7 @@ def replay(
 
 @dataclass(frozen=True)
 class Score:
-    """Relative errors of the late updates and of the displacement; the displacement's cosine and length to the truth."""
+    """Relative errors of the late updates and the displacement; cosine and relative length of the displacement."""
 
     update: float
     displacement: float
@@ -309,7 +238,7 @@ def score(late: list[torch.Tensor], moved: torch.Tensor, true_late: list[torch.T
     )
 
 
-# --------------------------------------------------------------------------------------------------------- tables
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 SECTIONS: tuple[tuple[str, Run, list[Codecs]], ...] = (
     ("exp_avg", RECORDED, [(codec, None, None) for codec in EXP_AVG]),
@@ -354,10 +283,46 @@ def _key(run: Run, codecs: Codecs) -> str:
     return f"{run.title}: {codecs}"
 
 
+def _stored(format: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: quantize.decode(quantize.encode(x, format))
+
+
+STOCHASTIC_BF16 = Codec("bf16", rounding="stochastic")
+SHIPPED: tuple[dict[Codec, Callable[[torch.Tensor], torch.Tensor] | None], ...] = (
+    {M8: lambda x: quantize.decode_exp_avg(*quantize.encode_exp_avg(x), x.shape), Codec("bf16"): None},
+    {V8: lambda x: quantize.decode_exp_avg_sq(*quantize.encode_exp_avg_sq(x), x.shape), STOCHASTIC_BF16: None},
+    {
+        Codec("bf16"): _stored("bf16"),
+        Codec("fp16"): _stored("fp16"),
+        Codec("fp8"): _stored("fp8_e4m3"),
+        INT8: _stored("int8"),
+        INT4: _stored("int4"),
+    },
+)
+"""What the library uses for exp_avg, exp_avg_sq and ĝ_G (rows marked *); its own codecs where they stand alone."""
+
+
+def compare_with_library() -> str:
+    """Whether the rows marked * are what the library does, on the recorded ĝ_G and its square."""
+    record, generator = recording(), torch.Generator().manual_seed(0)
+    worst = 0.0
+    for place, codecs in enumerate(SHIPPED):
+        for codec, library in codecs.items():
+            for name in ROWS if library else ():
+                x = record[f"global/{name}"]
+                x = x.square() if place == 1 else x
+                worst = max(worst, ((codec(x, generator) - library(x)).norm() / x.norm()).item())
+    return f"* the library's codecs; this study's own differ from them by at most {worst:.0e} (relative, on ĝ_G)"
+
+
 def main() -> None:
     with progress() as bar:
         scores = measure(bar)
     console = Console(width=None if sys.stdout.isatty() else 150)
+    console.print(
+        "update error: of the last eight updates m̂/(√v̂+ε); moved error, cosine, length: of the displacement;\n"
+        "all against fp64 moments, mean over the tensors; worst: the largest moved error of one tensor"
+    )
     for what, run, rows in SECTIONS:
         table = Table(title=f"{what}: {run.title}", title_justify="left")
         for heading in ("format", "group", "scale", "rounding", "B/param"):
@@ -369,15 +334,17 @@ def main() -> None:
         for codecs in rows:
             table.add_row(*_cells(codecs, scores[_key(run, codecs)], stored=what == "ĝ_G"))
         console.print(table)
+    console.print(compare_with_library())
 
 
 def _cells(codecs: Codecs, scores: dict[str, Score], stored: bool) -> list[str]:
     used = [codec for codec in codecs if codec]
+    shipped = " *" if all(codec in known for codec, known in zip(codecs, SHIPPED, strict=True) if codec) else ""
     mean = {f.name: sum(getattr(s, f.name) for s in scores.values()) / len(scores) for f in fields(Score)}
     worst, tensor = max((s.displacement, name) for name, s in scores.items())
     numbers = [f"{mean['update']:.4f}", f"{mean['displacement']:.4f}", f"{mean['cosine']:.5f}", f"{mean['length']:.4f}"]
     return [
-        " + ".join(codec.label for codec in used),
+        " + ".join(codec.label for codec in used) + shipped,
         str(used[0].group) if used[0].grouped else "–",
         str(used[0].scale).removeprefix("torch.") if used[0].grouped else "–",
         " + ".join(codec.rounding for codec in used),

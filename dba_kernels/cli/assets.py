@@ -68,7 +68,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dba_kernels"
 
 
-# ---------------------------------------------------------------------------------------------------------- model
+# --- model ------------------------------------------------------------------------------------------------------------
 
 
 def load_model(source: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
@@ -137,7 +137,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-# ---------------------------------------------------------------------------------------------------------- texts
+# --- texts ------------------------------------------------------------------------------------------------------------
 
 
 def load_documents(source: str) -> tuple[list[str], str]:
@@ -211,7 +211,7 @@ _READERS: dict[str, Callable[[str], Iterable[str]]] = {
     ".license": _licence,
 }
 
-# --------------------------------------------------------------------------------------------------------- blocks
+# --- blocks -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
