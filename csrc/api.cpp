@@ -82,15 +82,15 @@ void dba_encode(int64_t isa, int64_t threads, int64_t dtype, int64_t format, int
     tasks.execute(static_cast<int>(threads));
 }
 
-void dba_decode(int64_t isa, int64_t threads, int64_t format, int64_t rows, int64_t cols, const uint8_t* codes,
-                const float* scales, float* out) {
+void dba_decode(int64_t isa, int64_t threads, int64_t dtype, int64_t format, int64_t rows, int64_t cols,
+                const uint8_t* codes, const float* scales, uint8_t* out) {
     const Units units({Cut(rows, cols, global_is_grouped(format))});
     const Rows layout{units.cut(0).cols};
-    Kernels::Decode* decode = kernels_of(isa).decode[format];
+    Kernels::Decode* decode = kernels_of(isa).decode[format][dtype];
     const Tasks::Run run = [&](int64_t, int64_t unit) {
         layout.each(units.cut(0).piece(unit), [&](int64_t row, int64_t col, int64_t n) {
             decode(codes + layout.code(format, row, col), scales + (scales ? layout.scale(row, col) : 0),
-                   out + row * layout.cols + col, n);
+                   out + (row * layout.cols + col) * dtype_bytes(dtype), n);
         });
     };
     Tasks tasks;

@@ -41,8 +41,8 @@ DBA_EXPORT void dba_accumulate(int64_t isa, int64_t threads, const dba::Tensor* 
                     double* squared_norms);
 DBA_EXPORT void dba_encode(int64_t isa, int64_t threads, int64_t dtype, int64_t format, int64_t rows, int64_t cols,
                 const uint8_t* source, uint8_t* codes, float* scales);
-DBA_EXPORT void dba_decode(int64_t isa, int64_t threads, int64_t format, int64_t rows, int64_t cols, const uint8_t* codes,
-                const float* scales, float* out);
+DBA_EXPORT void dba_decode(int64_t isa, int64_t threads, int64_t dtype, int64_t format, int64_t rows, int64_t cols,
+                           const uint8_t* codes, const float* scales, uint8_t* out);
 // sums [n, 2]: rows `index` of every tensor are overwritten.
 DBA_EXPORT void dba_similarity(int64_t isa, int64_t threads, const dba::Batch* batches, int64_t count, double* sums);
 DBA_EXPORT void dba_coefficients(const dba::CoefficientArguments* arguments);

@@ -8,9 +8,6 @@
 namespace dba {
 namespace {  // internal linkage: no instruction set may lend its code to another
 
-constexpr int BLOCK = 512;  // elements: 2 KiB of fp32, a fraction of the first-level cache
-static_assert(BLOCK % GROUP == 0);
-
 template <int64_t D, int64_t G> GradSource advanced(const GradSource& in, int64_t i) {
     return {in.grad + i * dtype_bytes(D), in.codes + global_bytes(G, i), in.scales + (global_is_grouped(G) ? i / GROUP : 0)};
 }

@@ -40,19 +40,22 @@ template <class S> struct Global<S, GLOBAL_FP32> : Float<S, FP32> {};
 template <class S> struct Global<S, GLOBAL_BF16> : Float<S, BF16> {};
 template <class S> struct Global<S, GLOBAL_FP16> : Float<S, FP16> {};
 
-// Integer codes are quadratic: value = scale * c|c|.
+// Signed quadratic companding of integer codes: value = scale * c|c|.
+template <class S> typename S::F expand(typename S::I code) {
+    typename S::F c = S::to_float(code);
+    return c * S::abs(c);
+}
+template <class S> typename S::U compress(typename S::F scaled, typename S::F root_of_magnitude) {
+    typename S::U sign = S::bits(scaled) & 0x80000000u;
+    return (typename S::U)S::to_int(S::from_bits(S::bits(root_of_magnitude) | sign));
+}
+
 template <class S> struct Global<S, GLOBAL_INT8> {
-    static typename S::F load(bytes_t p, int j) {
-        typename S::F code = S::to_float(S::load_i8(p + j));
-        return code * S::abs(code);
-    }
+    static typename S::F load(bytes_t p, int j) { return expand<S>(S::load_i8(p + j)); }
 };
 
 template <class S> struct Global<S, GLOBAL_INT4> {
-    static typename S::F load(bytes_t p, int j) {
-        typename S::F code = S::to_float(S::load_nibbles(p, j));
-        return code * S::abs(code);
-    }
+    static typename S::F load(bytes_t p, int j) { return expand<S>(S::load_nibbles(p, j)); }
 };
 
 template <class S> struct Global<S, GLOBAL_FP8> {
@@ -74,6 +77,8 @@ template <class S> struct Global<S, GLOBAL_FP8> {
 };
 
 // --- parameters: a weight, and a remainder that together hold more than the weight's dtype ----------------------------
+
+// Each store takes one random 32-bit word per element; split8 rounds with its top byte.
 
 // 32-bit integer hash with full avalanche ("lowbias32" of C. Wellons' hash prospector).
 template <class U> inline U mix32(U x) {
@@ -118,7 +123,7 @@ template <class S> struct Param<S, SPLIT8, BF16> {
         return S::from_bits((S::load_u16(weight + 2 * j) << 16) + (remainder << 8));
     }
     static void store(uint8_t* weight, uint8_t* low, int j, typename S::F x, typename S::U random) {
-        typename S::U u = S::bits(x) + random;
+        typename S::U u = S::bits(x) + (random >> 24);
         S::store_low16(weight + 2 * j, ((u & 0xFFFFFF00u) + 0x8000u) >> 16);
         S::store_low8(low + j, u >> 8);
     }
@@ -159,7 +164,7 @@ template <class S> struct Param<S, SPLIT8, FP16> {
         S::store_f16(weight + 2 * j, x);
         typename S::F rest = x - S::load_f16(weight + 2 * j);
         typename S::F units = rest * Unit(S::load_u16(weight + 2 * j)).inverse();
-        typename S::F dithered = S::floor(units + S::to_float((typename S::I)random) * S::splat(0x1p-8f));
+        typename S::F dithered = S::floor(units + S::to_float((typename S::I)(random >> 24)) * S::splat(0x1p-8f));
         S::store_low8(low + j, (typename S::U)S::to_int(dithered));
     }
 };

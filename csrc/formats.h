@@ -9,11 +9,12 @@ constexpr int GROUP = 64;  // columns that share one fp32 scale
 
 constexpr float SMALLEST_SCALE = 0x1p-126f;  // groups with a smaller scale are stored as zeros
 
-constexpr float INT8_MAX_CODE = 127.0f;
-constexpr float INT4_MAX_CODE = 7.0f;
-constexpr float FP8_MAX = 448.0f;                          // largest finite e4m3
-constexpr double EXP_AVG_ABSMAX_VALUE = 127.0 * 127.0;     // int8 exp_avg: m = scale * c * |c|
-constexpr double EXP_AVG_SQ_MAX_VALUE = 65025.0 * 65025.0; // uint8 exp_avg_sq: v = scale * c^4, c <= 255
+// Value of the largest code in units of its scale.
+constexpr double FP8_ABSMAX_VALUE = 448.0;                  // largest finite e4m3
+constexpr double INT8_ABSMAX_VALUE = 127.0 * 127.0;         // x = scale * c * |c|
+constexpr double INT4_ABSMAX_VALUE = 7.0 * 7.0;             // the same
+constexpr double EXP_AVG_ABSMAX_VALUE = 127.0 * 127.0;      // m = scale * c * |c|
+constexpr double EXP_AVG_SQ_MAX_VALUE = 65025.0 * 65025.0;  // v = scale * c^4, c <= 255
 
 // The numbers below are the interface to native.py.
 enum Dtype : int64_t { FP32 = 0, BF16 = 1, FP16 = 2, DTYPES = 3 };

@@ -15,7 +15,10 @@ namespace {  // internal linkage: no instruction set may lend its code to anothe
 template <class S, int64_t D, int64_t G> constexpr void add_global(Kernels& k) {
     k.boost[D][G] = Boost<S, D, G>::run;
     k.similarity[D][G] = Similarity<S, D, G, true>::run;
-    if constexpr (G != GLOBAL_NONE) k.dot[D][G] = Similarity<S, D, G, false>::run;
+    if constexpr (G != GLOBAL_NONE) {
+        k.dot[D][G] = Similarity<S, D, G, false>::run;
+        k.decode[G][D] = Decode<S, G, D>::run;
+    }
     if constexpr (global_is_grouped(G)) k.encode[D][G] = Encode<S, D, G>::run;
 }
 
@@ -41,12 +44,6 @@ template <class S> constexpr Kernels make_kernels() {
     add_grad<S, FP32>(k);
     add_grad<S, BF16>(k);
     add_grad<S, FP16>(k);
-    k.decode[GLOBAL_FP32] = Decode<S, GLOBAL_FP32>::run;
-    k.decode[GLOBAL_BF16] = Decode<S, GLOBAL_BF16>::run;
-    k.decode[GLOBAL_FP16] = Decode<S, GLOBAL_FP16>::run;
-    k.decode[GLOBAL_FP8] = Decode<S, GLOBAL_FP8>::run;
-    k.decode[GLOBAL_INT8] = Decode<S, GLOBAL_INT8>::run;
-    k.decode[GLOBAL_INT4] = Decode<S, GLOBAL_INT4>::run;
     add_param<S, NATIVE, FP32>(k);
     add_param<S, NATIVE, BF16>(k);
     add_param<S, NATIVE, FP16>(k);

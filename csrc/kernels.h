@@ -6,6 +6,9 @@
 
 namespace dba {
 
+constexpr int BLOCK = 512;  // elements that pass through the first-level cache at a time: 2 KiB of fp32
+static_assert(BLOCK % GROUP == 0);
+
 // Gradient and stored global gradient.
 struct GradSource {
     const uint8_t *grad, *codes;
@@ -29,14 +32,15 @@ struct StepTarget {
     float *exp_avg_scale, *exp_avg_sq_scale;  // null unless the state is int8
 };
 
-// Every function takes a run of n elements of one row that starts at a group boundary. A null entry: no such combination.
+// Every function takes a run of n elements of one row that starts at a group boundary; boost and update at most BLOCK.
+// A null entry: no such combination.
 struct Kernels {
     using Boost = void(const GradSource& in, float a, float b, int n, float* out);
     using Update = void(const StepTarget&, const float* grad, const StepScalars&, uint64_t element, int n);
     using Similarity = void(const GradSource& in, int64_t n, Sums& sums);
     using Accumulate = void(const uint8_t* grad, float* total, float weight, int64_t n);
     using Encode = void(const uint8_t* source, uint8_t* codes, float* scales, int64_t n);
-    using Decode = void(const uint8_t* codes, const float* scales, float* out, int64_t n);
+    using Decode = void(const uint8_t* codes, const float* scales, uint8_t* out, int64_t n);
 
     Boost* boost[DTYPES][GLOBAL_FORMATS];
     Update* update[PARAM_FORMATS][DTYPES][STATE_FORMATS];
@@ -44,7 +48,7 @@ struct Kernels {
     Similarity* dot[DTYPES][GLOBAL_FORMATS];         // dot alone
     Accumulate* accumulate[DTYPES];
     Encode* encode[DTYPES][GLOBAL_FORMATS];
-    Decode* decode[GLOBAL_FORMATS];
+    Decode* decode[GLOBAL_FORMATS][DTYPES];
 };
 
 extern const Kernels scalar_kernels;

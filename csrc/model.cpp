@@ -5,9 +5,6 @@
 namespace dba {
 namespace {
 
-constexpr int BLOCK = 512;  // elements between the two stages of a step; as in blocks.h
-static_assert(BLOCK % GROUP == 0);
-
 std::vector<Cut> cuts_of(const Batch* batches, int64_t count) {
     std::vector<Cut> cuts;
     for (const Batch* b = batches; b < batches + count; ++b) {

@@ -1,4 +1,4 @@
-// Codecs of whole tensors: the stored global gradient in 8 and 4 bits, and any stored format back to fp32.
+// Codecs of whole tensors: the stored global gradient in 8 and 4 bits, and any stored format back to a float dtype.
 #pragma once
 
 #include "blocks.h"
@@ -25,36 +25,35 @@ template <class S, int64_t D, int64_t G> struct Encode {
     static void group(bytes_t x, uint8_t* out, float* scale) {
         typename S::F most = S::splat(0.0f);
         for (int j = 0; j < GROUP; j += S::W) most = S::max(most, S::abs(Float<S, D>::load(x, j)));
-        const double code_max = G == GLOBAL_FP8 ? FP8_MAX : G == GLOBAL_INT8 ? INT8_MAX_CODE : INT4_MAX_CODE;
-        const double largest_value = G == GLOBAL_FP8 ? code_max : code_max * code_max;
-        Scale s(S::largest(most), largest_value);
+        const Scale s(S::largest(most), G == GLOBAL_FP8    ? FP8_ABSMAX_VALUE
+                                        : G == GLOBAL_INT8 ? INT8_ABSMAX_VALUE
+                                                           : INT4_ABSMAX_VALUE);
         *scale = s.scale;
         for (int j = 0; j < GROUP; j += S::W) {
             typename S::F scaled = Float<S, D>::load(x, j) * S::splat(s.inverse);
             if constexpr (G == GLOBAL_FP8) S::store_low8(out + j, Global<S, G>::encode(scaled));
-            else S::store_low8(out + j, (typename S::U)S::to_int(signed_root(scaled)));
+            else S::store_low8(out + j, compress<S>(scaled, S::sqrt(S::abs(scaled))));
         }
         if constexpr (G == GLOBAL_INT4)
             for (int k = 0; k < GROUP / 2; ++k) out[k] = static_cast<uint8_t>((out[2 * k] & 0xF) | (out[2 * k + 1] << 4));
     }
 };
 
-template <class S, int64_t G> struct Decode {
-    static void run(bytes_t codes, const float* scales, float* out, int64_t n) {
+template <class S, int64_t G, int64_t D> struct Decode {
+    static void run(bytes_t codes, const float* scales, uint8_t* out, int64_t n) {
         int64_t i = 0;
-        for (; i + GROUP <= n; i += GROUP) group(codes + global_bytes(G, i), scale(scales, i), out + i);
+        for (; i + GROUP <= n; i += GROUP) group(codes + global_bytes(G, i), scale(scales, i), out + i * dtype_bytes(D));
         if (i == n) return;
-        alignas(64) uint8_t padded[GROUP * 4] = {};
-        alignas(64) float last[GROUP];
+        alignas(64) uint8_t padded[GROUP * 4] = {}, last[GROUP * 4];
         __builtin_memcpy(padded, codes + global_bytes(G, i), global_bytes(G, n - i));
         group(padded, scale(scales, i), last);
-        __builtin_memcpy(out + i, last, (n - i) * sizeof(float));
+        __builtin_memcpy(out + i * dtype_bytes(D), last, (n - i) * dtype_bytes(D));
     }
     static float scale(const float* scales, int64_t i) { return global_is_grouped(G) ? scales[i / GROUP] : 1.0f; }
-    static void group(bytes_t codes, float scale, float* out) {
+    static void group(bytes_t codes, float scale, uint8_t* out) {
         for (int j = 0; j < GROUP; j += S::W) {
             typename S::F value = Global<S, G>::load(codes, j);
-            S::store(out + j, global_is_grouped(G) ? value * S::splat(scale) : value);
+            Float<S, D>::store(out, j, global_is_grouped(G) ? value * S::splat(scale) : value);
         }
     }
 };

@@ -59,7 +59,7 @@ struct Avx2 {
     static F floor(F x) { return _mm256_floor_ps(x); }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     static F sqrt(F x) { return _mm256_sqrt_ps(x); }
-    static F divide(F a, F b) { return a / b; }
+    static F quick_sqrt(F x) { return _mm256_sqrt_ps(x); }
     static F max(F a, F b) { return _mm256_max_ps(a, b); }
     static F abs(F x) { return from_bits(bits(x) & 0x7FFFFFFFu); }
     static float sum(F x) {

@@ -60,7 +60,7 @@ struct Scalar {
     static F floor(F x) { return std::floor(x); }
     static F fma(F a, F b, F c) { return a * b + c; }
     static F sqrt(F x) { return std::sqrt(x); }
-    static F divide(F a, F b) { return a / b; }
+    static F quick_sqrt(F x) { return std::sqrt(x); }
     static F max(F a, F b) { return a > b ? a : b; }
     static F abs(F x) { return from_bits(bits(x) & 0x7FFFFFFF); }
     static float sum(F x) { return x; }

@@ -88,7 +88,7 @@ def load() -> ctypes.CDLL:
         "dba_isa_usable": [integer],
         "dba_accumulate": [integer, integer, pointer, integer, ctypes.c_double, pointer],
         "dba_encode": [integer] * 6 + [pointer] * 3,
-        "dba_decode": [integer] * 5 + [pointer] * 3,
+        "dba_decode": [integer] * 6 + [pointer] * 3,
         "dba_similarity": [integer, integer, pointer, integer, pointer],
         "dba_coefficients": [pointer],
         "dba_step": [integer, integer, pointer, integer, pointer],
@@ -253,7 +253,7 @@ class _Descriptors:
             columns.append((_Field.REMAINDER, "remainders", batch.remainders, remainder, self.shapes))
         for field, name, tensors, wanted, shapes in columns:
             self.table[:, field] = _addresses(name, tensors, wanted, shapes)
-        if batch.param_format == "split8":
+        if batch.param_format == "split8" or batch.state_format == "bf16":  # the formats that round stochastically
             self.table[:, _Field.SEED] = [seed & 0xFFFFFFFF for seed in batch.seeds]
             self.table[:, _Field.OFFSET] = batch.offsets
 
@@ -337,16 +337,19 @@ def encode(tensor: torch.Tensor, format: str) -> EncodedTensor:
 
 
 def decode(encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The fp32 tensor that is stored, into ``out`` where given (contiguous fp32 of the stored shape)."""
+    """The tensor that is stored, in fp32, or written to ``out`` (fp32, bf16 or fp16, contiguous, same shape)."""
     out = torch.empty(encoded.shape, dtype=torch.float32) if out is None else out
+    if out.dtype not in _DTYPE_CODE:
+        raise ValueError(f"out: expected float32, bfloat16 or float16, got {out.dtype}; use backend='reference'")
     codes, scales = _encoded_addresses("encoded", encoded, encoded.format)
     load().dba_decode(
         *_execution(),
+        _DTYPE_CODE[out.dtype],
         GLOBAL_FORMATS.index(encoded.format),
         *matrix_shape(encoded.shape),
         codes,
         scales,
-        _address("out", out, torch.float32, encoded.shape),
+        _address("out", out, out.dtype, encoded.shape),
     )
     return out
 
