@@ -409,9 +409,30 @@ def test_noise_estimate_is_unbiased() -> None:
     assert signal_and_noise(4.0, 7.0, 49.0, 4.0 * 49) == (None, None)  # one micro-batch
 
 
+def test_noise_estimate_with_token_weights() -> None:
+    """Protects the weights in the estimate: the collector's signal is the weighted mean inner product of different
+    micro-batches' gradients, and signal + noise = ‖ĝ‖²; with the weights left out it is another number."""
+    model, batches = Toy(), batches_of()
+    gg = collect_global_gradient(model, batches, token_loss, "fp32")
+    grads, tokens = micro_gradients(model, batches)
+
+    def mean_of_pairs(products: torch.Tensor, weights: torch.Tensor) -> float:
+        pairs = torch.outer(weights, weights).fill_diagonal_(0)
+        return float((products * pairs).sum() / pairs.sum())
+
+    for name, record in gg.records.items():
+        stacked = torch.stack(grads[name]).flatten(1)
+        signal = mean_of_pairs(stacked @ stacked.T, torch.tensor(tokens, dtype=torch.float64))
+        tolerance = 1e-5 * record.squared_norm
+        assert record.signal == pytest.approx(signal, abs=tolerance)
+        assert record.signal + record.noise == pytest.approx(record.squared_norm, abs=tolerance)
+        unweighted = mean_of_pairs(stacked @ stacked.T, torch.ones(len(tokens), dtype=torch.float64))
+        assert abs(record.signal - unweighted) > 100 * tolerance
+
+
 def test_noise_estimate_agrees_with_split_halves() -> None:
     """Protects the estimate in the file against 400 random splits of the data. Inner products over squared norms of the
-    halves agree to 0.02; so does the mean cosine for matrices (a bias of 12 elements is too short: its mean of ratios is
+    halves agree to 0.02; so does the mean cosine of matrices (a bias of 12 elements is too short: its mean of ratios is
     not the ratio of means). The cosine that ‖ĝ‖² against the mean ‖g_i‖² would suggest does not."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 12))
