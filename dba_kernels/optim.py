@@ -320,7 +320,8 @@ class DBAAdamW(Optimizer):
             ``steps`` and ``skipped_steps``; and, of the last step: ``grad_norm`` ‖g_D‖ (after unscaling, before
             clipping) and ``clip_factor`` where there is a global gradient or a clip threshold; ``gamma`` γ_t,
             ``boost_ratio`` ‖γ ĝ_G‖ / ‖(1−γ) g_D‖, and ``cosine_*`` φ_t and ``correction_*`` α_t (``mean``, ``min``,
-            ``max`` over the parameters that have a global gradient) where there is one. Empty before the first step.
+            ``max`` over the parameters that have a global gradient) where there is one. Empty before the first step;
+            norms and similarities are NaN after a skipped one.
         """
         return {} if self._plan is None else metrics(self._plan, self.settings)
 

@@ -63,7 +63,7 @@ def annealing_schedule(
 
     Args:
         optimizer: any torch optimizer; its groups' ``lr`` are the initial rates η_0.
-        total_steps: T, optimizer steps (not micro-batches); the rate is 0 from step T on.
+        total_steps: T, optimizer steps (not micro-batches); the rate is 0 from step T on unless it is constant.
         warmup_steps: linear warm-up before the decay, 0 ≤ W < T.
         shape: ``"linear"``, ``"cosine"`` or ``"constant"``.
 

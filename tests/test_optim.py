@@ -502,6 +502,56 @@ def test_resuming_checks_names_but_not_weights() -> None:
         train(params, dba(params, global_gradient=gg, total_steps=500), range(1, 2))
 
 
+# --- backends ---------------------------------------------------------------------------------------------------------
+
+
+def displacement_error(dtype: torch.dtype, backend: str, steps: int, spoil: float = 0.0, **formats: str) -> float:
+    """‖Δθ − Δθ_ref‖ / ‖Δθ_ref‖ after ``steps`` steps of full DBA, both from the same start, on exact weights."""
+    moved = {}
+    names = ("head.weight", "norm.weight")  # one compressed, one not, the latter often without a gradient
+    gg = GlobalGradient.from_tensors({name: gradient(name, 999_999, torch.float32) for name in names})
+    for name in ("reference", backend):
+        params = {n: p for n, p in make_params(dtype).items() if n in names}
+        start = torch.cat([p.detach().double().flatten() for p in params.values()])
+        beta1 = 0.9 - (spoil if name == backend else 0.0)
+        common = dict(global_gradient=gg, total_steps=400, max_grad_norm=50.0, betas=(beta1, 0.99))
+        optimizer = dba(params, backend=name, **common, **formats)
+        train(params, optimizer, range(1, steps + 1))
+        assert optimizer.metrics()["steps"] == steps
+        joined = [joined_value(optimizer, p).double().flatten() for p in params.values()]
+        moved[name] = torch.cat(joined) - start
+    return float((moved[backend] - moved["reference"]).norm() / moved["reference"].norm())
+
+
+def joined_value(optimizer: DBAAdamW, param: torch.nn.Parameter) -> torch.Tensor:
+    if "remainder" not in optimizer.state[param]:
+        return param.detach()
+    return remainder.join(param.detach(), optimizer.state[param]["remainder"], optimizer.param_format)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize(
+    "dtype, formats, limit",
+    [
+        (torch.float32, dict(state_format="fp32"), 1e-5),
+        (torch.bfloat16, dict(state_format="fp32", param_format="split16"), 1e-5),
+        (torch.bfloat16, dict(state_format="int8", param_format="split16"), 1e-3),  # codes on a boundary may differ
+        (torch.bfloat16, dict(state_format="int8", param_format="split8"), 1e-2),  # and then the rounding of a weight
+    ],
+    ids=["fp32", "split16", "int8-split16", "int8-split8"],
+)
+def test_every_backend_trains_like_the_reference(backend: str, dtype: torch.dtype, formats: dict, limit: float) -> None:
+    """The whole method: boost, correction, clipping, a parameter that often has no gradient."""
+    steps = 50 if backend == "native" or dtype == torch.float32 else 12  # the interpreter takes 0.2 s a step
+    assert displacement_error(dtype, backend, steps, **formats) < limit
+
+
+def test_a_wrong_beta_is_noticed_by_the_comparison_of_backends() -> None:
+    """Negative control: β₁ off by 0.01 fails the bounds above."""
+    assert displacement_error(torch.float32, "reference", 12, spoil=0.0) == 0.0
+    assert displacement_error(torch.bfloat16, "native", 50, spoil=0.01, param_format="split16") > 3e-3
+
+
 # --- names and refusals -----------------------------------------------------------------------------------------------
 
 

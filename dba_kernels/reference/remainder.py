@@ -43,11 +43,6 @@ def random_words(shape: tuple[int, ...], seed: int, step: int, offset: int, devi
     return mix32((index & _MASK32) ^ key).reshape(shape)
 
 
-def random_bytes(shape: tuple[int, ...], seed: int, step: int, offset: int, device: torch.device) -> torch.Tensor:
-    """The top byte of :func:`random_words`, int64 in [0, 255]."""
-    return random_words(shape, seed, step, offset, device) >> 24
-
-
 def stochastic_bf16(value: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     """fp32 → bf16, rounded up in magnitude with the probability of what is cut off; ``words & 0xFFFF`` decides."""
     bits = value.view(torch.int32) + (words & 0xFFFF).to(torch.int32)

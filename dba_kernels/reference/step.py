@@ -60,7 +60,7 @@ def _store_state(batch: TensorBatch, i: int, exp_avg: torch.Tensor, exp_avg_sq: 
     if batch.state_format != "int8":
         if batch.state_format == "bf16":
             # Rounded to nearest, v could never decay: 1 − β₂ is less than half a bf16 ulp.
-            exp_avg_sq = remainder.stochastic_bf16(exp_avg_sq, _random_words(batch, i, step))
+            exp_avg_sq = remainder.stochastic_bf16(exp_avg_sq.float(), _random_words(batch, i, step))
         batch.exp_avgs[i].copy_(exp_avg)
         batch.exp_avg_sqs[i].copy_(exp_avg_sq)
         return
