@@ -18,10 +18,13 @@ template <class S, int64_t D, int64_t G> struct Boost {
     // out: fp32, n elements and zeros up to the end of the last group.
     static void run(const GradSource& in, float a, float b, int n, float* out) {
         each_group<D, G>(in, n, [&](bytes_t grad, bytes_t codes, float scale, int at) {
-            const typename S::F wa = S::splat(a), wb = S::splat(b * scale);
             for (int j = 0; j < GROUP; j += S::W) {
-                typename S::F boosted = wa * Float<S, D>::load(grad, j);
-                if constexpr (G != GLOBAL_NONE) boosted = S::fma(wb, Global<S, G>::load(codes, j), boosted);
+                typename S::F boosted = S::splat(a) * Float<S, D>::load(grad, j);
+                if constexpr (G != GLOBAL_NONE) {
+                    typename S::F stored = Global<S, G>::load(codes, j);
+                    if constexpr (global_is_grouped(G)) stored = stored * S::splat(scale);
+                    boosted = S::fma(S::splat(b), stored, boosted);
+                }
                 S::store(out + at + j, boosted);
             }
         });

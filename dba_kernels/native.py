@@ -68,7 +68,7 @@ def _candidates() -> list[Path]:
         places.append(Path(metadata.distribution("dba-kernels").locate_file(f"{__package__}/{LIBRARY}")))
     except metadata.PackageNotFoundError:
         pass
-    return places
+    return list(dict.fromkeys(places))
 
 
 @functools.cache
