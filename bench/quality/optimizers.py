@@ -27,7 +27,7 @@ class GeneralStatistics:
     mean: Named
     second_moment: Named
     tokens: int
-    seconds: float = 0.0
+    seconds: float = 0.0  # what the pass took
 
     def fisher(self, name: str) -> Tensor:
         """Diagonal of the empirical Fisher matrix, per token: N·(E[g²] − E[g]²), never negative."""

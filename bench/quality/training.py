@@ -121,6 +121,7 @@ def finetune(network: torch.nn.Module, setting: Setting) -> dict[str, Any]:
     return {
         "seconds": round(time.monotonic() - began, 1),
         "refresh_seconds": round(refresh_seconds, 1),
+        "collection_seconds": round(general.seconds, 1) if general else 0.0,
         "domain_tokens": setting.steps * BATCH * data.SEQUENCE,
         "general_tokens": general_rows * data.SEQUENCE,
         "mean_cosine": round(sum(cosines) / len(cosines), 4) if cosines else None,
