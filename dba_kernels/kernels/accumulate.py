@@ -15,7 +15,6 @@ import triton.language as tl
 from . import columns as col
 from .common import (
     ALIGNMENT,
-    CHUNK,
     GROUP,
     MASKED_TILE,
     NUM_WARPS,
@@ -23,6 +22,7 @@ from .common import (
     TRITON_DTYPES,
     Addresses,
     check_contiguous,
+    chunk_ranges,
     chunk_table,
     chunks_in,
     load,
@@ -57,14 +57,11 @@ def add_kernel(
     numel = tl.load(pointers + col.COLS)
     total_ptr = pointer(pointers, col.PARAM, tl.float32, VECTOR)
     grad_ptr = pointer(grads_ptr, tensor, GRAD_DTYPE, VECTOR)
-    full_tiles = (tl.load(pointers + col.FULL_TILES) != 0) & (tl.load(grads_ptr + tensor) % 16 == 0)
-    first = tl.load(chunk + 1).to(tl.int64) * CHUNK
-    for start in range(first, tl.minimum(first + CHUNK, numel), TILE):
-        if full_tiles & (start + TILE <= numel):
-            add_tile(total_ptr, grad_ptr, weight, start, numel, False)
-        else:
-            for part in range(start, tl.minimum(start + TILE, numel), MASKED_TILE):
-                add_tile(total_ptr, grad_ptr, weight, part, numel, True)
+    first, full_end, end = chunk_ranges(chunk, pointers, grads_ptr + tensor, 1, numel)
+    for start in range(first, full_end, TILE):
+        add_tile(total_ptr, grad_ptr, weight, start, numel, False)
+    for start in range(full_end, end, MASKED_TILE):
+        add_tile(total_ptr, grad_ptr, weight, start, numel, True)
 
 
 class _Tables:
@@ -76,7 +73,7 @@ class _Tables:
         for i, (address, numel) in enumerate(zip(addresses, numels, strict=True)):
             row = [0] * col.POINTERS.value
             row[col.PARAM.value], row[col.ROWS.value], row[col.COLS.value] = address, 1, numel
-            row[col.FULL_TILES.value], row[col.TABLE_ROW.value] = int(address % ALIGNMENT == 0), i
+            row[col.FULL_TILES.value], row[col.TABLE_ROW.value] = int(address % ALIGNMENT.value == 0), i
             row[col.FIRST_CHUNK.value], row[col.N_CHUNKS.value] = first_chunk, chunks_in(numel)
             first_chunk += chunks_in(numel)
             rows.append(row)

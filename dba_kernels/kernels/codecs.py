@@ -133,16 +133,24 @@ def stored_dtype(FORMAT):
 
 
 @triton.jit
-def load_global(codes_ptr, scale_ptr, start, rows, cols, at, FORMAT: tl.constexpr, MASKED: tl.constexpr):
-    """ĝ_G of a tile, decoded in registers."""
+def load_global(codes_ptr, scale_ptr, weight, start, rows, cols, at, FORMAT: tl.constexpr, MASKED: tl.constexpr):
+    """``weight · ĝ_G`` of a tile, decoded in registers; the weight joins the scale of a group, once for all of it."""
     if FORMAT == "int4":
-        packed = load(codes_ptr, tile_offsets(start, rows, (cols + 1) // 2, GROUP // 2, MASKED), MASKED)
-        return decode_int4(packed, load(scale_ptr, group_offsets(start, rows, cols, MASKED), MASKED))
+        scale = weight * load(scale_ptr, group_offsets(start, rows, cols, MASKED), MASKED)
+        bytes_per_row = (cols + 1) // 2
+        if MASKED:  # every lane fetches its own byte: fewer registers than to unzip them
+            byte = load(codes_ptr, tile_offsets(start, rows, bytes_per_row, GROUP // 2, True, COPIES=2), True)
+            nibble = (byte.to(tl.int32) >> (tl.arange(0, GROUP)[None, :] % 2 * 4)) & 0xF
+            return decode_quadratic(widen_nibble(nibble), scale)
+        else:
+            return decode_int4(
+                load(codes_ptr, tile_offsets(start, rows, bytes_per_row, GROUP // 2, False), False), scale
+            )
     elif FORMAT == "int8":
-        scale = load(scale_ptr, group_offsets(start, rows, cols, MASKED), MASKED)
+        scale = weight * load(scale_ptr, group_offsets(start, rows, cols, MASKED), MASKED)
         return decode_quadratic(widen_int8(load(codes_ptr, at, MASKED)), scale)
     elif FORMAT == "fp8_e4m3":
-        scale = load(scale_ptr, group_offsets(start, rows, cols, MASKED), MASKED)
+        scale = weight * load(scale_ptr, group_offsets(start, rows, cols, MASKED), MASKED)
         return widen_fp8_e4m3(load(codes_ptr, at, MASKED)) * scale
     else:
-        return load(codes_ptr, at, MASKED).to(tl.float32)
+        return weight * load(codes_ptr, at, MASKED).to(tl.float32)

@@ -20,15 +20,18 @@ from .. import formats
 from ..formats import EncodedTensor, TensorBatch, matrix_shape
 from . import columns as col
 
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
 GROUP = tl.constexpr(formats.GROUP)
 TILE = tl.constexpr(1024)
 """Positions that 128 threads hold in registers: 8 each, two 16-byte loads of fp32 or one of bf16."""
-MASKED_TILE = tl.constexpr(256)
-"""Positions of a tile with masks: 2 per thread, so that its addresses need no more registers than a full tile."""
-CHUNK = tl.constexpr(4 * TILE.value)
+MASKED_TILE = tl.constexpr(1024 if INTERPRETED.value else 256)
+"""Positions of a tile with masks: 2 per thread, so that its addresses need no more registers than a full tile. The
+interpreter has no registers, and pays per tile."""
+CHUNK = tl.constexpr(8 * TILE.value)
 """Positions per program: the tables, pointers and coefficients are read once per chunk."""
 NUM_WARPS = 4
-ALIGNMENT = 16
+ALIGNMENT = tl.constexpr(16)
 """Bytes that every address must be a multiple of for full tiles."""
 
 TRITON_DTYPES = {
@@ -36,8 +39,6 @@ TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 # --- host -------------------------------------------------------------------------------------------------------------
@@ -165,7 +166,7 @@ def _pointer_row(batch: TensorBatch, i: int, grouped: bool) -> tuple[list[int], 
     streams = [entry[c.value] for c in (col.PARAM, col.REMAINDER, col.EXP_AVG, col.EXP_AVG_SQ, col.GLOBAL_GRAD)]
     entry[col.ROWS.value], entry[col.COLS.value] = rows, cols
     entry[col.FULL_TILES.value] = int(
-        all(p % ALIGNMENT == 0 for p in streams) and (rows == 1 or cols % formats.GROUP == 0)
+        all(p % ALIGNMENT.value == 0 for p in streams) and (rows == 1 or cols % formats.GROUP == 0)
     )
     if batch.seeds:
         entry[col.SEED.value] = batch.seeds[i]
@@ -176,7 +177,7 @@ def _pointer_row(batch: TensorBatch, i: int, grouped: bool) -> tuple[list[int], 
 
 def vector_elements(*dtypes: torch.dtype) -> int:
     """Elements per access, the same for all tensors of a tile: 16 bytes of the widest, less of the others."""
-    return ALIGNMENT // max(dtype.itemsize for dtype in dtypes)
+    return ALIGNMENT.value // max(dtype.itemsize for dtype in dtypes)
 
 
 # --- device -----------------------------------------------------------------------------------------------------------
@@ -190,16 +191,27 @@ def pointer(pointers, column, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(start, rows, cols, LANES: tl.constexpr, MASKED: tl.constexpr):
+def chunk_ranges(chunk, pointers, grad_address, rows, cols):
+    """(first position, end of the full tiles, end) of a chunk; masked tiles take what full ones leave."""
+    first = tl.load(chunk + 1).to(tl.int64) * CHUNK
+    end = tl.minimum(first + CHUNK, rows * tl.cdiv(cols, GROUP) * GROUP)
+    aligned = (tl.load(pointers + col.FULL_TILES) != 0) & (tl.load(grad_address) % ALIGNMENT == 0)
+    full = (tl.minimum(end, rows * cols) - first) // TILE * TILE
+    return first, first + tl.where(aligned, full, 0), end
+
+
+@triton.jit
+def tile_offsets(start, rows, cols, LANES: tl.constexpr, MASKED: tl.constexpr, COPIES: tl.constexpr = 1):
     """Where the tile that begins at position ``start`` lies in a tensor that stores LANES items per group.
 
-    LANES is GROUP for tensors of elements and GROUP / 2 for packed int4; ``cols`` counts items per row.
+    LANES is GROUP for tensors of elements and GROUP / 2 for packed int4; ``cols`` counts items per row. Each item is
+    named COPIES times, side by side.
 
     Returns:
-        (offset of the first item, offsets relative to it ``[groups, LANES]``, mask of the same shape)
+        (offset of the first item, offsets relative to it ``[groups, LANES · COPIES]``, mask of the same shape)
     """
     group = tl.arange(0, (MASKED_TILE if MASKED else TILE) // GROUP)[:, None]
-    lane = tl.arange(0, LANES)[None, :]
+    lane = tl.arange(0, LANES * COPIES)[None, :] // COPIES
     if MASKED:
         groups_per_row = tl.maximum(tl.cdiv(cols, LANES), 1)
         first_group = start // GROUP

@@ -78,7 +78,7 @@ def encode_kernel(
 @triton.jit
 def decode_tile(out_ptr, codes_ptr, scales_ptr, start, rows, cols, FORMAT: tl.constexpr, MASKED: tl.constexpr):
     at = tile_offsets(start, rows, cols, GROUP, MASKED)
-    store(out_ptr, at, load_global(codes_ptr, scales_ptr, start, rows, cols, at, FORMAT, MASKED), MASKED)
+    store(out_ptr, at, load_global(codes_ptr, scales_ptr, 1.0, start, rows, cols, at, FORMAT, MASKED), MASKED)
 
 
 @triton.jit(do_not_specialize=["rows", "cols", "full_tiles"])
@@ -100,7 +100,7 @@ def _geometry(shape: tuple[int, ...], *tensors: torch.Tensor) -> tuple[int, int,
     """rows, cols, whether full tiles are allowed, and the grid over padded positions."""
     rows, cols = matrix_shape(shape)
     whole_groups = rows == 1 or cols % GROUP_SIZE == 0
-    full_tiles = whole_groups and all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors)
+    full_tiles = whole_groups and all(tensor.data_ptr() % ALIGNMENT.value == 0 for tensor in tensors)
     positions = rows * -(-cols // GROUP_SIZE) * GROUP_SIZE
     return rows, cols, int(full_tiles), (-(-positions // TILE.value),)
 

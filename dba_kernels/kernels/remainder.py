@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codecs import narrow_integer
+from .codecs import narrow_integer, widen_uint8
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def split_fp16(value, random, FORMAT: tl.constexpr):
     wide = weight.to(tl.float32)
     units = (value - wide) * power_of_two(-fp16_unit_exponent(wide, FORMAT))
     if FORMAT == "split8":
-        return weight, tl.floor(units + random.to(tl.float32) * 0.00390625).to(tl.int32)
+        return weight, narrow_integer(tl.floor(units + widen_uint8(random) * 0.00390625))
     else:
         return weight, narrow_integer(units)
 

@@ -16,12 +16,12 @@ from . import columns as col
 from .codecs import load_global, stored_dtype
 from .coefficients import coefficients
 from .common import (
-    CHUNK,
     GROUP,
     MASKED_TILE,
     NUM_WARPS,
     TILE,
     TRITON_DTYPES,
+    chunk_ranges,
     load,
     on_device,
     pointer,
@@ -43,7 +43,7 @@ def load_pair(grad_ptr, global_ptr, scale_ptr, start, rows, cols, FORMAT: tl.con
     if FORMAT == "none":
         return grad, tl.zeros_like(grad)
     else:
-        return grad, load_global(global_ptr, scale_ptr, start, rows, cols, at, FORMAT, MASKED)
+        return grad, load_global(global_ptr, scale_ptr, 1.0, start, rows, cols, at, FORMAT, MASKED)
 
 
 @triton.jit
@@ -66,23 +66,19 @@ def reduce_kernel(
     global_ptr = pointer(pointers, col.GLOBAL_GRAD, stored_dtype(STORED), VECTOR // 2 if STORED == "int4" else VECTOR)
     scale_ptr = pointer(pointers, col.GLOBAL_SCALE, tl.float32, 1)
     grad_ptr = pointer(grads_ptr, tensor, GRAD_DTYPE, VECTOR)
-    full_tiles = (tl.load(pointers + col.FULL_TILES) != 0) & (tl.load(grads_ptr + tensor) % 16 == 0)
-    positions = rows * tl.cdiv(cols, GROUP) * GROUP
-    first = tl.load(chunk + 1).to(tl.int64) * CHUNK
     dot = tl.zeros((TILE // GROUP, GROUP), tl.float32)
     square = tl.zeros((TILE // GROUP, GROUP), tl.float32)
+    first, full_end, end = chunk_ranges(chunk, pointers, grads_ptr + tensor, rows, cols)
+    for start in range(first, full_end, TILE):
+        grad, stored = load_pair(grad_ptr, global_ptr, scale_ptr, start, rows, cols, GLOBAL_FORMAT, False)
+        dot += grad * stored
+        square += grad * grad
     masked_dot = tl.zeros((MASKED_TILE // GROUP, GROUP), tl.float32)
     masked_square = tl.zeros((MASKED_TILE // GROUP, GROUP), tl.float32)
-    for start in range(first, tl.minimum(first + CHUNK, positions), TILE):
-        if full_tiles & (start + TILE <= rows * cols):
-            grad, stored = load_pair(grad_ptr, global_ptr, scale_ptr, start, rows, cols, GLOBAL_FORMAT, False)
-            dot += grad * stored
-            square += grad * grad
-        else:
-            for part in range(start, tl.minimum(start + TILE, positions), MASKED_TILE):
-                grad, stored = load_pair(grad_ptr, global_ptr, scale_ptr, part, rows, cols, GLOBAL_FORMAT, True)
-                masked_dot += grad * stored
-                masked_square += grad * grad
+    for start in range(full_end, end, MASKED_TILE):
+        grad, stored = load_pair(grad_ptr, global_ptr, scale_ptr, start, rows, cols, GLOBAL_FORMAT, True)
+        masked_dot += grad * stored
+        masked_square += grad * grad
     partial = partials_ptr + 2 * tl.program_id(0)
     tl.store(partial, tl.sum(dot) + tl.sum(masked_dot))
     tl.store(partial + 1, tl.sum(square) + tl.sum(masked_square))

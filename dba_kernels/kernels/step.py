@@ -14,12 +14,12 @@ from ..formats import TensorBatch
 from . import columns as col
 from .codecs import decode_exp_avg, decode_exp_avg_sq, encode_exp_avg, encode_exp_avg_sq, load_global, stored_dtype
 from .common import (
-    CHUNK,
     GROUP,
     MASKED_TILE,
     NUM_WARPS,
     TILE,
     TRITON_DTYPES,
+    chunk_ranges,
     group_offsets,
     load,
     on_device,
@@ -74,12 +74,13 @@ def update_tile(
     exp_avg = load(exp_avg_ptr, at, MASKED)
     exp_avg_sq = load(exp_avg_sq_ptr, at, MASKED)
     boosted = a * grad
-    if GLOBAL_FORMAT != "none":
-        global_grad = load_global(global_ptr, global_scale_ptr, start, rows, cols, at, GLOBAL_FORMAT, MASKED)
-        boosted += b * global_grad  # eq. 3
+    if GLOBAL_FORMAT != "none":  # eq. 3
+        boosted += load_global(global_ptr, global_scale_ptr, b, start, rows, cols, at, GLOBAL_FORMAT, MASKED)
     if STATE_FORMAT == "int8":
-        exp_avg = decode_exp_avg(exp_avg, load(m_scale_ptr, at_group, MASKED))
-        exp_avg_sq = decode_exp_avg_sq(exp_avg_sq, load(v_scale_ptr, at_group, MASKED))
+        decayed = decode_exp_avg(exp_avg, beta1 * load(m_scale_ptr, at_group, MASKED))
+        decayed_sq = decode_exp_avg_sq(exp_avg_sq, beta2 * load(v_scale_ptr, at_group, MASKED))
+    else:
+        decayed, decayed_sq = beta1 * exp_avg.to(tl.float32), beta2 * exp_avg_sq.to(tl.float32)
     if PARAM_FORMAT == "native":
         param = weight.to(tl.float32)
     elif PARAM_FORMAT == "master":
@@ -87,8 +88,8 @@ def update_tile(
     else:
         param = join(weight, load(remainder_ptr, at, MASKED), PARAM_FORMAT)
 
-    exp_avg = beta1 * exp_avg.to(tl.float32) + one_minus_beta1 * boosted  # eq. 7
-    exp_avg_sq = beta2 * exp_avg_sq.to(tl.float32) + one_minus_beta2 * (boosted * boosted)
+    exp_avg = decayed + one_minus_beta1 * boosted  # eq. 7
+    exp_avg_sq = decayed_sq + one_minus_beta2 * (boosted * boosted)
     inverse_root = tl.rsqrt(tl.sqrt(exp_avg_sq) * inv_sqrt_c2 + eps)  # two approximate roots cost less than a division
     param -= decay * param + step_size * exp_avg * (inverse_root * inverse_root)  # eq. 8
 
@@ -154,15 +155,11 @@ def step_kernel(
             pointer(pointers, col.GLOBAL_SCALE, tl.float32, 1),
         ),
     )
-    full_tiles = (tl.load(pointers + col.FULL_TILES) != 0) & (tl.load(grads_ptr + tensor) % 16 == 0)
-    positions = rows * tl.cdiv(cols, GROUP) * GROUP
-    first = tl.load(chunk + 1).to(tl.int64) * CHUNK
-    for start in range(first, tl.minimum(first + CHUNK, positions), TILE):
-        if full_tiles & (start + TILE <= rows * cols):
-            update_tile(tensors, extent, coefficients, start, PARAM_FORMAT, STATE_FORMAT, GLOBAL_FORMAT, False)
-        else:
-            for part in range(start, tl.minimum(start + TILE, positions), MASKED_TILE):
-                update_tile(tensors, extent, coefficients, part, PARAM_FORMAT, STATE_FORMAT, GLOBAL_FORMAT, True)
+    first, full_end, end = chunk_ranges(chunk, pointers, grads_ptr + tensor, rows, cols)
+    for start in range(first, full_end, TILE):
+        update_tile(tensors, extent, coefficients, start, PARAM_FORMAT, STATE_FORMAT, GLOBAL_FORMAT, False)
+    for start in range(full_end, end, MASKED_TILE):
+        update_tile(tensors, extent, coefficients, start, PARAM_FORMAT, STATE_FORMAT, GLOBAL_FORMAT, True)
 
 
 @torch.no_grad()
