@@ -218,6 +218,16 @@ def test_bad_text_is_refused(inputs: Path, tmp_path: Path, name: str, content: s
     assert name in result.output
 
 
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("option", "known"), [("--format", "'fp8_e4m3', 'int8', 'int4'"), ("--state-format", "'bf16'")]
+)
+def test_an_unknown_format_is_refused(inputs: Path, tmp_path: Path, option: str, known: str) -> None:
+    result = run_demo(inputs, tmp_path, option, "int3")
+    assert result.exit_code == 2
+    assert "'int3' is not one of" in result.output and known in result.output
+
+
 def test_text_that_is_too_short_is_refused(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "evaluate", lambda *_: pytest.fail("computed before the input was refused"))
     (tmp_path / "short.txt").write_text(TEXT)
@@ -322,8 +332,7 @@ def test_no_document_is_trained_on_and_held_out(inputs: Path) -> None:
     _, tokenizer, _ = assets.load_model(str(inputs / "model"))
     texts = [f"{WORDS[i]} " * 30 for i in range(len(set(WORDS))) if WORDS.index(WORDS[i]) == i]
     blocks = assets.token_blocks(tokenizer, texts, length=8, train=20, held_out=10)
-    end = tokenizer.eos_token_id
-    assert set(blocks.train.flatten().tolist()) & set(blocks.held_out.flatten().tolist()) <= {end}
+    assert not set(blocks.train.flatten().tolist()) & set(blocks.held_out.flatten().tolist())
     fewer = assets.token_blocks(tokenizer, texts, length=8, train=5, held_out=10)
     assert torch.equal(fewer.train, blocks.train[:5]) and torch.equal(fewer.held_out, blocks.held_out)
     other = assets.token_blocks(tokenizer, texts, length=8, train=20, held_out=10, seed=1)

@@ -230,8 +230,9 @@ def token_blocks(
 ) -> Blocks:
     """Shuffle the documents, tokenise as many as needed, cut ``held_out`` and then ``train`` blocks of ``length``.
 
-    Documents follow each other, separated by the end-of-text token. The held-out blocks are cut first, so they are the
-    same whatever ``train`` is. Texts too short for ``train`` blocks give fewer: the caller repeats them.
+    Documents follow each other with an empty line between them, not a special token: a model would first have to learn
+    which one is meant, on either corpus, and that would pass for learning the text. The held-out blocks are cut first:
+    they do not depend on ``train``. Texts too short for ``train`` blocks give fewer, and the caller repeats them.
 
     Raises:
         InputError: not even one training block is left beside the held-out ones.
@@ -257,9 +258,8 @@ def _pieces(documents: list[str]) -> list[str]:
 
 def _cut(tokenizer: PreTrainedTokenizerBase, documents: Iterator[str], length: int, count: int) -> torch.Tensor:
     """At most ``count`` blocks, ``[count, length]``, from as many documents as that takes."""
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     while len(ids) < count * length and (text := next(documents, None)) is not None:
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
+        ids += tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
     blocks = min(count, len(ids) // length)
     return torch.tensor(ids[: blocks * length], dtype=torch.int64).view(blocks, length)
