@@ -23,7 +23,7 @@ from .formats import (
     storage_format,
 )
 
-_CHUNK = 2**22  # elements decoded at once when a whole tensor is measured
+_CHUNK = 2**16  # elements measured at once: stays in cache, and small blocks do not fragment the heap of a full machine
 _BLOCK = 2**12  # elements per partial sum
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
