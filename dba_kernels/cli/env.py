@@ -29,9 +29,9 @@ CPU_FLAGS = (
     "bf16",
     "sve",
 )
-AGREEMENT = 1e-3
-"""Largest difference from the reference, relative to the displacement of the sanity steps, that passes: rounding of the
-int8 state may differ by a code on a rounding boundary, a wrong kernel differs by about 1."""
+AGREEMENT = 2e-2
+"""Largest difference from the reference, relative to the displacement of the sanity steps, that passes. int8 moments that
+sit on a rounding boundary may take either code, which is worth up to about 1 % of an update; a wrong kernel is far off."""
 
 
 @click.command("env")
