@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.quality import analysis, choose, data, grid, results
+from bench.quality import analysis, choose, data, grid, results, training
 from bench.quality.analysis import Point, Weights
 from bench.quality.results import Record
 from bench.quality.setting import Setting
@@ -113,24 +113,46 @@ def duel_table(domain: str, records: dict[str, Record], weights: Weights) -> str
     return table(["rival", head, "95 % interval"], rows)
 
 
+def tokens(setting: Setting) -> tuple[int, int]:
+    """Tokens through forward and backward: of one run, and of the collection that runs of one base model share."""
+    sequences = setting.steps * training.BATCH / (1 - setting.replay)
+    collection = setting.batches * training.BATCH * data.SEQUENCE if setting.needs_general() else 0
+    again = collection if setting.refresh > 1 else 0
+    return round(sequences * data.SEQUENCE) + again, collection
+
+
 def cost_table(domain: str, records: dict[str, Record]) -> str:
-    """Tokens and seconds of each family: one run, and the search over its options at one learning rate."""
+    """What a method costs by construction (tokens, bytes), and the seconds its chosen run took on this machine."""
     rows: list[list[object]] = []
     for method in grid.FAMILIES:
         chosen = choose.choice(method, domain)
-        if chosen is None:
+        if chosen is None or chosen.key() not in records:
             continue
-        if chosen.key() not in records:
-            continue
-        training = records[chosen.key()]["training"]
-        searched = {s.training().key() for s in grid.family(method, domain, (chosen.lr / grid.SHIFT.get(method, 1.0),))}
-        seconds = sum(records[k]["training"]["seconds"] for k in searched if k in records)
-        statistics = chosen.batches * 512 if chosen.needs_general() else 0
-        rows.append([method, training["domain_tokens"], training["general_tokens"] + statistics * chosen.refresh,
-                     f"{training['seconds']:.0f}", f"{seconds:.0f} ({len(searched)} runs)"])  # fmt: skip
-    return table(
-        ["method", "domain tokens", "general tokens", "seconds, one run", "seconds, its search at one lr"], rows
-    )
+        run, collection = tokens(chosen)
+        lr = chosen.lr / grid.SHIFT.get(method, 1.0)
+        searched = {s.training().key(): tokens(s.training())[0] for s in grid.family(method, domain, (lr,))}
+        stored, resident = extra_bytes(chosen)
+        seconds = records[chosen.key()]["training"]["seconds"]
+        search = f"{sum(searched.values()):,} ({len(searched)} runs)"
+        rows.append([method, f"{run:,}", f"{collection:,}", search, f"{stored:g}", f"{resident:g}", f"{seconds:.0f}"])
+    header = ["method", "tokens, one run", "collection, once", "tokens, all its options at one rate",
+              "stored B/param", "resident B/param", "seconds, chosen run"]  # fmt: skip
+    return table(header, rows)
+
+
+def extra_bytes(setting: Setting) -> tuple[float, float]:
+    """Bytes per parameter beyond AdamW's: in a file, and in memory between steps, with every tensor in fp32."""
+    stored = resident = 0.0
+    if setting.boost > 0 or setting.correction != "none":
+        stored, resident = 4.0, 4.0
+    if setting.seed_v:
+        stored += 4.0  # becomes v itself
+    if setting.anchor > 0:
+        resident += 4.0 if setting.metric == "uniform" else 8.0  # θ₀, and the metric
+        stored += 0.0 if setting.metric == "uniform" else 4.0
+    if setting.interpolate < 1:
+        stored += 4.0  # θ₀, needed once, at the end
+    return stored, resident
 
 
 def figure(path: Path, domains: list[str], source: Path) -> None:
