@@ -296,6 +296,8 @@ def _map(path: Path) -> tuple[Any, dict[str, str]]:
         return file, file.metadata() or {}
     except FileNotFoundError as error:
         raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from error
+    except PermissionError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise _corrupt(path, str(error)) from error
 

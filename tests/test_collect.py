@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from dba_kernels import GlobalGradient
 from dba_kernels.collect import GlobalGradientCollector, collect_global_gradient
 from dba_kernels.files import as_bytes
-from dba_kernels.sums import signal_and_noise
+from dba_kernels.sums import GradientSums, signal_and_noise
 
 ROOT = Path(__file__).resolve().parent.parent
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -250,6 +251,20 @@ def test_gradients_are_released_as_they_are_consumed() -> None:
     held.clear()
     model(x).square().mean().backward()
     assert max(held) >= 20
+
+
+def test_sums_are_given_up_as_they_are_compressed() -> None:
+    """Protects memory at the end: when the k-th mean is taken, the k − 1 sums before it are gone."""
+    params = {f"{i}": torch.zeros(5, 5) for i in range(10)}
+    sums = GradientSums(params)
+    for i in range(10):
+        sums.add(i, torch.ones(5, 5), 2.0)
+    sums.commit(2.0)
+    alive = [weakref.ref(total) for total in sums.totals]
+    for k, (name, mean) in enumerate(sums.means({})):
+        assert name == f"{k}" and torch.equal(mean, torch.ones(5, 5))
+        del mean
+        assert sum(ref() is not None for ref in alive) == 10 - k
 
 
 # --- what is dropped --------------------------------------------------------------------------------------------------
