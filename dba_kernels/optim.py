@@ -242,19 +242,25 @@ class DBAAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        params, grads = [], []
+        for group in self.param_groups:
+            for param in group["params"]:
+                if (grad := param.grad) is not None:
+                    params.append(param)
+                    grads.append(grad)
         if not params:
             return loss
-        if self._only_allocates(params):
+        if self._only_allocates(grads):
             for param in params:
                 formats = state.formats_of(param, self.param_format, self.state_format)
                 state.prepare(self.state[param], param, *formats, "parameter")
             return loss
-        plan, active = self._activate(params)
+        plan, active = self._activate(params, grads)
         plan.upload_hyper(self.param_groups)
+        batches = active.batches()
         if self.settings.reduce:
-            for batch, grads in active.batches():
-                ops.similarity(batch, grads, plan.sums_on(batch), self.backend)
+            for batch, its_grads in batches:
+                ops.similarity(batch, its_grads, plan.sums_on(batch), self.backend)
             plan.gather_sums(active)
         loss_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         ops.coefficients(
@@ -266,28 +272,28 @@ class DBAAdamW(Optimizer):
             alpha_override=self._custom_correction(plan, active, loss_scale),
             backend=self.backend,
         )
-        for batch, grads in active.batches():
-            ops.step(batch, grads, plan.table_on(batch), self.backend)
+        for batch, its_grads in batches:
+            ops.step(batch, its_grads, plan.table_on(batch), self.backend)
         return loss
 
-    def _activate(self, params: list[torch.Tensor]) -> tuple[Plan, ActiveSet]:
+    def _activate(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> tuple[Plan, ActiveSet]:
         if self._plan is not None:
-            active = self._plan.activate(params)
+            active = self._plan.activate(params, grads)
             if active is not None:
                 return self._plan, active
             self._drop_plan()
         self._plan = Plan(self)
-        return self._plan, self._plan.activate(params)
+        return self._plan, self._plan.activate(params, grads)
 
     def _drop_plan(self) -> None:
         self._store_counters()
         self._plan = None
 
-    def _only_allocates(self, params: list[torch.Tensor]) -> bool:
+    def _only_allocates(self, grads: list[torch.Tensor]) -> bool:
         """Checkpoint libraries call ``step()`` on empty state with lr 0 and zero gradients to have state allocated."""
         if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
-        return all(not torch.any(p.grad) for p in params)
+        return all(not torch.any(grad) for grad in grads)
 
     def _scheduled_boost(self, plan: Plan) -> torch.Tensor | None:
         if self.boost_schedule is None:

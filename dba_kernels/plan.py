@@ -7,10 +7,11 @@ plan is in ``optimizer.state`` and ``optimizer.param_groups``.
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,7 @@ CACHED_ACTIVE_SETS = 8
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@functools.cache
 def _replayed_bias_correction(beta: float, steps: int) -> float:
     """1 − β^k as the step computes it, c ← βc + (1−β) in float64, so that a resumed run continues bit-exactly."""
     value = 0.0
@@ -45,24 +47,36 @@ def _replayed_bias_correction(beta: float, steps: int) -> float:
 class ActiveSet:
     """The parameters that have a gradient in this step, cut into batches of one dtype and format combination.
 
+    Flat lists run parallel to the parameters in the order of the optimizer's groups.
+
     Args:
         index: int64 ``[m]``, their rows in the plan's tables.
-        params: per batch.
         parts: the batches; each batch's ``index`` lies on its own device.
-        rows: per batch, its rows on the tables' device.
-        storage: addresses of the parameters when the batches were made.
-        grads: per batch, of this step.
+        positions: per batch, where its parameters stand in the flat lists.
+        addresses, states, exp_avgs, kinds: what the batches were made of; see :meth:`is_current`.
+        grads: flat, of this step.
     """
 
     index: torch.Tensor
-    params: list[list[torch.Tensor]]
     parts: list[TensorBatch]
-    rows: list[torch.Tensor]
-    storage: list[list[int]]
-    grads: list[list[torch.Tensor]]
+    positions: list[list[int]]
+    addresses: list[int]
+    states: list[dict[str, Any]]
+    exp_avgs: list[torch.Tensor]
+    kinds: list[tuple[torch.dtype, torch.layout]]
+    grads: list[torch.Tensor] = field(default_factory=list)
+
+    def is_current(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> bool:
+        """Whether parameters and state still are the tensors that the batches were made of, and gradients alike."""
+        return (
+            self.addresses == _addresses(params)
+            and self.kinds == [(g.dtype, g.layout) for g in grads]
+            and all(state.get("exp_avg") is m for state, m in zip(self.states, self.exp_avgs, strict=True))
+        )
 
     def batches(self) -> list[tuple[TensorBatch, list[torch.Tensor]]]:
-        return list(zip(self.parts, self.grads, strict=True))
+        grads = self.grads
+        return [(part, [grads[i] for i in at]) for part, at in zip(self.parts, self.positions, strict=True)]
 
 
 class Plan:
@@ -78,7 +92,7 @@ class Plan:
         self.optimizer = optimizer
         groups = optimizer.param_groups
         self.params = [p for group in groups for p in group["params"]]
-        self.row = {p: i for i, p in enumerate(self.params)}
+        self._row = {id(p): i for i, p in enumerate(self.params)}  # the plan keeps p alive: its id stays its own
         self.names = _names(groups)
         for name, param in zip(self.names, self.params, strict=True):
             refuse_sharded(name, param)
@@ -113,7 +127,7 @@ class Plan:
         self.counters = torch.tensor([done, groups[0]["steps_skipped"]], dtype=torch.int64, device=self.device)
         for param in self.params:
             if param in optimizer.state:
-                optimizer.state[param]["step"] = self.steps.select(0, self.row[param])
+                optimizer.state[param]["step"] = self.steps.select(0, self._row[id(param)])
         self._bind(fresh=done == 0)
 
     def _bind(self, fresh: bool) -> None:
@@ -131,48 +145,39 @@ class Plan:
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
-    def activate(self, params: list[torch.Tensor]) -> ActiveSet | None:
+    def activate(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> ActiveSet | None:
         """The batches of ``params`` with this step's gradients; None where this plan has gone stale."""
-        if any(p not in self.row for p in params):
-            return None
-        key = (tuple(self.row[p] for p in params), tuple(p.grad.dtype for p in params))
+        key = tuple(map(id, params))
         active = self._active.get(key)
         if active is None:
+            if any(i not in self._row for i in key):
+                return None
             if len(self._active) == CACHED_ACTIVE_SETS:
                 self._active.pop(next(iter(self._active)))
-            active = self._active[key] = self._build(params)
-        elif not self._is_current(active):
+            active = self._active[key] = self._build(params, grads)
+        elif not active.is_current(params, grads):
             return None
-        active.grads = [[_usable_grad(p, self.names[self.row[p]]) for p in part] for part in active.params]
+        active.grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
         self.last = active
         return active
 
-    def _is_current(self, active: ActiveSet) -> bool:
-        """Whether parameters and state still are the tensors that the batches were made of."""
-        states = self.optimizer.state
-        return all(
-            storage == _addresses(params)
-            and all(states[p].get("exp_avg") is m for p, m in zip(params, batch.exp_avgs, strict=True))
-            for params, batch, storage in zip(active.params, active.parts, active.storage, strict=True)
-        )
-
-    def _build(self, params: list[torch.Tensor]) -> ActiveSet:
-        by_format: dict[Any, list[torch.Tensor]] = defaultdict(list)
-        for param in params:
-            row = self.row[param]
-            formats = self._prepare(param, row)
+    def _build(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> ActiveSet:
+        rows = [self._row[id(p)] for p in params]
+        by_format: dict[Any, list[int]] = defaultdict(list)
+        for i, (param, grad, row) in enumerate(zip(params, grads, rows, strict=True)):
+            _check_grad(param, grad, self.names[row])
             stored = self.stored[row]
-            key = (param.device, param.dtype, param.grad.dtype, *formats, "none" if stored is None else stored.format)
-            by_format[key].append(param)
-        parts = [self._batch(members, *key[3:]) for key, members in by_format.items()]
-        members = list(by_format.values())
+            formats = (*self._prepare(param, row), "none" if stored is None else stored.format)
+            by_format[param.device, param.dtype, grad.dtype, formats].append(i)
+        states = [self.optimizer.state[p] for p in params]
         return ActiveSet(
-            index=self._index(params),
-            params=members,
-            parts=parts,
-            rows=[self._index(part) for part in members],
-            storage=[_addresses(part) for part in members],
-            grads=[],
+            index=torch.tensor(rows, device=self.device),
+            parts=[self._batch([params[i] for i in at], *formats) for (*_, formats), at in by_format.items()],
+            positions=list(by_format.values()),
+            addresses=_addresses(params),
+            states=states,
+            exp_avgs=[own["exp_avg"] for own in states],
+            kinds=[(g.dtype, g.layout) for g in grads],
         )
 
     def _prepare(self, param: torch.Tensor, row: int) -> tuple[str, str]:
@@ -195,7 +200,7 @@ class Plan:
         def of(key: str) -> list[torch.Tensor]:
             return [self.optimizer.state[p][key] for p in params]
 
-        rows = [self.row[p] for p in params]
+        rows = [self._row[id(p)] for p in params]
         compressed = state_format == "int8"
         return TensorBatch(
             param_format=param_format,
@@ -212,9 +217,6 @@ class Plan:
             seeds=[zlib.crc32(self.names[row].encode()) for row in rows],
             offsets=[0] * len(rows),
         )
-
-    def _index(self, params: list[torch.Tensor]) -> torch.Tensor:
-        return torch.tensor([self.row[p] for p in params], device=self.device)
 
     def upload_hyper(self, groups: list[dict[str, Any]]) -> None:
         """Write the groups' hyperparameters to the table, where they changed; tensors are copied on the device."""
@@ -255,9 +257,10 @@ class Plan:
         return self._sums_elsewhere.setdefault(device, torch.zeros_like(self.sums, device=device))
 
     def gather_sums(self, active: ActiveSet) -> None:
-        for batch, rows in zip(active.parts, active.rows, strict=True):
+        for batch in active.parts:
             device = batch.params[0].device
             if device != self.device:
+                rows = batch.index.to(self.device, non_blocking=True)
                 self.sums[rows] = self._sums_elsewhere[device][batch.index].to(self.device, non_blocking=True)
 
     def table_on(self, batch: TensorBatch) -> torch.Tensor:
@@ -276,15 +279,13 @@ def _addresses(tensors: list[torch.Tensor]) -> list[int]:
     return [0 if isinstance(t, FakeTensor) else t.data_ptr() for t in tensors]
 
 
-def _usable_grad(param: torch.Tensor, name: str) -> torch.Tensor:
-    grad = param.grad
+def _check_grad(param: torch.Tensor, grad: torch.Tensor, name: str) -> None:
     if grad.layout != torch.strided:
         raise ValueError(f"grad of {name!r}: expected a dense tensor, got {grad.layout}; set sparse=False on its layer")
     if grad.dtype not in GRAD_DTYPES and grad.dtype != param.dtype:
         raise ValueError(
             f"grad of {name!r}: expected float32, bfloat16 or float16, got {grad.dtype}; cast it before step()"
         )
-    return grad if grad.is_contiguous() else grad.contiguous()
 
 
 def metrics(plan: Plan, settings: StepSettings) -> dict[str, float]:
