@@ -19,7 +19,6 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS_PER_SM = 65536
 THREADS_PER_SM = {"sm_80": 2048, "sm_86": 1536, "sm_89": 1536, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536}
 BLOCKS_PER_SM = {"sm_80": 32, "sm_86": 16, "sm_89": 24, "sm_90": 32, "sm_100": 32, "sm_120": 24}
-ACCESS = re.compile(r"\b(LDG|STG)\.E(?:\.[A-Z]+)*?(?:\.(U8|S8|U16|S16|64|128))?(?=[ .])")
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\d+|@!?U?PT)\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;")
 LABEL = re.compile(r"^(\.L_x_\d+):")
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, None: 4, "64": 8, "128": 16}
@@ -151,14 +150,9 @@ class Profile:
     widths: dict[str, list[int]]
     bytes_in_flight: int
 
-    def per_parameter(self, tiles: int, elements: int) -> tuple[float, float]:
-        """(instructions, MUFU) per parameter for a program of ``tiles`` tiles of ``elements`` per thread each."""
-        total = self.once_instructions + tiles * self.tile_instructions
-        return total / (tiles * elements), self.tile_mufu / elements
 
-
-def profile(cubin: bytes, target: str, num_warps: int) -> Profile:
-    """Read the machine code of one kernel."""
+def profile(cubin: bytes, target: str, threads: int) -> Profile:
+    """Read the machine code of one kernel that runs in blocks of ``threads``."""
     usage = tool("cuobjdump", "-res-usage", cubin=cubin)
     registers, stack, shared, local = (
         int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "SHARED", "LOCAL")
@@ -176,7 +170,6 @@ def profile(cubin: bytes, target: str, num_warps: int) -> Profile:
     after = shortest_path(blocks, tile, exits)
     looped = [i for b in cycle for i in blocks[b].instructions]
     once = [i for b in [0, *before, *after] for i in blocks[b].instructions if b not in cycle]
-    threads = 32 * num_warps
     by_registers = REGISTERS_PER_SM // (-(-registers // 8) * 8 * threads)
     resident = min(by_registers, BLOCKS_PER_SM[target], THREADS_PER_SM[target] // threads) * threads
     return Profile(

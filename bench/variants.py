@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from dba_kernels.formats import GROUP, REMAINDER_DTYPES, STORAGE_FORMATS
 from dba_kernels.kernels import accumulate, coefficients, quantize, similarity, step
-from dba_kernels.kernels.common import NUM_WARPS, TRITON_DTYPES, vector_elements
+from dba_kernels.kernels.common import THREADS, TRITON_DTYPES, vector_elements
 
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)},
@@ -37,7 +37,7 @@ class Variant:
         arguments: Triton type of each run-time argument, in order; None for an absent optional one.
         constants: the compile-time arguments.
         bytes_per_parameter: bytes that the launch reads and writes per element, scales of full groups included.
-        wide: whether full tiles access 16 bytes at a time in their widest tensors.
+        bytes_read: the part of it that is read, scales not included.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Variant:
     arguments: dict[str, str | None]
     constants: dict[str, Any]
     bytes_per_parameter: float
-    wide: bool = True
+    bytes_read: float = 0.0
 
 
 def _scale_bytes(format: str) -> float:
@@ -63,7 +63,7 @@ def step_variant(param: torch.dtype, grad: torch.dtype, kind: str, state: str, s
     dtypes = [param, grad, moment] + [rest] * (rest is not None)
     if stored != "none":
         dtypes.append(STORAGE_FORMATS[stored].dtype)
-    updated = param.itemsize + (rest.itemsize if rest is not None else 0) + 2 * (moment.itemsize + _scale_bytes(state))
+    kept = param.itemsize + (rest.itemsize if rest is not None else 0) + 2 * moment.itemsize
     constants = {
         "PARAM_DTYPE": TRITON_DTYPES[param],
         "GRAD_DTYPE": TRITON_DTYPES[grad],
@@ -72,13 +72,14 @@ def step_variant(param: torch.dtype, grad: torch.dtype, kind: str, state: str, s
         "GLOBAL_FORMAT": stored,
         "VECTOR": vector_elements(*dtypes),
     }
-    read_too = param.itemsize if kind == "master" else 0  # the weight of a master copy is only written
+    not_read = param.itemsize if kind == "master" else 0  # the weight of a master copy is only written
     return Variant(
         f"step {_short(param)} {kind}, {_short(grad)} grad, {state} state, {stored} ĝ",
         step.step_kernel,
         {"pointers_ptr": "*i64", "grads_ptr": "*i64", "chunks_ptr": "*i32", "table_ptr": "*fp64"},
         constants,
-        2 * updated - read_too + grad.itemsize + _stored_bytes(stored),
+        2 * (kept + 2 * _scale_bytes(state)) - not_read + grad.itemsize + _stored_bytes(stored),
+        kept - not_read + grad.itemsize + (0.0 if stored == "none" else STORAGE_FORMATS[stored].bits / 8),
     )
 
 
@@ -91,6 +92,7 @@ def similarity_variant(grad: torch.dtype, stored: str) -> Variant:
         {"partials_ptr": "*fp32", "pointers_ptr": "*i64", "grads_ptr": "*i64", "chunks_ptr": "*i32"},
         {"GRAD_DTYPE": TRITON_DTYPES[grad], "GLOBAL_FORMAT": stored, "VECTOR": vector_elements(grad, *codes)},
         grad.itemsize + _stored_bytes(stored),
+        grad.itemsize + (0.0 if stored == "none" else STORAGE_FORMATS[stored].bits / 8),
     )
 
 
@@ -145,6 +147,7 @@ def accumulate_variant(grad: torch.dtype) -> Variant:
         },
         {"GRAD_DTYPE": TRITON_DTYPES[grad], "VECTOR": vector_elements(grad, FP32)},
         8 + grad.itemsize,
+        4 + grad.itemsize,
     )
 
 
@@ -163,9 +166,7 @@ def coefficients_variant() -> Variant:
     }
     settings = {"BOOST": 0.2, "TOTAL_STEPS": 1000.0, "BOOST_MAX": 0.5, "CORRECTION": "cosine", "GLOBAL_SCOPE": False}
     settings |= {"LOW": 0.0, "HIGH": 2.0, "MAX_GRAD_NORM": 1.0, "REDUCE": True}
-    return Variant(
-        "coefficients cosine, clipped", coefficients.coefficients_kernel, pointers, settings, 0.0, wide=False
-    )
+    return Variant("coefficients cosine, clipped", coefficients.coefficients_kernel, pointers, settings, 0.0)
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -201,7 +202,7 @@ VARIANTS = [
 ]
 
 
-def compile_variant(variant: Variant, target: str, num_warps: int = NUM_WARPS) -> Any:
+def compile_variant(variant: Variant, target: str) -> Any:
     """Triton's compiled kernel, for a GPU that need not be there.
 
     Raises:
@@ -222,4 +223,5 @@ def compile_variant(variant: Variant, target: str, num_warps: int = NUM_WARPS) -
     source = ASTSource(variant.kernel, signature=signature, constexprs=constants, attrs=aligned)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps})
+        options = {"num_warps": THREADS // TARGETS[target].warp_size}
+        return triton.compile(source, target=TARGETS[target], options=options)

@@ -11,7 +11,8 @@ if not torch.cuda.is_available():
     torch.set_num_threads(1)  # small tensors: threads only cost
 
 import importlib
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -24,22 +25,30 @@ STEMS = {
 BACKENDS = ("triton", "native")
 
 
-def _triton() -> SimpleNamespace:
+def backend_named(name: str) -> Any:
+    """An object with the functions named in ``STEMS``.
+
+    Raises:
+        RuntimeError: the backend cannot run here; says why.
+    """
+    if name == "native":
+        module = importlib.import_module("dba_kernels.native")
+        if module.why_not() is not None:
+            raise RuntimeError(f"native: {module.why_not()}")
+        return module
+    folder = "kernels" if name == "triton" else name
     functions = {}
     for stem, names in STEMS.items():
-        module = importlib.import_module(f"dba_kernels.kernels.{stem}")
-        functions.update({name: getattr(module, name) for name in names})
-    return SimpleNamespace(name="triton", **functions)
+        module = importlib.import_module(f"dba_kernels.{folder}.{stem}")
+        functions.update({function: getattr(module, function) for function in names})
+    return SimpleNamespace(name=name, **functions)
 
 
-def _native() -> ModuleType:
+def _backend_or_skip(name: str) -> Any:
     try:
-        module = importlib.import_module("dba_kernels.native")
-    except ImportError as error:
-        pytest.skip(f"native: {error}")
-    if module.why_not() is not None:
-        pytest.skip(f"native: {module.why_not()}")
-    return module
+        return backend_named(name)
+    except RuntimeError as error:
+        pytest.skip(str(error))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -48,12 +57,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> object:
-    """A backend under test: an object with the functions named in ``STEMS``."""
-    return _triton() if request.param == "triton" else _native()
+def backend(request: pytest.FixtureRequest) -> Any:
+    """A backend under test."""
+    return _backend_or_skip(request.param)
 
 
 @pytest.fixture
-def native() -> object:
+def native() -> Any:
     """The native backend alone: compiled, so it can take the long matrices."""
-    return _native()
+    return _backend_or_skip("native")

@@ -30,7 +30,8 @@ MASKED_TILE = tl.constexpr(1024 if INTERPRETED.value else 256)
 interpreter has no registers, and pays per tile."""
 CHUNK = tl.constexpr(8 * TILE.value)
 """Positions per program: the tables, pointers and coefficients are read once per chunk."""
-NUM_WARPS = 4
+THREADS = 128
+NUM_WARPS = THREADS // (64 if torch.version.hip else 32)
 ALIGNMENT = tl.constexpr(16)
 """Bytes that every address must be a multiple of for full tiles."""
 
