@@ -33,7 +33,7 @@ class StorageFormat:
         name: the public name.
         dtype: dtype of the codes (the values themselves where ``code_max`` is None).
         bits: stored bits per element, scales not included.
-        code_max: for grouped formats the largest magnitude of a code. None where elements are stored as plain floats.
+        code_max: for grouped formats the largest magnitude of a code. 0 where elements are stored as plain floats.
         power: companding of grouped formats: ``value = scale · sign(c) · |c|^power``, so that
             ``scale = absmax / code_max^power`` is the value of code 1. Integer codes are quadratic because Adam
             normalises every element: the small entries of a group count as much as the large one that sets its scale
@@ -43,12 +43,12 @@ class StorageFormat:
     name: str
     dtype: torch.dtype
     bits: int
-    code_max: float | None = None
+    code_max: float = 0.0
     power: int = 1
 
     @property
     def grouped(self) -> bool:
-        return self.code_max is not None
+        return self.code_max > 0
 
     def codes_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """``[rows, cols]``; ``[rows, ceil(cols / 2)]`` for int4; the tensor's own shape for plain floats."""
@@ -275,7 +275,7 @@ class TensorBatch:
         remainders: int16 / int8 / fp32 of the parameter's shape for split16 / split8 / master.
         exp_avgs, exp_avg_sqs: fp32 or bf16 of the parameter's shape, or int8 / uint8 ``[rows, cols]``.
         exp_avg_scales, exp_avg_sq_scales: fp32 :func:`scales_shape` for int8 state.
-        global_grads: the stored tensors.
+        global_grads: the stored tensors, :class:`EncodedTensor`; :class:`LowRankTensor` only above the backends.
         index: int64 ``[n]``, each parameter's row in the coefficient table.
         seeds: 32-bit seed of each parameter's stochastic rounding (split8 remainders, bf16 exp_avg_sq).
         offsets: position of element 0 in the flattened whole parameter (not 0 only for a row shard).
@@ -292,7 +292,7 @@ class TensorBatch:
     remainders: list[torch.Tensor] = field(default_factory=list)
     exp_avg_scales: list[torch.Tensor] = field(default_factory=list)
     exp_avg_sq_scales: list[torch.Tensor] = field(default_factory=list)
-    global_grads: list[StoredTensor] = field(default_factory=list)
+    global_grads: list[Any] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     cache: dict[str, Any] = field(default_factory=dict)

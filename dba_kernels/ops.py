@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -351,7 +352,7 @@ def _flat_global_grads(batch: TensorBatch) -> tuple[list[torch.Tensor], list[tor
 def _stored(
     format: str, params: list[torch.Tensor], codes: list[torch.Tensor], scales: list[torch.Tensor]
 ) -> list[StoredTensor]:
-    per_tensor = scales or [None] * len(codes)
+    per_tensor: list[torch.Tensor | None] = [*scales] or [None] * len(codes)
     return [
         EncodedTensor(format, tuple(p.shape), c, s)
         for p, c, s in zip(params, codes, per_tensor, strict=False)  # no codes at all without a global gradient
@@ -389,9 +390,18 @@ def _single(batch: TensorBatch, i: int, stored: EncodedTensor) -> TensorBatch:
     def pick(items: list) -> list:
         return items[i : i + 1]
 
-    return TensorBatch(
-        *(batch.param_format, batch.state_format, stored.format),
-        *(pick(batch.params), pick(batch.exp_avgs), pick(batch.exp_avg_sqs), batch.index[i : i + 1]),
-        *(pick(batch.remainders), pick(batch.exp_avg_scales), pick(batch.exp_avg_sq_scales), [stored]),
-        *(pick(batch.seeds), pick(batch.offsets)),
+    return replace(
+        batch,
+        global_format=stored.format,
+        params=pick(batch.params),
+        exp_avgs=pick(batch.exp_avgs),
+        exp_avg_sqs=pick(batch.exp_avg_sqs),
+        index=batch.index[i : i + 1],
+        remainders=pick(batch.remainders),
+        exp_avg_scales=pick(batch.exp_avg_scales),
+        exp_avg_sq_scales=pick(batch.exp_avg_sq_scales),
+        global_grads=[stored],
+        seeds=pick(batch.seeds),
+        offsets=pick(batch.offsets),
+        cache={},
     )

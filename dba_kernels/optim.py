@@ -264,8 +264,8 @@ class DBAAdamW(Optimizer):
             plan.gather_sums(active)
         loss_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         ops.coefficients(
-            *plan.tables(active),
-            self.settings,
+            **plan.tables(active),
+            settings=self.settings,
             loss_scale=loss_scale,
             found_inf=found_inf,
             gamma_override=self._scheduled_boost(plan),
@@ -282,8 +282,10 @@ class DBAAdamW(Optimizer):
             if active is not None:
                 return self._plan, active
             self._drop_plan()
-        self._plan = Plan(self)
-        return self._plan, self._plan.activate(params, grads)
+        plan = self._plan = Plan(self)
+        active = plan.activate(params, grads)
+        assert active is not None  # a plan just made is current
+        return plan, active
 
     def _drop_plan(self) -> None:
         self._store_counters()
@@ -386,8 +388,8 @@ class DBAAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._store_counters()
-        own = ("global_gradient", "settings", "boost_schedule", "correction_function")
-        own += ("state_format", "param_format", "missing", "backend")
+        own = ["global_gradient", "settings", "boost_schedule", "correction_function"]
+        own += ["state_format", "param_format", "missing", "backend"]
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

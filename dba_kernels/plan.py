@@ -241,12 +241,11 @@ class Plan:
         for i, column, value in tensors:
             self.hyper.select(0, i).select(0, column).copy_(value.squeeze(), non_blocking=True)
 
-    def tables(self, active: ActiveSet) -> tuple[torch.Tensor, ...]:
-        """Leading arguments of ``coefficients``."""
-        return (
-            *(self.sums, self.global_sq, self.hyper, self.group, active.index, self.steps),
-            *(self.bias_corrections, self.counters, self.table, self.report, self.summary),
-        )
+    def tables(self, active: ActiveSet) -> dict[str, Any]:
+        """The tables that ``coefficients`` reads and writes, by the names of its arguments."""
+        names = ["sums", "global_sq", "hyper", "group", "steps", "bias_corrections"]
+        names += ["counters", "table", "report", "summary"]
+        return {"active": active.index, **{name: getattr(self, name) for name in names}}
 
     # Models spread over several devices: each device reduces into its own sums and reads its own copy of the table.
 

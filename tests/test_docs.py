@@ -25,7 +25,8 @@ def test_docstring_examples_run(name: str) -> None:
 def test_some_docstring_examples_were_found() -> None:
     """Negative control of the test above: it would also pass without a single example."""
     finder = doctest.DocTestFinder()
-    examples = [e for m in MODULES for t in finder.find(importlib.import_module(f"dba_kernels.{m}")) for e in t.examples]
+    modules = [importlib.import_module(f"dba_kernels.{name}") for name in MODULES]
+    examples = [example for module in modules for test in finder.find(module) for example in test.examples]
     assert len(examples) >= 10
 
 
@@ -41,8 +42,8 @@ def python_blocks() -> list[str]:
 @pytest.mark.parametrize("block", python_blocks(), ids=lambda block: block.splitlines()[0][:40])
 def test_readme_python_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Python block of the README runs as written, in an empty folder, on a small model that it is given."""
-    from transformers import LlamaConfig, LlamaForCausalLM
     import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -141,7 +141,7 @@ def test_wrong_shapes_dtypes_and_ranks_are_named() -> None:
         ops.accumulate([torch.zeros(4)], [torch.zeros(5)], 1.0, norms)
     with pytest.raises(ValueError, match=r"grads\[0\]: expected float32, bfloat16 or float16, got torch.float64"):
         ops.accumulate([torch.zeros(4)], [torch.zeros(4, dtype=torch.float64)], 1.0, norms)
-    with pytest.raises(ValueError, match="format: expected one of 'fp32', .* got 'int2'"):
+    with pytest.raises(ValueError, match=r"format: expected one of 'fp32', .* got 'int2'"):
         ops.encode(torch.zeros(4, 4), "int2")
-    with pytest.raises(ValueError, match="rank: expected 1 <= rank <= 4 for shape .*, got 5"):
+    with pytest.raises(ValueError, match=r"rank: expected 1 <= rank <= 4 for shape .*, got 5"):
         ops.factorize(torch.zeros(4, 6), 5, "fp32")

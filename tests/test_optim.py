@@ -235,7 +235,7 @@ def test_non_finite_gradient_skips_the_whole_step() -> None:
 
 
 def test_without_reduction_nan_behaves_as_in_torch() -> None:
-    """With neither a global gradient nor clipping nothing inspects the gradient; NaN goes where torch's AdamW sends it."""
+    """With neither a global gradient nor clipping nothing inspects the gradient: NaN goes where torch sends it."""
     params = make_params()
     params["head.weight"].grad = torch.full((64, 64), math.nan)
     optimizer = DBAAdamW(params.values())
@@ -244,7 +244,7 @@ def test_without_reduction_nan_behaves_as_in_torch() -> None:
 
 
 def test_grad_scaler_unscales_inside_the_step() -> None:
-    """GradScaler hands over its scale and found_inf: same weights as unscaled gradients; an inf skips and is counted."""
+    """GradScaler hands over scale and found_inf: same weights as unscaled gradients; an inf skips and is counted."""
     plain, scaled = make_params(), make_params()
     ours, reference = dba(scaled, max_grad_norm=1.0), dba(plain, max_grad_norm=1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -484,7 +484,7 @@ def test_global_gradient_stays_out_of_the_state() -> None:
     saved = optimizer.state_dict()
     assert saved["param_groups"][0]["global_gradient"]["digest"] == optimizer.global_gradient.digest
     other = DBAAdamW(params.items(), global_gradient=make_global(format="int4"), total_steps=500, lr=1e-5)
-    with pytest.raises(ValueError, match="digest .* resume with the same file"):
+    with pytest.raises(ValueError, match=r"digest .* resume with the same file"):
         other.load_state_dict(saved)
 
 
@@ -642,11 +642,11 @@ def test_state_of_another_model_or_format_is_refused() -> None:
     train(params, optimizer, range(1, 2))
     other = dba(params, param_format="split8", state_format="int8")
     other.load_state_dict(optimizer.state_dict())
-    with pytest.raises(ValueError, match="remainder of .*expected param_format 'split8'.* saved with 'split16'"):
+    with pytest.raises(ValueError, match=r"remainder of .*expected param_format 'split8'.* saved with 'split16'"):
         train(params, other, range(2, 3))
     wrong = optimizer.state_dict()
     wrong["state"][2] = {k: v[:10] if v.dim() else v for k, v in wrong["state"][2].items()}
     third = dba(params, param_format="split16", state_format="int8")
     third.load_state_dict(wrong)
-    with pytest.raises(ValueError, match="exp_avg of 'head.weight': expected shape .* belongs to another model"):
+    with pytest.raises(ValueError, match=r"exp_avg of 'head.weight': expected shape .* belongs to another model"):
         train(params, third, range(2, 3))

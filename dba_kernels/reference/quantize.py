@@ -97,6 +97,7 @@ def decode(encoded: StoredTensor) -> torch.Tensor:
         return rebuild(encoded)
     if not STORAGE_FORMATS[encoded.format].grouped:
         return encoded.codes.to(torch.float32)
+    assert encoded.scales is not None  # every grouped format has them
     cols = matrix_shape(encoded.shape)[1]
     if encoded.format == "fp8_e4m3":
         values = encoded.codes.view(torch.float8_e4m3fn).to(torch.float32)
