@@ -203,7 +203,7 @@ def test_grid_has_no_accidental_duplicates_and_groups_interpolations() -> None:
 
 
 def record(key: str, domain: str = "recipes") -> dict:
-    return {"key": key, "setting": {"domain": domain}}
+    return {"key": key, "base": "b", "setting": {"domain": domain}}
 
 
 def test_results_survive_a_torn_line(tmp_path) -> None:
@@ -216,6 +216,13 @@ def test_results_survive_a_torn_line(tmp_path) -> None:
     path.write_text("{}\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line 1"):
         results.load("recipes", tmp_path)
+
+
+def test_results_of_another_base_model_are_refused(tmp_path) -> None:
+    results.append([record("a"), record("b")], tmp_path)
+    assert results.done(["recipes", "medical"], "b", tmp_path) == {"a", "b"}
+    with pytest.raises(ValueError, match="--output FOLDER"):
+        results.done(["recipes"], "other", tmp_path)
 
 
 def test_bootstrap_interval_covers_and_excludes() -> None:

@@ -27,7 +27,7 @@ def execute(name: str, settings: list[Setting], workers: int, limit: float, fold
 
     torch.set_num_threads(workers)
     model.train_base()
-    done = {key for domain in data.DOMAINS for key in results.load(domain, folder)}
+    done = results.done(data.DOMAINS, model.base_digest(), folder)
     pending = grid.trainings(settings, done)
     print(f"{name}: {len(settings)} settings, {len(pending)} trainings to do", flush=True)
     if any(s.needs_general() for group in pending for s in group):
@@ -64,12 +64,18 @@ def main() -> None:
     parser.add_argument("--core", action="store_true", help="the named core, then the report")
     parser.add_argument("--stage", choices=STAGES, help="one stage of the grid")
     parser.add_argument("--report", action="store_true", help="only write the report")
+    parser.add_argument("--reach", action="store_true", help="how far from the base model the global gradient holds")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
     parser.add_argument("--output", type=Path, help="folder of results and report (default: results/ beside this file)")
     arguments = parser.parse_args()
     from bench.quality import data, grid, report, results
 
+    if arguments.reach:
+        from bench.quality import reach
+
+        print(reach.table())
+        return
     # The core is there to be reproduced: it runs beside the committed results, which only choose its settings.
     folder = arguments.output or (data.cache_folder() / "core" if arguments.core else results.FOLDER)
     stages = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from pathlib import Path
@@ -116,6 +117,14 @@ def train_base(steps: int = BASE_STEPS, log: bool = True) -> None:
                 )
     data.replace_file(target, lambda path: torch.save(model.state_dict(), path))
     partial.unlink(missing_ok=True)
+
+
+def base_digest() -> str:
+    """Twelve hexadecimal digits that name the base weights: rounding differs between machines and thread counts."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(torch.load(base_path(), weights_only=True).items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def load_base(steps: int = BASE_STEPS) -> LlamaForCausalLM:

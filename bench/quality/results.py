@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,20 @@ def load(domain: str, folder: Path = FOLDER) -> dict[str, Record]:
                 f"{path.name} line {number}: expected a result record, got {line[:60]!r}; delete the line"
             ) from error
     return records
+
+
+def done(domains: Iterable[str], base: str, folder: Path = FOLDER) -> set[str]:
+    """Keys of the finished runs, all of which must have started from the base model ``base``."""
+    finished = set()
+    for domain in domains:
+        for key, record in load(domain, folder).items():
+            if record["base"] != base:
+                raise ValueError(
+                    f"{domain}.jsonl, run {key}: expected base model {base} (this machine's), got {record['base']}; "
+                    "start a grid of your own with --output FOLDER"
+                )
+            finished.add(key)
+    return finished
 
 
 def append(records: list[Record], folder: Path = FOLDER) -> None:

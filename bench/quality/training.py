@@ -153,11 +153,11 @@ def run(settings: list[Setting]) -> list[dict[str, Any]]:
     tuned = {n: p.detach().clone() for n, p in named_parameters(network).items()}
     squared = sum((tuned[n] - origin[n]).square().sum().item() for n in origin)
     training["distance"] = round(math.sqrt(squared), 3)
-    records = []
+    records, base = [], model.base_digest()
     for setting in settings:
         with torch.no_grad():
             for name, parameter in named_parameters(network).items():
                 parameter.copy_(torch.lerp(origin[name], tuned[name], setting.interpolate))
-        record = {"key": setting.key(), "setting": setting.fields(), "training": training}
+        record = {"key": setting.key(), "base": base, "setting": setting.fields(), "training": training}
         records.append(record | measure(network, setting.domain))
     return records
