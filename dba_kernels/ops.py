@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -335,6 +336,31 @@ def _step_op(
 @_step_op.register_fake
 def _(*args) -> None:
     return None
+
+
+def fuses(batches: list[tuple[TensorBatch, list[torch.Tensor]]], backend: str) -> bool:
+    """Whether :func:`fused_step` can take all of these batches: one call of a backend that has it, nothing traced."""
+    return all(
+        batch.global_format != "lowrank"
+        and not _traced(batch.params[0])
+        and hasattr(_implementation(batch, backend, "step"), "fused_step")
+        for batch, _ in batches
+    )
+
+
+def fused_step(
+    batches: list[tuple[TensorBatch, list[torch.Tensor]]], *, backend: str = "auto", **arguments: Any
+) -> None:
+    """:func:`similarity`, :func:`coefficients` and :func:`step` of a whole model in one call, bit for bit the same.
+
+    Where a tensor fits in the cache, its step finds there what its similarity has read.
+
+    Args:
+        batches: all active parameters with their gradients; :func:`fuses` said yes to them.
+        arguments: those of :func:`coefficients`, by name.
+    """
+    parts, grads = [batch for batch, _ in batches], [its_grads for _, its_grads in batches]
+    _implementation(parts[0], backend, "step").fused_step(parts, grads, **arguments)
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------

@@ -258,20 +258,22 @@ class DBAAdamW(Optimizer):
         plan, active = self._activate(params, grads)
         plan.upload_hyper(self.param_groups)
         batches = active.batches()
+        loss_scale = getattr(self, "grad_scale", None)
+        scalars = dict(
+            settings=self.settings,
+            loss_scale=loss_scale,
+            found_inf=getattr(self, "found_inf", None),
+            gamma_override=self._scheduled_boost(plan),
+        )
+        if self.correction_function is None and ops.fuses(batches, self.backend):
+            ops.fused_step(batches, **plan.tables(active), **scalars, backend=self.backend)
+            return loss
         if self.settings.reduce:
             for batch, its_grads in batches:
                 ops.similarity(batch, its_grads, plan.sums_on(batch), self.backend)
             plan.gather_sums(active)
-        loss_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        ops.coefficients(
-            **plan.tables(active),
-            settings=self.settings,
-            loss_scale=loss_scale,
-            found_inf=found_inf,
-            gamma_override=self._scheduled_boost(plan),
-            alpha_override=self._custom_correction(plan, active, loss_scale),
-            backend=self.backend,
-        )
+        alpha = self._custom_correction(plan, active, loss_scale)
+        ops.coefficients(**plan.tables(active), **scalars, alpha_override=alpha, backend=self.backend)
         for batch, its_grads in batches:
             ops.step(batch, its_grads, plan.table_on(batch), self.backend)
         return loss

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from dba_kernels import DBAAdamW, GlobalGradient
+from dba_kernels import DBAAdamW, GlobalGradient, ops
 from dba_kernels.formats import PARAM_FORMATS, STATE_FORMATS
 from dba_kernels.global_gradient import fingerprint
 from dba_kernels.reference import remainder
@@ -544,6 +544,33 @@ def test_every_backend_trains_like_the_reference(backend: str, dtype: torch.dtyp
     """The whole method: boost, correction, clipping, a parameter that often has no gradient."""
     steps = 50 if backend == "native" or dtype == torch.float32 else 12  # the interpreter takes 0.2 s a step
     assert displacement_error(dtype, backend, steps, **formats) < limit
+
+
+@pytest.mark.parametrize("state_format", ["fp32", "int8"])
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_one_fused_call_equals_three(scope: str, state_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The native backend's single call gives the bits of similarity, coefficients and step called one by one."""
+    results = []
+    for fuses in (True, False):
+        params = make_params(torch.bfloat16)
+        optimizer = dba(
+            params, backend="native", state_format=state_format, correction_scope=scope, max_grad_norm=1.0
+        )
+        with monkeypatch.context() as patch:
+            if not fuses:
+                patch.setattr(ops, "fuses", lambda *_: False)
+            else:
+                assert ops.fuses(optimizer._activate(*active_params(params))[1].batches(), "native")
+            train(params, optimizer, range(1, 6))
+        results.append((params, optimizer.metrics()))
+    (one, metrics), (three, its_metrics) = results
+    assert all(torch.equal(one[name], three[name]) for name in SHAPES) and metrics == its_metrics
+
+
+def active_params(params: dict[str, torch.nn.Parameter]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    for name, param in params.items():
+        param.grad = gradient(name, 1, param.dtype)
+    return list(params.values()), [p.grad for p in params.values()]
 
 
 def test_a_wrong_beta_is_noticed_by_the_comparison_of_backends() -> None:
