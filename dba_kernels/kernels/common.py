@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .. import formats
-from ..formats import EncodedTensor, TensorBatch, matrix_shape
+from ..formats import TensorBatch, matrix_shape
 from . import columns as col
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -108,17 +108,18 @@ class Tables:
 
     def __init__(self, batch: TensorBatch):
         device = batch.params[0].device
-        grouped = batch.state_format == "int8" or batch.global_format in ("int8", "int4", "fp8_e4m3")
-        index = batch.index.tolist()
-        rows, positions = [], []
-        for i, param in enumerate(batch.params):
+        stored = formats.STORAGE_FORMATS.get(batch.global_format)
+        grouped = batch.state_format == "int8" or (stored is not None and stored.grouped)
+        rows: list[list[int]] = []
+        positions: list[int] = []
+        first_chunk = 0
+        for i, table_row in enumerate(batch.index.tolist()):
             entry, count = _pointer_row(batch, i, grouped)
-            entry[col.TABLE_ROW.value] = index[i]
-            entry[col.FIRST_CHUNK.value] = sum(chunks_in(n) for n in positions)
-            entry[col.N_CHUNKS.value] = chunks_in(count)
+            entry[col.TABLE_ROW.value] = table_row
+            entry[col.FIRST_CHUNK.value], entry[col.N_CHUNKS.value] = first_chunk, chunks_in(count)
+            first_chunk += chunks_in(count)
             rows.append(entry)
             positions.append(count)
-            check_contiguous(f"params[{i}]", param)
         chunks = chunk_table(positions)
         self.n_chunks = len(chunks)
         self.pointers = to_device(rows, torch.int64, device)
@@ -141,39 +142,42 @@ def check_contiguous(name: str, tensor: torch.Tensor) -> None:
         )
 
 
+STREAMS = {
+    "params": col.PARAM,
+    "remainders": col.REMAINDER,
+    "exp_avgs": col.EXP_AVG,
+    "exp_avg_sqs": col.EXP_AVG_SQ,
+}
+SCALES = {"exp_avg_scales": col.EXP_AVG_SCALE, "exp_avg_sq_scales": col.EXP_AVG_SQ_SCALE}
+
+
 def _pointer_row(batch: TensorBatch, i: int, grouped: bool) -> tuple[list[int], int]:
     """One row of the pointer table, and the number of positions of its tensor."""
-    stored: Any = batch.global_grads[i] if batch.global_grads else None
-    parts = {
-        col.PARAM: batch.params[i],
-        col.REMAINDER: batch.remainders[i] if batch.remainders else None,
-        col.EXP_AVG: batch.exp_avgs[i] if batch.exp_avgs else None,
-        col.EXP_AVG_SQ: batch.exp_avg_sqs[i] if batch.exp_avg_sqs else None,
-        col.EXP_AVG_SCALE: batch.exp_avg_scales[i] if batch.exp_avg_scales else None,
-        col.EXP_AVG_SQ_SCALE: batch.exp_avg_sq_scales[i] if batch.exp_avg_sq_scales else None,
-        col.GLOBAL_GRAD: stored.codes if stored is not None else None,
-        col.GLOBAL_SCALE: stored.scales if stored is not None else None,
-    }
-    if isinstance(stored, EncodedTensor) and stored.format != batch.global_format:
-        raise ValueError(f"global_grads[{i}]: expected format {batch.global_format!r}, got {stored.format!r}")
     entry = [0] * col.POINTERS.value
-    for column, tensor in parts.items():
-        if tensor is not None:
-            check_contiguous(f"tensor {i} of the batch, column {column.value}", tensor)
-            entry[column.value] = tensor.data_ptr()
+
+    def point(column: tl.constexpr, name: str, tensor: torch.Tensor) -> None:
+        check_contiguous(name, tensor)
+        entry[column.value] = tensor.data_ptr()
+
+    for name, column in (STREAMS | SCALES).items():
+        if getattr(batch, name):
+            point(column, f"{name}[{i}]", getattr(batch, name)[i])
+    if batch.global_grads:
+        stored: Any = batch.global_grads[i]
+        if stored.format != batch.global_format:
+            raise ValueError(f"global_grads[{i}]: expected format {batch.global_format!r}, got {stored.format!r}")
+        point(col.GLOBAL_GRAD, f"global_grads[{i}].codes", stored.codes)
+        if stored.scales is not None:
+            point(col.GLOBAL_SCALE, f"global_grads[{i}].scales", stored.scales)
     numel = batch.params[i].numel()
     rows, cols = matrix_shape(tuple(batch.params[i].shape)) if grouped else (1, numel)
-    groups = -(-cols // formats.GROUP)
-    streams = [entry[c.value] for c in (col.PARAM, col.REMAINDER, col.EXP_AVG, col.EXP_AVG_SQ, col.GLOBAL_GRAD)]
     entry[col.ROWS.value], entry[col.COLS.value] = rows, cols
-    entry[col.FULL_TILES.value] = int(
-        all(p % ALIGNMENT.value == 0 for p in streams) and (rows == 1 or cols % formats.GROUP == 0)
-    )
-    if batch.seeds:
-        entry[col.SEED.value] = batch.seeds[i]
-    if batch.offsets:
-        entry[col.OFFSET.value] = batch.offsets[i]
-    return entry, rows * groups * formats.GROUP if numel else 0
+    whole_groups = rows == 1 or cols % formats.GROUP == 0
+    streams = [entry[column.value] for column in (*STREAMS.values(), col.GLOBAL_GRAD)]
+    entry[col.FULL_TILES.value] = int(whole_groups and all(p % ALIGNMENT.value == 0 for p in streams))
+    entry[col.SEED.value] = batch.seeds[i] if batch.seeds else 0
+    entry[col.OFFSET.value] = batch.offsets[i] if batch.offsets else 0
+    return entry, rows * -(-cols // formats.GROUP) * formats.GROUP if numel else 0
 
 
 def vector_elements(*dtypes: torch.dtype) -> int:

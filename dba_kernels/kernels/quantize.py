@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..formats import GROUP as GROUP_SIZE
-from ..formats import STORAGE_FORMATS, EncodedTensor, matrix_shape, scales_shape, storage_format
+from ..formats import EncodedTensor, matrix_shape, scales_shape, storage_format
 from .codecs import encode_int4, load_global, narrow_fp8_e4m3, narrow_signed_root, scale_and_inverse
 from .common import (
     ALIGNMENT,
@@ -142,7 +142,7 @@ def decode(encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Ten
     """The tensor that is stored, in fp32, or written to ``out`` (fp32, bf16 or fp16, contiguous, same shape)."""
     if out is None:
         out = torch.empty(encoded.shape, dtype=torch.float32, device=encoded.device)
-    if not STORAGE_FORMATS[encoded.format].grouped:
+    if encoded.scales is None:
         return out.copy_(encoded.codes)
     codes, scales = encoded.codes.contiguous(), encoded.scales.contiguous()
     rows, cols, full_tiles, grid = _geometry(encoded.shape, out, codes)

@@ -1,0 +1,254 @@
+"""How the Triton launchers use the machine: launches, allocations, copies, recompilation, memory bounds."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import mmap
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
+
+from dba_kernels.formats import Coefficient, EncodedTensor, Hyper, StepSettings, Summary, TensorBatch
+from dba_kernels.kernels import accumulate, common, similarity, step
+
+from . import guard_pages
+from .cases import Case, build
+
+SETTINGS = StepSettings(boost=0.2, total_steps=10, correction="cosine", max_grad_norm=1.0, reduce=True)
+Launch = tuple[str, tuple[Any, ...], dict[str, Any]]
+
+
+@contextlib.contextmanager
+def recorded_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
+    """Launches are written down instead of being run."""
+    launches: list[Launch] = []
+
+    def record(self: GridExecutor, *arguments: Any, **options: Any) -> None:
+        launches.append((self.fn.__name__, arguments, options))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", record)
+        yield launches
+
+
+class CountedOperations(TorchDispatchMode):
+    """Every torch operation that runs inside: allocations, copies, reads back to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Step:
+    """One optimizer step on the level of the backend: similarity, coefficients, update."""
+
+    def __init__(self, n: int):
+        self.batch, self.grads, _ = build(
+            Case(torch.bfloat16, "split16", "int8", "int8", torch.bfloat16, ((2, 64),) * n)
+        )
+        rows = n + 2
+
+        def table(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64)
+
+        self.tables = {
+            "sums": table(rows, 2),
+            "global_sq": table(rows) + 1,
+            "hyper": table(1, Hyper.COUNT) + 0.5,
+            "group": torch.zeros(rows, dtype=torch.int64),
+            "active": self.batch.index.clone(),
+            "steps": torch.zeros(rows),
+            "bias_corrections": table(rows, 2),
+            "counters": torch.zeros(2, dtype=torch.int64),
+            "table": table(rows, Coefficient.COUNT),
+            "report": table(rows, 2),
+            "summary": table(Summary.COUNT),
+        }
+
+    def run(self) -> None:
+        similarity.similarity(self.batch, self.grads, self.tables["sums"])
+        similarity.coefficients(**self.tables, settings=SETTINGS)
+        step.step(self.batch, self.grads, self.tables["table"])
+
+
+@pytest.mark.parametrize("n", [3, 300])
+def test_launches_do_not_depend_on_the_number_of_tensors(monkeypatch, n):
+    one_step = Step(n)
+    with recorded_launches(monkeypatch) as launches:
+        one_step.run()
+    assert [name for name, _, _ in launches] == ["reduce_kernel", "finish_kernel", "coefficients_kernel", "step_kernel"]
+
+
+def test_nothing_but_launches_from_the_second_step_on(monkeypatch):
+    one_step = Step(5)
+    with recorded_launches(monkeypatch):
+        one_step.run()
+        with CountedOperations() as counted:
+            one_step.run()
+    assert counted.names == []
+
+
+def test_moved_gradients_cost_one_copy_of_their_addresses(monkeypatch):
+    one_step = Step(5)
+    with recorded_launches(monkeypatch):
+        one_step.run()
+        one_step.grads = [grad.clone() for grad in one_step.grads]
+        with CountedOperations() as counted:
+            one_step.run()
+    assert [name for name in counted.names if "copy" in name] == ["aten.copy_.default"]
+    assert "aten._local_scalar_dense.default" not in counted.names
+    addresses = common.tables_of(one_step.batch).grads.table.tolist()
+    assert addresses == [grad.data_ptr() for grad in one_step.grads]
+
+
+def test_a_read_back_would_be_counted():
+    with CountedOperations() as counted:
+        torch.ones(1).item()
+    assert "aten._local_scalar_dense.default" in counted.names
+
+
+def test_nothing_that_changes_is_compiled_in(monkeypatch):
+    """From one step to the next all arguments are the same: a kernel's cache key cannot change."""
+    one_step = Step(5)
+    with recorded_launches(monkeypatch) as launches:
+        one_step.run()
+        one_step.tables["hyper"] *= 0.9
+        one_step.tables["table"] += 1.0
+        one_step.grads = [grad.clone() for grad in one_step.grads]
+        one_step.run()
+    first, second = launches[:4], launches[4:]
+    for (name, arguments, options), (other, other_arguments, other_options) in zip(first, second, strict=True):
+        assert name == other
+        assert all(x is y or x == y for x, y in zip(arguments, other_arguments, strict=True) if x is not None)
+        assert options.keys() == other_options.keys()
+        assert all(options[key] is other_options[key] or options[key] == other_options[key] for key in options)
+
+
+def test_chunks_cover_every_position_once():
+    positions = [0, 1, 8192, 8193, 3 * 8192 - 1]
+    chunk = common.CHUNK.value
+    covered = [torch.zeros(n, dtype=torch.int64) for n in positions]
+    for tensor, k in common.chunk_table(positions):
+        covered[tensor][k * chunk : (k + 1) * chunk] += 1
+    assert all((count == 1).all() for count in covered)
+
+
+@pytest.mark.parametrize("size", [1, 63, 1023, 1024, 1025, 8191, 8192, 8193, 20000])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_every_element_is_written_once(size, aligned):
+    storage = torch.zeros(size + 1)
+    total = storage[:size] if aligned else storage[1:]
+    accumulate.accumulate([total], [torch.ones(size)], 1.0, torch.zeros(1, dtype=torch.float64))
+    assert (total == 1.0).all()
+    assert storage.sum() == size
+
+
+def test_grouped_tiles_cover_every_element_once():
+    """Ragged rows: exp_avg starts at 0 and β₁ = 0 would hide a second write, so weight decay counts the writes."""
+    case = Case(torch.float32, "native", "fp32", "int8", torch.float32, ((40, 130), (3, 1000), (9, 64), (200, 7)))
+    batch, grads, table = build(case)
+    table[:] = 0.0
+    table[:, Coefficient.LR_WEIGHT_DECAY] = 0.5
+    table[:, Coefficient.EPS] = 1.0
+    for param in batch.params:
+        param.fill_(1.0)
+    step.step(batch, grads, table)
+    assert all((param == 0.5).all() for param in batch.params)
+
+
+def virtual(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros of address space: pages exist once they are written."""
+    no_reserve = 0x4000
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    return torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize, flags=flags), dtype=dtype).view(1, numel)
+
+
+def test_offsets_beyond_32_bits():
+    """The last chunks of a tensor of 2³¹ elements and a few, against those elements as a tensor of their own."""
+    tail = common.CHUNK.value + 5000
+    numel = 2**31 + tail
+    case = Case(torch.bfloat16, "split8", "int8", "int8", torch.bfloat16, ((1, tail),))
+    small, (small_grad,), table = build(case)
+    small.offsets = [2**31]
+    lists = ("params", "remainders", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales")
+    huge = dataclasses.replace(small, offsets=[0], cache={})
+    for name in lists:
+        (part,) = getattr(small, name)
+        scales = name.endswith("scales")
+        whole = virtual(2**31 // 64 + part.numel() if scales else numel, part.dtype)
+        whole[:, -part.numel() :] = part
+        setattr(huge, name, [whole])
+    stored = small.global_grads[0]
+    codes, scales = virtual(numel, torch.int8), virtual(2**31 // 64 + stored.scales.numel(), torch.float32)
+    codes[:, -tail:], scales[:, -stored.scales.numel() :] = stored.codes, stored.scales
+    huge.global_grads = [EncodedTensor("int8", (1, numel), codes, scales)]
+    grad = virtual(numel, torch.bfloat16)
+    grad[:, -tail:] = small_grad
+
+    tables = common.tables_of(huge)
+    tables.chunks, tables.n_chunks = tables.chunks[-2:].clone(), 2
+    step.step(huge, [grad], table)
+    step.step(small, [small_grad], table)
+    for name in lists:
+        (part,), (whole,) = getattr(small, name), getattr(huge, name)
+        assert torch.equal(whole[:, -part.numel() :], part), name
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def small_batch() -> tuple[TensorBatch, list[torch.Tensor], torch.Tensor]:
+    return build(Case(torch.float32, "native", "fp32", "none", torch.float32, ((4, 64), (2, 64))))
+
+
+def test_strided_parameter_is_refused():
+    batch, grads, table = small_batch()
+    batch.params[1] = torch.zeros(64, 2).T
+    with pytest.raises(ValueError, match=r"params\[1\].*contiguous"):
+        step.step(batch, grads, table)
+
+
+def test_strided_gradient_is_refused():
+    batch, grads, table = small_batch()
+    grads[0] = torch.zeros(64, 4).T
+    with pytest.raises(ValueError, match=r"grads\[0\].*contiguous"):
+        step.step(batch, grads, table)
+
+
+def test_mixed_gradient_dtypes_are_refused():
+    batch, grads, table = small_batch()
+    grads[1] = grads[1].bfloat16()
+    with pytest.raises(ValueError, match=r"grads\[1\]: expected torch.float32 like grads\[0\], got torch.bfloat16"):
+        step.step(batch, grads, table)
+
+
+def test_wrong_format_of_a_global_gradient_is_refused():
+    batch, grads, table = build(Case(shapes=((4, 64),), global_format="int8"))
+    batch.global_format = "int4"
+    with pytest.raises(ValueError, match=r"global_grads\[0\]: expected format 'int4', got 'int8'"):
+        step.step(batch, grads, table)
+
+
+# --- memory bounds ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [("triton", "one"), ("native",)], ids=str)
+def test_guard_pages(arguments, request):
+    """All of the interpreter's matrix: ``python -m tests.guard_pages triton``."""
+    if arguments[0] == "native":
+        request.getfixturevalue("native")
+    assert guard_pages.run(*arguments) == 0
+
+
+def test_guard_pages_kill_an_overrun():
+    assert guard_pages.run("overrun") == -signal.SIGSEGV
