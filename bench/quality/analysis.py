@@ -110,7 +110,8 @@ def best_matched(
     a pull) at each learning rate.
     """
     curves: dict[object, list[Point]] = defaultdict(list)
-    for setting in grid.family(method, domain):
+    rates = sorted((*grid.LRS, *grid.BETWEEN)) if method == "AL" else grid.LRS
+    for setting in grid.family(method, domain, rates):
         found = point(setting, records, weights)
         if found is not None:
             curves[dataclasses.replace(setting, lr=0.0)].append(found)

@@ -13,6 +13,7 @@ from bench.quality.setting import Setting
 Options = dict[str, Any]
 LRS = (1e-4, 3e-4, 1e-3, 3e-3)
 FIRST_LRS = (1e-3, 3e-4, 1e-4, 3e-3)  # the same in the order of running: the middle of the curves comes first
+BETWEEN = (1.7e-4, 5.5e-4)  # AL alone runs here too: chords of its convex curve would flatter whoever meets it
 SEEDS = (0, 1, 2)
 STEPS = 200
 K0 = 200 / STEPS  # eq. 2
@@ -101,9 +102,11 @@ def stage(name: str) -> list[Setting]:
             *(s for lr in FIRST_LRS for m, only in FIRST for s in family(m, "recipes", (lr,), only=only)),
         ]
     if name == "sweep":
-        return [
-            s for d in tuned for s in (base(d), *(s for lr in FIRST_LRS for m in FAMILIES for s in family(m, d, (lr,))))
-        ]
+        settings = []
+        for domain in tuned:
+            settings += [base(domain), *family("AL", domain, BETWEEN)]
+            settings += [s for lr in FIRST_LRS for m in FAMILIES for s in family(m, domain, (lr,))]
+        return settings
     if name == "sensitivity":
         return [s for m in SENSITIVITY for s in family(m, "recipes", (3e-4, 1e-3))]
     if name in ("core", "seeds", "confirm"):
