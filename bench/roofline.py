@@ -21,10 +21,10 @@ import json
 import re
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from dba_kernels.formats import GROUP
 from dba_kernels.kernels.common import CHUNK, THREADS, TILE
 
 from .sass import Profile, profile
@@ -87,13 +87,12 @@ def amd_figures(variant: Variant) -> dict[str, Any]:
 
 # --- whole steps ------------------------------------------------------------------------------------------------------
 
-SCALE = 4 / GROUP
 OURS = {
-    "fp32 θ, m, v; int8 ĝ_G": ("fp32", "native", "fp32", "int8"),
-    "bf16 split16, int8 m, v; int8 ĝ_G": ("bf16", "split16", "int8", "int8"),
-    "bf16 split8, int8 m, v; int8 ĝ_G": ("bf16", "split8", "int8", "int8"),
-    "bf16 split8, int8 m, v; int4 ĝ_G": ("bf16", "split8", "int8", "int4"),
-    "bf16 split8, int8 m, v; no ĝ_G, no clip": ("bf16", "split8", "int8", "none"),
+    "fp32 θ, m, v; int8 ĝ_G": (FP32, BF16, "native", "fp32", "int8"),
+    "bf16 split16, int8 m, v; int8 ĝ_G": (BF16, BF16, "split16", "int8", "int8"),
+    "bf16 split8, int8 m, v; int8 ĝ_G": (BF16, BF16, "split8", "int8", "int8"),
+    "bf16 split8, int8 m, v; int4 ĝ_G": (BF16, BF16, "split8", "int8", "int4"),
+    "bf16 split8, int8 m, v; no ĝ_G, no clip": (BF16, BF16, "split8", "int8", "none"),
 }
 OTHERS = {
     "torch, fp32 gradients: fused AdamW 28 + clip_grad_norm_ 12 + boost by lerp 12 + dot 8": 60.0,
@@ -104,11 +103,10 @@ OTHERS = {
 }
 
 
-def whole_step_bytes(param: str, kind: str, state: str, stored: str) -> float:
-    """Bytes per parameter of similarity and step together, bf16 gradients, scales included."""
-    dtype = {"fp32": FP32, "bf16": BF16}[param]
-    update = step_variant(dtype, BF16, kind, state, stored).bytes_per_parameter
-    return update + (similarity_variant(BF16, stored).bytes_per_parameter if stored != "none" else 0.0)
+def whole_step_bytes(param: torch.dtype, grad: torch.dtype, kind: str, state: str, stored: str) -> float:
+    """Bytes per parameter of similarity and step together, scales included; of the step alone without ĝ_G."""
+    update = step_variant(param, grad, kind, state, stored).bytes_per_parameter
+    return update + (similarity_variant(grad, stored).bytes_per_parameter if stored != "none" else 0.0)
 
 
 def predicted(bytes_per_parameter: float, sass: float, mufu: float, gpu: str) -> tuple[float, str]:

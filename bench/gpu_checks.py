@@ -1,0 +1,85 @@
+"""Every kernel on the device against the reference on the CPU, by the comparisons and tolerances of the test suite."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dba_kernels.formats import TensorBatch
+from dba_kernels.kernels import accumulate, coefficients, quantize, similarity, step
+from tests import cases, test_accumulate, test_quantize, test_similarity, test_step
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LISTS = ("params", "remainders", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales")
+
+
+def moved(batch: TensorBatch) -> TensorBatch:
+    """The batch on the device, with storage of its own."""
+    tensors = {name: [tensor.to(DEVICE, copy=True) for tensor in getattr(batch, name)] for name in LISTS}
+    stored = [encoded.to(DEVICE) for encoded in batch.global_grads]
+    return dataclasses.replace(batch, **tensors, index=batch.index.to(DEVICE), global_grads=stored, cache={})
+
+
+def step_on_device(batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor) -> None:
+    """One step on the device, its results copied back into the batch."""
+    there = moved(batch)
+    step.step(there, [grad.to(DEVICE) for grad in grads], table.to(DEVICE))
+    for name in LISTS:
+        for target, source in zip(getattr(batch, name), getattr(there, name), strict=True):
+            target.copy_(source)
+
+
+def sums_on_device(batch: TensorBatch, grads: list[torch.Tensor], sums: torch.Tensor) -> None:
+    there = sums.to(DEVICE)
+    similarity.similarity(moved(batch), [grad.to(DEVICE) for grad in grads], there)
+    sums.copy_(there)
+
+
+def coefficients_on_device(*, settings: Any, **tensors: torch.Tensor) -> None:
+    there = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+    coefficients.coefficients(**there, settings=settings)
+    for name, tensor in tensors.items():
+        tensor.copy_(there[name])
+
+
+def accumulate_on_device(
+    totals: list[torch.Tensor], grads: list[torch.Tensor], weight: float, norms: torch.Tensor
+) -> None:
+    there, there_norms = [total.to(DEVICE, copy=True) for total in totals], norms.to(DEVICE)
+    accumulate.accumulate(there, [grad.to(DEVICE) for grad in grads], weight, there_norms)
+    for target, source in zip([*totals, norms], [*there, there_norms], strict=True):
+        target.copy_(source)
+
+
+def encode_on_device(tensor: torch.Tensor, format: str) -> Any:
+    return quantize.encode(tensor.to(DEVICE), format).to("cpu")
+
+
+def checks(tiny: bool) -> dict[str, Any]:
+    """Every kernel against the reference, with the comparisons and tolerances of the test suite."""
+    matrix = cases.size_cases()[1:2] if tiny else cases.full_matrix() + cases.size_cases()
+    matrix_tensor = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    jobs: dict[str, Callable[[], object]] = {
+        "coefficients": lambda: test_similarity.assert_same_coefficients(
+            coefficients_on_device, test_similarity.BASE, test_similarity.arguments()
+        ),
+        "accumulate": lambda: test_accumulate.assert_agrees(accumulate_on_device, torch.bfloat16),
+    }
+    for case in matrix:
+        jobs[f"step {case}"] = functools.partial(test_step.assert_agrees, step_on_device, case)
+        jobs[f"sums {case}"] = functools.partial(test_similarity.assert_same_sums, sums_on_device, case)
+    for name in test_quantize.GROUPED:
+        jobs[f"encode {name}"] = functools.partial(
+            test_quantize.assert_same_encoding, encode_on_device, matrix_tensor, name
+        )
+    failures = {}
+    for name, job in jobs.items():
+        try:
+            job()
+        except AssertionError as error:
+            failures[name] = str(error)
+    return {"checked": len(jobs), "failures": failures}
