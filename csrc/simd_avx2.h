@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "formats.h"
+
 namespace dba {
 namespace {  // internal linkage: no instruction set may lend its code to another
 
@@ -59,7 +61,12 @@ struct Avx2 {
     static F floor(F x) { return _mm256_floor_ps(x); }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     static F sqrt(F x) { return _mm256_sqrt_ps(x); }
-    static F quick_sqrt(F x) { return _mm256_sqrt_ps(x); }
+    static F quick_root(F x) { return _mm256_sqrt_ps(x); }
+    static U code_from_one(F x) { return (U)to_int(x > 0.0f ? max(quick_root(x), splat(1.0f)) : x); }
+    static void store_group_i8(uint8_t* p, const U* x) {
+        for (int k = 0; k < GROUP / W; ++k) store_low8(p + k * W, x[k]);
+    }
+    static void store_group_u8(uint8_t* p, const U* x) { store_group_i8(p, x); }
     static F max(F a, F b) { return _mm256_max_ps(a, b); }
     static F abs(F x) { return from_bits(bits(x) & 0x7FFFFFFFu); }
     static float sum(F x) {

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "formats.h"
+
 namespace dba {
 namespace {  // internal linkage: no instruction set may lend its code to another
 
@@ -51,14 +53,25 @@ struct Avx512 {
     static F floor(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static F sqrt(F x) { return _mm512_sqrt_ps(x); }
-    // Root of finite x >= 0 within 2 ulps: a 14-bit estimate and one Newton step. vsqrtps keeps the divider busy for ten
-    // cycles; a step that needs three roots and a quotient takes one root and the quotient there and two roots here.
-    static F quick_sqrt(F x) {
-        x = _mm512_max_ps(x, splat(0x1p-100f));  // 0 would give 0 * infinity; roots are rounded to integers afterwards
+    // Root of finite x >= 0 within 2 ulps, NaN for 0: a 14-bit estimate and one Newton step. vsqrtps would keep the divider
+    // busy for ten cycles; of the three roots and one quotient of a step with int8 state, two roots are taken here.
+    static F estimated_root(F x) {
         F estimate = _mm512_rsqrt14_ps(x), root = x * estimate;
         F half = from_bits(bits(estimate) - (1u << 23));
         return _mm512_fmadd_ps(_mm512_fnmadd_ps(root, root, x), half, root);
     }
+    static F quick_root(F x) { return estimated_root(_mm512_max_ps(x, splat(0x1p-100f))); }
+    // NaN, where x is 0, is vmaxps's second operand and its result; it becomes INT_MIN, which is packed to 0.
+    static U code_from_one(F x) { return (U)to_int(_mm512_max_ps(splat(1.0f), estimated_root(x))); }
+
+    // 64 integers to bytes, saturated.
+    static __m512i pack(const U* x) { return _mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]); }
+    static void store_packed(void* p, __m512i lanes) {
+        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, lanes));
+    }
+    static void store_group_i8(void* p, const U* x) { store_packed(p, _mm512_packs_epi16(pack(x), pack(x + 2))); }
+    static void store_group_u8(void* p, const U* x) { store_packed(p, _mm512_packus_epi16(pack(x), pack(x + 2))); }
     static F max(F a, F b) { return _mm512_max_ps(a, b); }
     static F abs(F x) { return _mm512_abs_ps(x); }
     static float sum(F x) { return _mm512_reduce_add_ps(x); }

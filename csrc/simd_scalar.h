@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "formats.h"
+
 namespace dba {
 namespace {  // internal linkage: no instruction set may lend its code to another
 
@@ -60,7 +62,12 @@ struct Scalar {
     static F floor(F x) { return std::floor(x); }
     static F fma(F a, F b, F c) { return a * b + c; }
     static F sqrt(F x) { return std::sqrt(x); }
-    static F quick_sqrt(F x) { return std::sqrt(x); }
+    static F quick_root(F x) { return std::sqrt(x); }
+    static U code_from_one(F x) { return static_cast<U>(to_int(x > 0.0f ? max(quick_root(x), 1.0f) : x)); }  // 0 for 0
+    static void store_group_i8(uint8_t* p, const U* x) {
+        for (int k = 0; k < GROUP / W; ++k) store_low8(p + k * W, x[k]);
+    }
+    static void store_group_u8(uint8_t* p, const U* x) { store_group_i8(p, x); }
     static F max(F a, F b) { return a > b ? a : b; }
     static F abs(F x) { return from_bits(bits(x) & 0x7FFFFFFF); }
     static float sum(F x) { return x; }

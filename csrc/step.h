@@ -66,19 +66,19 @@ template <class S> struct State<S, STATE_INT8> {
         return square * square;
     }
     static void store_exp_avg(uint8_t* p, const float* m, float inverse) {
-        for (int j = 0; j < GROUP; j += S::W) {
-            F value = S::load(m + j);
-            S::store_low8(p + j, compress<S>(value, S::quick_sqrt(S::abs(value) * S::splat(inverse))));
+        typename S::U codes[GROUP / S::W];
+        for (int k = 0; k < GROUP / S::W; ++k) {
+            F value = S::load(m + k * S::W);
+            codes[k] = compress<S>(value, S::quick_root(S::abs(value) * S::splat(inverse)));
         }
+        S::store_group_i8(p, codes);
     }
     // root: of v. (v / scale)^(1/4) = sqrt(sqrt(v) * sqrt(1 / scale)); at least 1 where v > 0.
     static void store_exp_avg_sq(uint8_t* p, const float* root, float inverse) {
-        const F inverse_root = S::splat(__builtin_sqrtf(inverse)), zero = S::splat(0.0f);
-        for (int j = 0; j < GROUP; j += S::W) {
-            F square = S::load(root + j) * inverse_root;
-            F code = square > zero ? S::max(S::quick_sqrt(square), S::splat(1.0f)) : zero;
-            S::store_low8(p + j, (typename S::U)S::to_int(code));
-        }
+        const F inverse_root = S::splat(__builtin_sqrtf(inverse));
+        typename S::U codes[GROUP / S::W];
+        for (int k = 0; k < GROUP / S::W; ++k) codes[k] = S::code_from_one(S::load(root + k * S::W) * inverse_root);
+        S::store_group_u8(p, codes);
     }
 };
 

@@ -1,0 +1,183 @@
+"""Time of a whole optimizer step on the CPU. ``python -m bench.bench_step`` prints the table; ``pytest bench`` a short one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+
+from dba_kernels import native
+from dba_kernels.formats import (
+    REMAINDER_DTYPES,
+    Coefficient,
+    Hyper,
+    StepSettings,
+    Summary,
+    TensorBatch,
+    is_compressible,
+    matrix_shape,
+    scales_shape,
+)
+
+from .harness import compare, machine_load
+
+Shapes = list[tuple[int, ...]]
+
+SHAPES_50M: Shapes = [(1024, 1024)] * 46 + [(1024, 853), (853, 1024)]
+MANY_SMALL: Shapes = [(16, 16)] * 3000
+
+
+def smollm2_shapes() -> Shapes:
+    """The 272 parameters of SmolLM2-135M: hidden 576, 30 layers, 9 heads and 3 key-value heads of 64, ffn 1536, tied."""
+    hidden, kv, ffn = 576, 192, 1536
+    layer = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
+    layer += [(ffn, hidden), (ffn, hidden), (hidden, ffn), (hidden,), (hidden,)]
+    return [(49152, hidden), *(layer * 30), (hidden,)]
+
+
+def numel(shapes: Shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes)
+
+
+class NativeModel:
+    """Random parameters, state, gradients and stored global gradients, stepped by the native backend in one call."""
+
+    def __init__(
+        self,
+        shapes: Shapes,
+        dtype: torch.dtype,
+        param_format: str,
+        state_format: str,
+        global_format: str,
+        grad_dtype: torch.dtype = torch.bfloat16,
+        max_grad_norm: float | None = None,
+    ):
+        stored = global_format != "none"
+        self.settings = StepSettings(
+            *(0.2, 1000, 0.5, "cosine" if stored else "none", "tensor", (0.0, 2.0), max_grad_norm),
+            reduce=stored or max_grad_norm is not None,
+        )
+        n, wide = len(shapes), torch.float64
+        self.batches: list[TensorBatch] = []
+        self.grads: list[list[torch.Tensor]] = []
+        compressible = [i for i, shape in enumerate(shapes) if is_compressible(shape)]
+        rest = [i for i, shape in enumerate(shapes) if not is_compressible(shape)]
+        for index, state, kept in ((compressible, state_format, global_format), (rest, "fp32", "fp32")):
+            if index:
+                kept = kept if stored else "none"
+                self._add(shapes, index, dtype, param_format, state, kept, grad_dtype)
+        hyper = torch.zeros(1, Hyper.COUNT, dtype=wide)
+        hyper[0] = torch.tensor([1e-5, 0.9, 0.999, 1e-8, 1e-2, 1.0])
+        self.tables = (
+            torch.zeros(n, 2, dtype=wide),
+            torch.full((n,), 1.0 if stored else -1.0, dtype=wide),
+            hyper,
+            torch.zeros(n, dtype=torch.int64),
+            torch.arange(n),
+            torch.zeros(n),
+            torch.zeros(n, 2, dtype=wide),
+            torch.zeros(2, dtype=torch.int64),
+            torch.zeros(n, Coefficient.COUNT, dtype=wide),
+            torch.zeros(n, 2, dtype=wide),
+            torch.zeros(Summary.COUNT, dtype=wide),
+        )
+
+    def _add(
+        self, shapes: Shapes, index: list[int], dtype: torch.dtype, kind: str, state: str, stored: str, grads: torch.dtype
+    ) -> None:
+        batch = TensorBatch(kind, state, stored, [], [], [], torch.tensor(index))
+        self.grads.append([])
+        for i in index:
+            shape = shapes[i]
+            moments = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[state]
+            matrix = matrix_shape(shape) if state == "int8" else shape
+            batch.params.append((torch.randn(shape) * 0.02).to(dtype))
+            batch.exp_avgs.append(torch.zeros(matrix, dtype=moments))
+            batch.exp_avg_sqs.append(torch.zeros(matrix, dtype=torch.uint8 if state == "int8" else moments))
+            if state == "int8":
+                batch.exp_avg_scales.append(torch.zeros(scales_shape(shape)))
+                batch.exp_avg_sq_scales.append(torch.zeros(scales_shape(shape)))
+            if kind != "native":
+                batch.remainders.append(torch.zeros(shape, dtype=REMAINDER_DTYPES[kind]))
+            if stored != "none":
+                batch.global_grads.append(native.encode(torch.randn(shape) * 1e-3, stored))
+            batch.seeds.append(i)
+            batch.offsets.append(0)
+            self.grads[-1].append((torch.randn(shape) * 1e-3).to(grads))
+        self.batches.append(batch)
+
+    def step(self) -> None:
+        native.fused_step(self.batches, self.grads, *self.tables, self.settings)
+
+
+def torch_params(shapes: Shapes, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+    """Random parameters with gradients of their own dtype."""
+    params = [torch.nn.Parameter((torch.randn(shape) * 0.02).to(dtype)) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param) * 1e-3
+    return params
+
+
+def torch_adamw(shapes: Shapes, **how: bool) -> Callable[[], object]:
+    return torch.optim.AdamW(torch_params(shapes), lr=1e-5, weight_decay=1e-2, **how).step
+
+
+def torch_dba(shapes: Shapes) -> Callable[[], object]:
+    """What a user would write: clip_grad_norm_, similarity and boost in torch operations, then torch's fused AdamW."""
+    params = torch_params(shapes)
+    global_grads = [torch.randn_like(param) * 1e-3 for param in params]
+    optimizer = torch.optim.AdamW(params, lr=1e-5, weight_decay=1e-2, fused=True)
+
+    @torch.no_grad()
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(params, 1e9)
+        for param, global_grad in zip(params, global_grads, strict=True):
+            torch.dot(param.grad.flatten(), global_grad.flatten())
+        torch._foreach_lerp_([param.grad for param in params], global_grads, 1e-6)
+        optimizer.step()
+
+    return step
+
+
+Side = tuple[str, Callable[[], object]]
+
+
+def native_sides(shapes: Shapes, only: list[str] | None = None) -> Iterable[Side]:
+    """One after the other, so that only one model is in memory; ``only``: parts of names."""
+    fp32, bf16 = torch.float32, torch.bfloat16
+    for name, arguments in {
+        "native plain AdamW, fp32": (fp32, "native", "fp32", "none", fp32),
+        "native DBA, fp32, bf16 g, int8 gG": (fp32, "native", "fp32", "int8", bf16),
+        "native DBA, fp32, bf16 g, int8 gG, clip": (fp32, "native", "fp32", "int8", bf16, 1e9),
+        "native DBA, bf16 split16, int8 states, int8 gG": (bf16, "split16", "int8", "int8", bf16),
+        "native DBA, bf16 split8, int8 states, int8 gG": (bf16, "split8", "int8", "int8", bf16),
+        "native DBA, bf16 split8, int8 states, int4 gG": (bf16, "split8", "int8", "int4", bf16),
+        "native plain 8-bit AdamW, bf16 split8": (bf16, "split8", "int8", "none", bf16),
+    }.items():
+        if not only or any(part in name for part in only):
+            yield name, NativeModel(shapes, *arguments).step
+
+
+def torch_sides(shapes: Shapes) -> Iterable[Side]:
+    yield "torch foreach", torch_adamw(shapes, foreach=True)
+    yield "torch single tensor", torch_adamw(shapes, foreach=False)
+    yield "torch clip + similarity + boost + fused", torch_dba(shapes)
+
+
+def print_table(title: str, shapes: Shapes, sides: Iterable[Side], rounds: int) -> None:
+    print(f"\n{title}: {numel(shapes) / 1e6:.1f} M parameters in {len(shapes)} tensors, {torch.get_num_threads()} threads")
+    baseline = torch_adamw(shapes, fused=True)
+    for name, side in sides:
+        print(f"{name:50} {compare(baseline, side, rounds)}", flush=True)
+
+
+def main() -> None:
+    print(machine_load())
+    for title, shapes in (("50 M", SHAPES_50M), ("SmolLM2-135M", smollm2_shapes()), ("many small", MANY_SMALL)):
+        print_table(title, shapes, native_sides(shapes), 15)
+        print_table(title, shapes, torch_sides(shapes), 7)
+
+
+if __name__ == "__main__":
+    main()
