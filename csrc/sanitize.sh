@@ -1,0 +1,24 @@
+#!/bin/sh
+# Runs the native tests under AddressSanitizer + UndefinedBehaviorSanitizer, then under ThreadSanitizer, with libraries built
+# for it in a temporary folder. Usage, from the root of the repository: sh csrc/sanitize.sh [python]
+set -eu
+python=${1:-python}
+root=$(cd "$(dirname "$0")/.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+run() {  # name, value of -fsanitize, runtime to preload, variable and value of its options, pytest arguments
+    cmake -S "$root/csrc" -B "$work/$1" -G Ninja -DDBA_SANITIZE="$2" > "$work/$1.log"
+    cmake --build "$work/$1" >> "$work/$1.log"
+    mkdir "$work/$1-tree"
+    cp -r "$root/dba_kernels" "$root/tests" "$root/pyproject.toml" "$work/$1-tree"
+    cp "$work/$1/libdba_native.so" "$work/$1-tree/dba_kernels/"
+    echo "== $2"
+    (cd "$work/$1-tree" && env LD_PRELOAD="$(c++ -print-file-name="$3")" "$4" OMP_NUM_THREADS=1 PYTHONPATH=. \
+        "$python" -m pytest -p no:cacheprovider -x $5)
+}
+
+stems="tests/test_native.py tests/test_step.py tests/test_similarity.py tests/test_quantize.py tests/test_accumulate.py"
+run asan address,undefined libasan.so ASAN_OPTIONS=detect_leaks=0 "$stems -k not(triton)"
+# torch's own threads are not instrumented: only reports with a frame in this library count.
+run tsan thread libtsan.so TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 "tests/test_native.py -k threads"

@@ -1,0 +1,355 @@
+"""The native library itself: where it is found, instruction sets, threads, fork, guard pages. Agreement is in test_<stem>.py.
+
+Under a sanitizer, with the library that was built for it in the place of the usual one (csrc/sanitize.sh does all of it).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from dba_kernels.formats import Coefficient, StepSettings, Summary
+from dba_kernels.reference import similarity as reference_similarity
+from dba_kernels.reference import step as reference_step
+
+from .cases import Case, build, clone, size_cases
+from .test_step import assert_agrees
+
+native = pytest.importorskip("dba_kernels.native")
+if native.why_not() is not None:
+    pytest.skip(f"the native library does not load: {native.why_not()}", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parent.parent
+LARGE = ((300, 700), (512, 256), (20, 20), (9_001, 7), (3, 40_000))
+"""Several units, tasks and waves; ragged rows, rows shorter than a group, rows longer than a unit."""
+
+
+def _step_bytes(case: Case, threads: int) -> list[torch.Tensor]:
+    """Everything that one step of ``case`` writes, with ``threads`` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        batch, grads, table = build(case)
+        sums = torch.zeros(len(table), 2, dtype=torch.float64)
+        native.similarity(batch, grads, sums)
+        native.step(batch, grads, table)
+    finally:
+        torch.set_num_threads(before)
+    written = [sums, *batch.params, *batch.remainders, *batch.exp_avgs, *batch.exp_avg_sqs]
+    return [*written, *batch.exp_avg_scales, *batch.exp_avg_sq_scales]
+
+
+def _same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x.flatten().view(torch.uint8), y.flatten().view(torch.uint8)) for x, y in zip(a, b, strict=True))
+
+
+INT8 = Case(torch.bfloat16, "split8", "int8", "int8", torch.bfloat16, LARGE, seed=21)
+FP32 = Case(torch.float32, "native", "fp32", "int4", torch.float32, LARGE, seed=22)
+
+
+# --- instruction sets -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [*size_cases(), INT8, FP32], ids=str)
+@pytest.mark.parametrize("isa", native.usable_isas())
+def test_every_instruction_set_agrees_with_the_reference(isa, case):
+    with native.use_isa(isa):
+        assert native.isa() == isa
+        assert_agrees(native.step, case)
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths, **environment}, capture_output=True, text=True
+    )
+
+
+def test_environment_variable_forces_the_instruction_set():
+    code = "from dba_kernels import native; print(native.isa())"
+    assert _python(code, DBA_KERNELS_ISA="scalar").stdout.strip() == "scalar"
+
+
+def test_environment_variable_with_nonsense_is_a_reason_not_a_crash():
+    done = _python("from dba_kernels import native; print(native.why_not())", DBA_KERNELS_ISA="mmx")
+    assert "DBA_KERNELS_ISA: expected one of scalar" in done.stdout and "got 'mmx'" in done.stdout
+
+
+# --- finding the library ----------------------------------------------------------------------------------------------
+
+
+def test_missing_library_is_a_reason_with_its_mend(tmp_path):
+    """A checkout without a build: the import works and says what to do."""
+    shutil.copytree(ROOT / "dba_kernels", tmp_path / "dba_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = (
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}]\n"
+        "from importlib import metadata\n"
+        "def missing(name): raise metadata.PackageNotFoundError(name)\n"
+        "metadata.distribution = missing\n"
+        "from dba_kernels import native; print(native.__file__, native.why_not())"
+    )
+    done = _python(code)
+    assert str(tmp_path) in done.stdout, done.stderr
+    assert "was not built" in done.stdout and "C++17 compiler" in done.stdout
+
+
+def test_shadowing_checkout_finds_the_installed_library(tmp_path):
+    """``dba_kernels/`` of a checkout hides the installed package; the distribution still knows where the library is."""
+    site = tmp_path / "site"
+    (site / "dba_kernels").mkdir(parents=True)
+    shutil.copy(native.load()._name, site / "dba_kernels" / native.LIBRARY)
+    (site / "dba_kernels-0.1.0.dist-info").mkdir()
+    (site / "dba_kernels-0.1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: dba-kernels\nVersion: 0.1.0\n")
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT / "dba_kernels", checkout / "dba_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = (
+        f"import sys; sys.path[:0] = [{str(checkout)!r}, {str(site)!r}]\n"
+        "from dba_kernels import native; print(native.__file__, native.load()._name)"
+    )
+    done = _python(code)
+    assert done.stdout.split() == [
+        str(checkout / "dba_kernels" / "native.py"),
+        str(site / "dba_kernels" / native.LIBRARY),
+    ], done.stderr
+
+
+def test_library_of_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr(native, "ABI", native.ABI + 1)
+    native.load.cache_clear()
+    try:
+        assert "expected interface version" in native.why_not()
+    finally:
+        monkeypatch.undo()
+        native.load.cache_clear()
+    assert native.why_not() is None
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [INT8, FP32], ids=str)
+def test_same_bits_for_any_number_of_threads(case):
+    expected = _step_bytes(case, 1)
+    assert all(_same_bits(expected, _step_bytes(case, threads)) for threads in (2, 3, 8))
+
+
+def test_control_the_comparison_of_bits_sees_one_bit():
+    first, second = _step_bytes(INT8, 1), _step_bytes(INT8, 1)
+    second[-1].view(torch.uint8)[0] ^= 1
+    assert not _same_bits(first, second)
+
+
+def test_flush_to_zero_of_the_caller_changes_nothing():
+    """torch.set_flush_denormal acts on the calling thread alone; the library's threads must all compute alike."""
+    tiny = Case(torch.float32, "native", "fp32", "fp32", torch.float32, ((64, 1024),), seed=23)
+
+    def prepare() -> tuple:
+        batch, grads, table = build(tiny)
+        table[:, Coefficient.STEP_SIZE] = 0
+        for tensor in (*grads, *batch.exp_avgs, *batch.exp_avg_sqs, *batch.params):
+            tensor.mul_(2.0**-126)
+        return batch, grads, table
+
+    expected, *arguments = prepare()
+    native.step(expected, *arguments)
+    flushed, *arguments = prepare()
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this machine cannot flush subnormals")
+    try:
+        native.step(flushed, *arguments)
+    finally:
+        torch.set_flush_denormal(False)
+    assert _same_bits([*expected.params, *expected.exp_avgs], [*flushed.params, *flushed.exp_avgs])
+
+
+def test_calls_from_several_python_threads():
+    """The pool serves one call at a time; the others run on their own thread, with the same bits."""
+    expected = _step_bytes(INT8, 2)
+    results: list[bool] = []
+    workers = [
+        threading.Thread(target=lambda: results.extend(_same_bits(expected, _step_bytes(INT8, 2)) for _ in range(5)))
+        for _ in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert results == [True] * 20
+
+
+def test_survives_fork():
+    """A child process has none of the pool's threads: it must make its own, and compute the same.
+
+    The child calls the library alone: torch's own OpenMP pool does not survive a fork.
+    """
+    expected = _step_bytes(INT8, 2)[-1]
+    batch, grads, table = build(INT8)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+
+    def child() -> None:
+        native.step(batch, grads, table)
+        queue.put(batch.exp_avg_sq_scales[-1].numpy().tobytes())
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        process = context.Process(target=child)
+        process.start()
+        assert queue.get(timeout=30) == expected.numpy().tobytes()
+        process.join(timeout=30)
+    finally:
+        torch.set_num_threads(before)
+    assert process.exitcode == 0
+    assert torch.equal(_step_bytes(INT8, 2)[-1], expected)  # and the parent's pool still works
+
+
+# --- the fused step ---------------------------------------------------------------------------------------------------
+
+
+def _tables(n: int, has_global: list[bool], generator: torch.Generator) -> list[torch.Tensor]:
+    """Arguments of ``coefficients`` for n parameters in two groups, up to ``settings``."""
+    wide = torch.float64
+    hyper = torch.tensor([[1e-3, 0.9, 0.99, 1e-8, 1e-2, 1.0], [1e-4, 0.8, 0.999, 1e-6, 0.0, -1.0]], dtype=wide)
+    global_sq = torch.where(torch.tensor(has_global), torch.rand(n, generator=generator, dtype=wide) + 10, -1.0)
+    return [
+        torch.zeros(n, 2, dtype=wide),
+        global_sq,
+        hyper,
+        torch.arange(n) % 2,
+        torch.arange(n),
+        torch.zeros(n),
+        torch.zeros(n, 2, dtype=wide),
+        torch.zeros(2, dtype=torch.int64),
+        torch.zeros(n, Coefficient.COUNT, dtype=wide),
+        torch.zeros(n, 2, dtype=wide),
+        torch.zeros(Summary.COUNT, dtype=wide),
+    ]
+
+
+def _model() -> tuple[list, list, list[torch.Tensor]]:
+    """Three batches of different formats, one without a global gradient; one tensor too large to wait in the cache."""
+    cases = (
+        Case(torch.bfloat16, "split16", "int8", "int8", torch.bfloat16, (*LARGE, (1100, 1024)), seed=31),
+        Case(torch.float32, "native", "fp32", "fp32", torch.float32, ((64,), (5000,)), seed=32),
+        Case(torch.float32, "native", "fp32", "none", torch.bfloat16, ((128, 65), (0, 64)), seed=33),
+    )
+    batches, grads, count, has_global = [], [], 0, []
+    for case in cases:
+        batch, part, _ = build(case)
+        batch.index = torch.arange(len(case.shapes)) + count
+        count += len(case.shapes)
+        has_global += [case.global_format != "none"] * len(case.shapes)
+        batches.append(batch)
+        grads.append(part)
+    return batches, grads, _tables(count, has_global, torch.Generator().manual_seed(5))
+
+
+def _everything(batches: list, tables: list[torch.Tensor]) -> list[torch.Tensor]:
+    parts = ("params", "remainders", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales")
+    return [*tables, *(tensor for batch in batches for part in parts for tensor in getattr(batch, part))]
+
+
+SETTINGS = {
+    "plain": StepSettings(),
+    "clip alone": StepSettings(max_grad_norm=0.1, reduce=True),
+    "cosine": StepSettings(0.2, 100, 0.5, "cosine", reduce=True),
+    "cosine and clip": StepSettings(0.2, 100, 0.5, "cosine", max_grad_norm=0.1, reduce=True),
+    "global scope": StepSettings(0.2, 100, 0.5, "cosine", "global", reduce=True),
+    "agem": StepSettings(0.0, 0, 0.5, "agem", reduce=True),
+    "pcgrad": StepSettings(0.0, 0, 0.5, "pcgrad", "global", reduce=True),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_fused_step_equals_its_parts_bit_for_bit(settings):
+    batches, grads, tables = _model()
+    for batch, part in zip(batches, grads, strict=True):
+        if settings.reduce:
+            native.similarity(batch, part, tables[0])
+    native.coefficients(*tables, settings)
+    for batch, part in zip(batches, grads, strict=True):
+        native.step(batch, part, tables[8])
+    fused_batches, fused_grads, fused_tables = _model()
+    native.fused_step(fused_batches, fused_grads, *fused_tables, settings)
+    assert _same_bits(_everything(batches, tables), _everything(fused_batches, fused_tables))
+
+
+@pytest.mark.parametrize("where", [0, 3, 5, 8])
+def test_fused_step_with_a_non_finite_gradient_changes_nothing(where):
+    """Wherever it stands, the first tensor or the last: nothing but the counter of skipped steps may move."""
+    batches, grads, tables = _model()
+    flat = [grad for part in grads for grad in part]
+    flat[where].view(-1)[-1] = float("nan")
+    before = [tensor.clone() for tensor in _everything(batches, [])]
+    native.fused_step(batches, grads, *tables, SETTINGS["cosine"])
+    assert _same_bits(before, _everything(batches, []))
+    assert tables[7].tolist() == [0, 1] and tables[5].sum() == 0
+
+
+def test_fused_step_agrees_with_the_reference():
+    batches, grads, tables = _model()
+    expected, expected_grads, expected_tables = _model()
+    native.fused_step(batches, grads, *tables, SETTINGS["cosine and clip"])
+    for batch, part in zip(expected, expected_grads, strict=True):
+        reference_similarity.similarity(batch, part, expected_tables[0])
+    reference_similarity.coefficients(*expected_tables, SETTINGS["cosine and clip"])
+    torch.testing.assert_close(tables[8], expected_tables[8], rtol=1e-5, atol=1e-12)
+    for batch, part in zip(expected, expected_grads, strict=True):
+        reference_step.step(batch, part, tables[8])
+    for mine, theirs in zip(batches, expected, strict=True):
+        for a, b in zip(mine.params, theirs.params, strict=True):
+            torch.testing.assert_close(a.float(), b.float(), rtol=2**-7 if a.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+# --- input that must be refused ---------------------------------------------------------------------------------------
+
+
+def test_gradient_of_another_shape_is_refused():
+    batch, grads, table = build(FP32)
+    grads[1] = grads[1][:-1]
+    with pytest.raises(ValueError, match=r"grads\[1\]: expected .* of shape \(512, 256\)"):
+        native.step(batch, grads, table)
+
+
+def test_parameter_that_is_not_contiguous_is_refused():
+    batch, grads, table = build(FP32)
+    batch.params[0] = batch.params[0].T.contiguous().T
+    with pytest.raises(ValueError, match=r"params\[0\]: expected contiguous"):
+        native.step(batch, grads, table)
+
+
+def test_gradient_that_is_not_contiguous_is_read_right():
+    batch, grads, table = build(FP32)
+    expected = clone(batch)
+    native.step(expected, grads, table)
+    native.step(batch, [grad.T.contiguous().T if grad.dim() == 2 else grad for grad in grads], table)
+    assert _same_bits(batch.params, expected.params)
+
+
+def test_moved_parameters_are_noticed():
+    """``p.data = other`` swaps the memory under the same tensor: the cached addresses must not be used."""
+    batch, grads, table = build(FP32)
+    native.step(batch, grads, table)
+    old = batch.params[0].clone()
+    kept = batch.params[0].data
+    batch.params[0].data = kept.clone()
+    native.step(batch, grads, table)
+    assert torch.equal(kept, old) and not torch.equal(batch.params[0], old)
+
+
+def test_library_is_plain_c():
+    """No torch headers, no Python: only libc, libstdc++ and the like are needed."""
+    if shutil.which("ldd") is None:
+        pytest.skip("ldd is not installed")
+    needed = subprocess.run(["ldd", native.load()._name], capture_output=True, text=True).stdout
+    assert "torch" not in needed and "python" not in needed and isinstance(native.load(), ctypes.CDLL)
