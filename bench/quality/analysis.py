@@ -54,10 +54,12 @@ def accuracy(record: Record, side: str, weight: Vector) -> float:
     return sum(record[side]["hits"]) / float(weight.sum())
 
 
-def point(setting: Setting, records: dict[str, Record], weights: Weights) -> Point | None:
-    """The seeds of ``setting`` that are done, or None."""
-    seeds = [dataclasses.replace(setting, seed=seed).key() for seed in grid.SEEDS]
-    found = [records[key] for key in seeds if key in records]
+def point(
+    setting: Setting, records: dict[str, Record], weights: Weights, seeds: tuple[int, ...] = grid.SEEDS
+) -> Point | None:
+    """Those of ``seeds`` that are done, or None."""
+    keys = [dataclasses.replace(setting, seed=seed).key() for seed in seeds]
+    found = [records[key] for key in keys if key in records]
     if not found:
         return None
     domain = np.array([losses(r, "domain") for r in found])
@@ -107,12 +109,12 @@ def best_matched(
     """The lowest ``matched`` general loss of a method's family.
 
     Curves run along the learning rates of each option, and along the options (replay share, interpolation, strength of
-    a pull) at each learning rate.
+    a pull) at each learning rate. All of the first seed: every curve has it, and the same data order.
     """
     curves: dict[object, list[Point]] = defaultdict(list)
     rates = sorted((*grid.LRS, *grid.BETWEEN)) if method == "AL" else grid.LRS
     for setting in grid.family(method, domain, rates):
-        found = point(setting, records, weights)
+        found = point(setting, records, weights, (0,))
         if found is not None:
             curves[dataclasses.replace(setting, lr=0.0)].append(found)
             curves[setting.lr].append(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from bench.quality.results import Record
 from bench.quality.setting import Setting
 
 RIVALS = ("AL", "replay", "WiSE-FT")  # whom every method meets at equal domain loss
-LEVELS = (3e-4, 1e-3, 3e-3)  # the domain losses that AL reaches at these learning rates
+LEVELS = (1e-4, 3e-4, 1e-3)  # the domain losses that AL reaches at these learning rates
 
 
 def options_text(setting: Setting) -> str:
@@ -25,9 +26,9 @@ def options_text(setting: Setting) -> str:
     return ", ".join(filter(None, shown))
 
 
-def spread(values: np.ndarray, digits: int = 3) -> str:
+def spread(values: np.ndarray, digits: int = 3, sign: str = "") -> str:
     """Mean ± standard deviation over seeds; no ± for a single seed."""
-    text = f"{values.mean():.{digits}f}"
+    text = f"{values.mean():{sign}.{digits}f}"
     return text if len(values) < 2 else f"{text} ± {values.std(ddof=1):.{digits}f}"
 
 
@@ -47,7 +48,7 @@ def chosen_table(domain: str, records: dict[str, Record], weights: Weights) -> s
         return "_not run yet_"
     vanilla = analysis.point(vanilla_setting, records, weights)
     rows: list[list[object]] = [
-        ["base model", "", f"{start.domain_loss[0]:.3f}", f"{start.general_loss[0]:.3f}", "", "", "", 1]
+        ["base model", "", f"{start.domain_loss[0]:.3f}", f"{start.general_loss[0]:.3f}", "", "", "", 1, ""]
     ]
     for method in grid.FAMILIES:
         setting = choose.choice(method, domain)
@@ -57,11 +58,22 @@ def chosen_table(domain: str, records: dict[str, Record], weights: Weights) -> s
         seeds = min(len(found.joint), len(vanilla.joint))
         relative = 100 * (found.joint[:seeds] / vanilla.joint[:seeds] - 1)
         change = found.general_loss - start.general_loss[0]
-        sign = "+" if relative.mean() >= 0 else ""
-        scores = [spread(100 * found.joint, 2), sign + spread(relative, 1), len(found.joint)]
+        tried = [s.key() in records for s in grid.family(method, domain)]
+        counts = [len(found.joint), f"{sum(tried)}/{len(tried)}"]
+        scores = [spread(100 * found.joint, 2), spread(relative, 1, "+"), *counts]
         both = [spread(found.domain_loss), spread(found.general_loss), f"{change.mean():+.3f}"]
         rows.append([method, options_text(setting), *both, *scores])
-    header = ["method", "chosen setting", "domain loss", "general loss", "change", "joint %", "vs vanilla %", "seeds"]
+    header = [
+        "method",
+        "chosen setting",
+        "domain loss",
+        "general loss",
+        "change",
+        "joint %",
+        "vs AdamW %",
+        "seeds",
+        "tried",
+    ]
     return table(header, rows)
 
 
@@ -69,7 +81,7 @@ def targets(domain: str, records: dict[str, Record], weights: Weights) -> dict[s
     """The domain losses at which methods are compared: where AL stands at three learning rates."""
     found = {}
     for lr in LEVELS:
-        at = analysis.point(Setting(domain, "AL", lr), records, weights)
+        at = analysis.point(Setting(domain, "AL", lr), records, weights, (0,))
         if at is not None:
             found[f"AL at {lr:g}"] = float(at.domain_loss.mean())
     return found
@@ -97,10 +109,32 @@ def matched_table(domain: str, records: dict[str, Record], weights: Weights) -> 
     return table(["method", *(f"domain loss {t:.2f} ({n})" for n, t in levels.items())], rows)
 
 
+def paired_table(domain: str, records: dict[str, Record], weights: Weights) -> str:
+    """Every setting minus AL at the same learning rate and seeds: same data in the same order."""
+    rows: list[list[object]] = []
+    for method in (*grid.FAMILIES, *grid.SENSITIVITY):
+        for setting in grid.family(method, domain):
+            both = [
+                seed
+                for seed in grid.SEEDS
+                if {dataclasses.replace(s, seed=seed).key() for s in (setting, Setting(domain, "AL", setting.lr))}
+                <= records.keys()
+            ]
+            if method == "AL" or not both:
+                continue
+            own, al = (
+                analysis.point(s, records, weights, tuple(both)) for s in (setting, Setting(domain, "AL", setting.lr))
+            )
+            _, low, high = analysis.interval(own.general - al.general, weights.general)
+            differences = (spread(getattr(own, s) - getattr(al, s), 3, "+") for s in ("domain_loss", "general_loss"))
+            rows.append([method, options_text(setting), *differences, f"[{low:+.3f}, {high:+.3f}]", len(both)])
+    return table(["method", "setting", "domain loss − AL's", "general loss − AL's", "95 % interval", "seeds"], rows)
+
+
 def duel_table(domain: str, records: dict[str, Record], weights: Weights) -> str:
     """DBA at its chosen setting against its rivals at the same domain loss."""
     setting = choose.choice("DBA", domain)
-    own = analysis.point(setting, records, weights) if setting else None
+    own = analysis.point(setting, records, weights, (0,)) if setting else None
     if own is None:
         return "_not run yet_"
     rows: list[list[object]] = []
@@ -200,7 +234,9 @@ def write(folder: Path, source: Path = results.FOLDER) -> None:
         records, weights = results.load(domain, source), Weights.of(domain)
         parts += [f"## {domain}: {len(records)} results\n", chosen_table(domain, records, weights), ""]
         parts += ["General loss at equal domain loss, minus AL's (best option of each family, 95 % paired interval):\n"]
-        parts += [matched_table(domain, records, weights), "", duel_table(domain, records, weights), ""]
+        parts += [matched_table(domain, records, weights), ""]
+        parts += ["The same learning rate and seeds as AL (± over seeds, interval over documents):\n"]
+        parts += [paired_table(domain, records, weights), "", duel_table(domain, records, weights), ""]
         parts += [cost_table(domain, records), ""]
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(parts)
