@@ -112,8 +112,7 @@ def best_matched(
     a pull) at each learning rate. All of the first seed: every curve has it, and the same data order.
     """
     curves: dict[object, list[Point]] = defaultdict(list)
-    rates = sorted((*grid.LRS, *grid.BETWEEN)) if method == "AL" else grid.LRS
-    for setting in grid.family(method, domain, rates):
+    for setting in grid.curve(method, domain):
         found = point(setting, records, weights, (0,))
         if found is not None:
             curves[dataclasses.replace(setting, lr=0.0)].append(found)

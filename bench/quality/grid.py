@@ -11,8 +11,8 @@ from bench.quality import data
 from bench.quality.setting import Setting
 
 Options = dict[str, Any]
-LRS = (1e-4, 3e-4, 1e-3, 3e-3)
-FIRST_LRS = (1e-3, 3e-4, 1e-4, 3e-3)  # the same in the order of running: the middle of the curves comes first
+LRS = (3e-5, 1e-4, 3e-4, 1e-3)
+FIRST_LRS = (3e-4, 1e-3, 1e-4, 3e-5)  # the same in the order of running: the middle of the curves comes first
 BETWEEN = (1.7e-4, 5.5e-4)  # AL alone runs here too: chords of its convex curve would flatter whoever meets it
 SEEDS = (0, 1, 2)
 STEPS = 200
@@ -86,6 +86,11 @@ def family(
     options = (FAMILIES | SENSITIVITY)[method][only]
     for lr, option in itertools.product(lrs, options):
         yield Setting(domain, method, lr * SHIFT.get(method, 1.0), seed, **option)
+
+
+def curve(method: str, domain: str) -> Iterator[Setting]:
+    """All settings of one family, first seed, in the order of the learning rate."""
+    return family(method, domain, sorted((*LRS, *BETWEEN)) if method == "AL" else LRS)
 
 
 def base(domain: str) -> Setting:

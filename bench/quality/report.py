@@ -14,7 +14,7 @@ from bench.quality.results import Record
 from bench.quality.setting import Setting
 
 RIVALS = ("AL", "replay", "WiSE-FT")  # whom every method meets at equal domain loss
-LEVELS = (1e-4, 3e-4, 1e-3)  # the domain losses that AL reaches at these learning rates
+LEVELS = (3e-5, 1e-4, 3e-4, 1e-3)  # the domain losses that AL reaches at these learning rates
 
 
 def options_text(setting: Setting) -> str:
@@ -214,7 +214,7 @@ def figure(path: Path, domains: list[str], source: Path) -> None:
 
 def frontier(method: str, domain: str, records: dict[str, Record], weights: Weights) -> list[tuple[float, float]]:
     """Settings of a family that no other of the family beats on both losses, by domain loss."""
-    points: list[Point] = [p for s in grid.family(method, domain) if (p := analysis.point(s, records, weights))]
+    points: list[Point] = [p for s in grid.curve(method, domain) if (p := analysis.point(s, records, weights, (0,)))]
     pairs = sorted((float(p.domain_loss.mean()), float(p.general_loss.mean())) for p in points)
     kept: list[tuple[float, float]] = []
     for domain_loss, general_loss in pairs:
