@@ -1,14 +1,22 @@
-"""Time of a whole optimizer step on the CPU. ``python -m bench.bench_step`` prints the table; ``pytest bench`` a short one."""
+"""Time of a whole optimizer step on the CPU.
+
+``python -m bench.bench_step`` prints the table; ``pytest bench`` a short one.
+"""
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
+import click
+import pytest
 import torch
 
 from dba_kernels import native
 from dba_kernels.formats import (
+    GROUP,
     REMAINDER_DTYPES,
     Coefficient,
     Hyper,
@@ -21,19 +29,25 @@ from dba_kernels.formats import (
 )
 
 from .harness import compare, machine_load
+from .triad import triad
 
 Shapes = list[tuple[int, ...]]
-
-SHAPES_50M: Shapes = [(1024, 1024)] * 46 + [(1024, 853), (853, 1024)]
-MANY_SMALL: Shapes = [(16, 16)] * 3000
+BF16 = torch.bfloat16
 
 
 def smollm2_shapes() -> Shapes:
-    """The 272 parameters of SmolLM2-135M: hidden 576, 30 layers, 9 heads and 3 key-value heads of 64, ffn 1536, tied."""
+    """The 272 parameters of SmolLM2-135M: hidden 576, 30 layers, 9 + 3 heads of 64, ffn 1536, tied embeddings."""
     hidden, kv, ffn = 576, 192, 1536
     layer = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
     layer += [(ffn, hidden), (ffn, hidden), (hidden, ffn), (hidden,), (hidden,)]
     return [(49152, hidden), *(layer * 30), (hidden,)]
+
+
+MODELS: dict[str, Shapes] = {
+    "50M": [(1024, 1024)] * 46 + [(1024, 853), (853, 1024)],
+    "SmolLM2-135M": smollm2_shapes(),
+    "many small": [(16, 16)] * 3000,
+}
 
 
 def numel(shapes: Shapes) -> int:
@@ -84,7 +98,14 @@ class NativeModel:
         )
 
     def _add(
-        self, shapes: Shapes, index: list[int], dtype: torch.dtype, kind: str, state: str, stored: str, grads: torch.dtype
+        self,
+        shapes: Shapes,
+        index: list[int],
+        dtype: torch.dtype,
+        kind: str,
+        state: str,
+        stored: str,
+        grads: torch.dtype,
     ) -> None:
         batch = TensorBatch(kind, state, stored, [], [], [], torch.tensor(index))
         self.grads.append([])
@@ -140,43 +161,97 @@ def torch_dba(shapes: Shapes) -> Callable[[], object]:
     return step
 
 
-Side = tuple[str, Callable[[], object]]
+@dataclass(frozen=True)
+class Side:
+    """One row of the table. ``bytes``: read and written per parameter and step, scales included; 0 where not stated."""
+
+    name: str
+    bytes: float
+    step: Callable[[], object]
 
 
-def native_sides(shapes: Shapes, only: list[str] | None = None) -> Iterable[Side]:
-    """One after the other, so that only one model is in memory; ``only``: parts of names."""
-    fp32, bf16 = torch.float32, torch.bfloat16
-    for name, arguments in {
-        "native plain AdamW, fp32": (fp32, "native", "fp32", "none", fp32),
-        "native DBA, fp32, bf16 g, int8 gG": (fp32, "native", "fp32", "int8", bf16),
-        "native DBA, fp32, bf16 g, int8 gG, clip": (fp32, "native", "fp32", "int8", bf16, 1e9),
-        "native DBA, bf16 split16, int8 states, int8 gG": (bf16, "split16", "int8", "int8", bf16),
-        "native DBA, bf16 split8, int8 states, int8 gG": (bf16, "split8", "int8", "int8", bf16),
-        "native DBA, bf16 split8, int8 states, int4 gG": (bf16, "split8", "int8", "int4", bf16),
-        "native plain 8-bit AdamW, bf16 split8": (bf16, "split8", "int8", "none", bf16),
-    }.items():
+SCALES = 4 / GROUP  # one fp32 scale per group
+NATIVE = {
+    "native plain AdamW, fp32": (28, (torch.float32, "native", "fp32", "none", torch.float32)),
+    "native DBA, fp32, bf16 g, int8 gG": (29 + SCALES, (torch.float32, "native", "fp32", "int8")),
+    "native DBA, fp32, bf16 g, int8 gG, clip": (29 + SCALES, (torch.float32, "native", "fp32", "int8", BF16, 1e9)),
+    "native DBA, bf16 split16, int8 states, int8 gG": (17 + 5 * SCALES, (BF16, "split16", "int8", "int8")),
+    "native DBA, bf16 split8, int8 states, int8 gG": (15 + 5 * SCALES, (BF16, "split8", "int8", "int8")),
+    "native DBA, bf16 split8, int8 states, int4 gG": (14.5 + 5 * SCALES, (BF16, "split8", "int8", "int4")),
+    "native plain 8-bit AdamW, bf16 split8": (12 + 4 * SCALES, (BF16, "split8", "int8", "none")),
+}
+"""Bytes: where similarity leaves a tensor in the cache for its step; where it does not, the stored global gradient is read
+once more."""
+
+
+def native_sides(shapes: Shapes, only: Iterable[str] = ()) -> Iterator[Side]:
+    """One after the other, so that one model is in memory at a time. ``only``: parts of names."""
+    for name, (moved, arguments) in NATIVE.items():
         if not only or any(part in name for part in only):
-            yield name, NativeModel(shapes, *arguments).step
+            yield Side(name, moved, NativeModel(shapes, *arguments).step)
 
 
-def torch_sides(shapes: Shapes) -> Iterable[Side]:
-    yield "torch foreach", torch_adamw(shapes, foreach=True)
-    yield "torch single tensor", torch_adamw(shapes, foreach=False)
-    yield "torch clip + similarity + boost + fused", torch_dba(shapes)
+def torch_sides(shapes: Shapes) -> Iterator[Side]:
+    yield Side("triad, 28 B per parameter (the ceiling)", 28, triad(numel(shapes)))
+    yield Side("torch foreach", 0, torch_adamw(shapes, foreach=True))
+    yield Side("torch single tensor", 0, torch_adamw(shapes, foreach=False))
+    yield Side("torch clip + similarity + boost + fused", 60, torch_dba(shapes))
+
+
+def other_sides(shapes: Shapes) -> Iterator[Side]:
+    """Optimizers of other libraries that run on a CPU, where they are installed."""
+    for name, module, attribute in (
+        ("bitsandbytes AdamW8bit", "bitsandbytes.optim", "AdamW8bit"),
+        ("torchao AdamW8bit", "torchao.optim", "AdamW8bit"),
+        ("DeepSpeed CPUAdam, fp32", "deepspeed.ops.adam", "DeepSpeedCPUAdam"),
+    ):
+        try:
+            optimizer = getattr(importlib.import_module(module), attribute)(torch_params(shapes), lr=1e-5)
+            optimizer.step()
+        except Exception as error:  # whatever keeps it from running here is the row's content
+            print(f"{name:50} not run: {type(error).__name__}: {str(error).splitlines()[0][:80]}")
+            continue
+        yield Side(name, 0, optimizer.step)
 
 
 def print_table(title: str, shapes: Shapes, sides: Iterable[Side], rounds: int) -> None:
-    print(f"\n{title}: {numel(shapes) / 1e6:.1f} M parameters in {len(shapes)} tensors, {torch.get_num_threads()} threads")
+    size = f"{numel(shapes) / 1e6:.1f} M parameters in {len(shapes)} tensors"
+    print(f"\n{title}: {size}, {torch.get_num_threads()} threads")
+    print(f"{'':50} {'median':>12}  {'ratio to torch fused fp32 (quartiles)':>30}")
     baseline = torch_adamw(shapes, fused=True)
-    for name, side in sides:
-        print(f"{name:50} {compare(baseline, side, rounds)}", flush=True)
+    for side in sides:
+        result = compare(baseline, side.step, rounds)
+        rate = f"{side.bytes * numel(shapes) / result.seconds / 1e9:6.1f} GB/s" if side.bytes else ""
+        print(f"{side.name:50} {result} {rate}", flush=True)
 
 
-def main() -> None:
+@click.command()
+@click.option("--only", multiple=True, help="Native rows whose name contains this; may be repeated.")
+@click.option("--rounds", default=15, show_default=True)
+@click.option("--model", "chosen", type=click.Choice([*MODELS, "all"]), default="all", show_default=True)
+@click.option("--native-only", is_flag=True, help="Leave out torch's other rows and the other libraries.")
+def main(only: tuple[str, ...], rounds: int, chosen: str, native_only: bool) -> None:
+    """Time of one optimizer step, every row interleaved with torch's fused AdamW in fp32."""
     print(machine_load())
-    for title, shapes in (("50 M", SHAPES_50M), ("SmolLM2-135M", smollm2_shapes()), ("many small", MANY_SMALL)):
-        print_table(title, shapes, native_sides(shapes), 15)
-        print_table(title, shapes, torch_sides(shapes), 7)
+    for title, shapes in MODELS.items():
+        if chosen not in (title, "all"):
+            continue
+        print_table(title, shapes, native_sides(shapes, only), rounds)
+        if not native_only:
+            print_table(title, shapes, torch_sides(shapes), rounds)
+        if not native_only and title == "50M":
+            print_table(title, shapes, other_sides(shapes), 5)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_step(benchmark, name):
+    moved, arguments = NATIVE[name]
+    benchmark.extra_info["bytes_per_parameter"] = moved
+    benchmark.pedantic(NativeModel([(1024, 1024)] * 8, *arguments).step, rounds=10, warmup_rounds=2)
+
+
+def test_torch_fused(benchmark):
+    benchmark.pedantic(torch_adamw([(1024, 1024)] * 8, fused=True), rounds=10, warmup_rounds=2)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The bandwidth ceiling of an in-place update: a tuned loop over the same number of read and written streams.
 
-AdamW in fp32 reads four streams and writes three of them back: 28 bytes per element. A copy is not the ceiling of such a
-loop, because a write to a line that was just read needs no second read. The loop is C++, one contiguous range of elements
-per thread, compiled with ``-O3 -march=native`` when first used.
+AdamW in fp32 reads four streams and writes three of them back: 28 bytes per element. A copy is not the ceiling of such
+a loop, because a write to a line that was just read needs no second read. The loop is C++, one contiguous range of
+elements per thread, compiled with ``-O3 -march=native`` when first used.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ static void range(float* a, float* b, float* c, const float* g, int64_t begin, i
 extern "C" void triad(float* a, float* b, float* c, const float* g, int64_t n, int64_t threads) {
     std::vector<std::thread> others;
     auto bound = [&](int64_t t) { return n * t / threads / 16 * 16; };
-    for (int64_t t = 1; t < threads; ++t) others.emplace_back(range, a, b, c, g, bound(t), t + 1 == threads ? n : bound(t + 1));
+    for (int64_t t = 1; t < threads; ++t)
+        others.emplace_back(range, a, b, c, g, bound(t), t + 1 == threads ? n : bound(t + 1));
     range(a, b, c, g, 0, threads == 1 ? n : bound(1));
     for (auto& other : others) other.join();
 }
@@ -49,8 +50,8 @@ def _library() -> ctypes.CDLL:
     folder = Path(tempfile.mkdtemp(prefix="dba_triad_"))
     source, library = folder / "triad.cpp", folder / "triad.so"
     source.write_text(SOURCE)
-    command = ["c++", "-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread", str(source), "-o", str(library)]
-    subprocess.run(command, check=True)
+    flags = ["-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread"]
+    subprocess.run(["c++", *flags, str(source), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 
 

@@ -1,11 +1,11 @@
 """The native CPU backend: finds and binds the C++ library built from ``csrc/``; the four operations over it.
 
-Plain C interface through ctypes, which releases the GIL. One call serves a whole model: a table of descriptors per batch,
-int64 words, laid out as ``Tensor`` in ``csrc/api.h`` and kept in ``batch.cache`` between steps.
+Plain C interface through ctypes, which releases the GIL. One call serves a whole model: a table of descriptors per
+batch, int64 words, laid out as ``Tensor`` in ``csrc/api.h`` and kept in ``batch.cache`` between steps.
 
-Arguments and semantics of :func:`accumulate`, :func:`encode`, :func:`decode`, :func:`similarity`, :func:`coefficients` and
-:func:`step` are those of :mod:`dba_kernels.reference`. The number of threads is ``torch.get_num_threads()`` and changes no
-bit of any result. ``DBA_KERNELS_ISA`` (``scalar``, ``avx2``, ``avx512``) forces an instruction set.
+Arguments and semantics of :func:`accumulate`, :func:`encode`, :func:`decode`, :func:`similarity`, :func:`coefficients`
+and :func:`step` are those of :mod:`dba_kernels.reference`. The number of threads is ``torch.get_num_threads()`` and
+changes no bit of any result. ``DBA_KERNELS_ISA`` (``scalar``, ``avx2``, ``avx512``) forces an instruction set.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import functools
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,10 +65,8 @@ def _candidates() -> list[Path]:
     """Beside this file (wheel, in-place build); else where the distribution was installed: an editable install, or a
     checkout whose ``dba_kernels/`` shadows the installed one."""
     places = [Path(__file__).parent / LIBRARY]
-    try:
-        places.append(Path(metadata.distribution("dba-kernels").locate_file(f"{__package__}/{LIBRARY}")))
-    except metadata.PackageNotFoundError:
-        pass
+    with suppress(metadata.PackageNotFoundError):
+        places.append(Path(str(metadata.distribution("dba-kernels").locate_file(f"{__package__}/{LIBRARY}"))))
     return list(dict.fromkeys(places))
 
 
@@ -112,7 +111,8 @@ def _default_isa() -> str:
     usable = usable_isas()
     wanted = os.environ.get(ISA_VARIABLE, usable[-1])
     if wanted not in usable:
-        raise RuntimeError(f"{ISA_VARIABLE}: expected one of {', '.join(usable)} on this machine, got {wanted!r}; unset it")
+        expected = f"expected one of {', '.join(usable)} on this machine"
+        raise RuntimeError(f"{ISA_VARIABLE}: {expected}, got {wanted!r}; unset it")
     return wanted
 
 
@@ -285,7 +285,10 @@ class _Descriptors:
         return known.struct, _set_grads(known.table, grads, known.shapes)
 
 
-def _structs(batches: list[TensorBatch], grads: list[list[torch.Tensor]], with_state: bool) -> tuple[ctypes.Array, list]:
+def _structs(
+    batches: list[TensorBatch], grads: list[list[torch.Tensor]], with_state: bool
+) -> tuple[ctypes.Array, list]:
+    """The structs to pass, and what must stay alive until the call is over."""
     entered = [
         _Descriptors.enter(batch, part, with_state) for batch, part in zip(batches, grads, strict=True) if batch.params
     ]
@@ -432,8 +435,8 @@ def _coefficient_arguments(
     return arguments, [gamma, alpha]
 
 
-def coefficients(*tables: torch.Tensor | StepSettings, **overrides: torch.Tensor | None) -> None:
-    """Sums → coefficient table, skip flag and counters (eqs. 2, 4, 5); arguments of ``reference.similarity.coefficients``."""
+def coefficients(*tables: Any, **overrides: torch.Tensor | None) -> None:
+    """Sums → coefficient table, skip flag and counters (eqs. 2, 4, 5); see ``reference.similarity.coefficients``."""
     arguments, _kept = _coefficient_arguments(*tables, **overrides)
     load().dba_coefficients(ctypes.byref(arguments))
 
@@ -454,10 +457,10 @@ def step(batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor) -> 
 def fused_step(
     batches: list[TensorBatch],
     grads: list[list[torch.Tensor]],
-    *tables: torch.Tensor | StepSettings,
+    *tables: Any,
     **overrides: torch.Tensor | None,
 ) -> None:
-    """:func:`similarity`, :func:`coefficients` and :func:`step` of a whole model in one call; same results, bit for bit.
+    """:func:`similarity`, :func:`coefficients` and :func:`step` of a whole model in one call; the same bits.
 
     ‖g_D‖² of every gradient is read first, because one non-finite value anywhere must leave everything untouched; the
     dot of a tensor is taken right before its step, which then finds g_D and ĝ_G in the cache. With bf16 gradients and

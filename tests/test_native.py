@@ -1,6 +1,6 @@
-"""The native library itself: where it is found, instruction sets, threads, fork, guard pages. Agreement is in test_<stem>.py.
+"""The native library itself: where it is found, instruction sets, threads, fork, the fused step.
 
-Under a sanitizer, with the library that was built for it in the place of the usual one (csrc/sanitize.sh does all of it).
+Agreement with the reference is in test_<stem>.py. ``csrc/sanitize.sh`` runs all of it under the sanitizers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ def _step_bytes(case: Case, threads: int) -> list[torch.Tensor]:
 
 
 def _same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return all(torch.equal(x.flatten().view(torch.uint8), y.flatten().view(torch.uint8)) for x, y in zip(a, b, strict=True))
+    def raw(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.flatten().view(torch.uint8)
+
+    return all(torch.equal(raw(x), raw(y)) for x, y in zip(a, b, strict=True))
 
 
 INT8 = Case(torch.bfloat16, "split8", "int8", "int8", torch.bfloat16, LARGE, seed=21)
@@ -69,9 +72,13 @@ def test_every_instruction_set_agrees_with_the_reference(isa, case):
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths, **environment}, capture_output=True, text=True
-    )
+    environment = {**os.environ, "PYTHONPATH": paths, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def _copy_package(to: Path) -> None:
+    without = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "dba_kernels", to / "dba_kernels", ignore=without)
 
 
 def test_environment_variable_forces_the_instruction_set():
@@ -89,7 +96,7 @@ def test_environment_variable_with_nonsense_is_a_reason_not_a_crash():
 
 def test_missing_library_is_a_reason_with_its_mend(tmp_path):
     """A checkout without a build: the import works and says what to do."""
-    shutil.copytree(ROOT / "dba_kernels", tmp_path / "dba_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    _copy_package(tmp_path)
     code = (
         f"import sys; sys.path[:0] = [{str(tmp_path)!r}]\n"
         "from importlib import metadata\n"
@@ -107,10 +114,11 @@ def test_shadowing_checkout_finds_the_installed_library(tmp_path):
     site = tmp_path / "site"
     (site / "dba_kernels").mkdir(parents=True)
     shutil.copy(native.load()._name, site / "dba_kernels" / native.LIBRARY)
-    (site / "dba_kernels-0.1.0.dist-info").mkdir()
-    (site / "dba_kernels-0.1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: dba-kernels\nVersion: 0.1.0\n")
+    info = site / "dba_kernels-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: dba-kernels\nVersion: 0.1.0\n")
     checkout = tmp_path / "checkout"
-    shutil.copytree(ROOT / "dba_kernels", checkout / "dba_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    _copy_package(checkout)
     code = (
         f"import sys; sys.path[:0] = [{str(checkout)!r}, {str(site)!r}]\n"
         "from dba_kernels import native; print(native.__file__, native.load()._name)"
@@ -308,7 +316,8 @@ def test_fused_step_agrees_with_the_reference():
         reference_step.step(batch, part, tables[8])
     for mine, theirs in zip(batches, expected, strict=True):
         for a, b in zip(mine.params, theirs.params, strict=True):
-            torch.testing.assert_close(a.float(), b.float(), rtol=2**-7 if a.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+            step = 2**-7 if a.dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(a.float(), b.float(), rtol=step, atol=1e-6)
 
 
 # --- input that must be refused ---------------------------------------------------------------------------------------
