@@ -26,6 +26,11 @@ def widen_int8(codes):
 
 
 @triton.jit
+def widen_int16(codes):
+    return ((codes.to(tl.int32) & 0xFFFF ^ 0x8000) | TWO_23_BITS).to(tl.float32, bitcast=True) - 8421376.0
+
+
+@triton.jit
 def widen_uint8(codes):
     return (codes.to(tl.int32) | TWO_23_BITS).to(tl.float32, bitcast=True) - 8388608.0
 
@@ -37,10 +42,10 @@ def widen_nibble(nibbles):
 
 
 @triton.jit
-def widen_fp8_e4m3(codes):
-    """e4m3's bits are those of an fp16 whose exponent bias is 8 larger; exact, subnormals included."""
-    bits = codes.to(tl.int16)
-    return ((bits & 0x7F) << 7 | (bits & 0x80) << 8).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+def decode_fp8_e4m3(codes, scale):
+    """e4m3's bits, moved up, are those of an fp16 with an exponent bias 8 larger; exact, subnormals included."""
+    bits = codes.to(tl.int8, bitcast=True).to(tl.int16) << 7  # the sign lands in bits 14 and 15; 14 is the exponent's
+    return (bits & -0x4001).to(tl.float16, bitcast=True).to(tl.float32) * (scale * 256.0)
 
 
 @triton.jit
@@ -151,6 +156,6 @@ def load_global(codes_ptr, scale_ptr, weight, start, rows, cols, at, FORMAT: tl.
         return decode_quadratic(widen_int8(load(codes_ptr, at, MASKED)), scale)
     elif FORMAT == "fp8_e4m3":
         scale = weight * load(scale_ptr, group_offsets(start, rows, cols, MASKED), MASKED)
-        return widen_fp8_e4m3(load(codes_ptr, at, MASKED)) * scale
+        return decode_fp8_e4m3(load(codes_ptr, at, MASKED), scale)
     else:
         return weight * load(codes_ptr, at, MASKED).to(tl.float32)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codecs import narrow_integer, widen_uint8
+from .codecs import narrow_integer, widen_int8, widen_int16, widen_uint8
 
 
 @triton.jit
@@ -47,15 +47,10 @@ def stochastic_bf16(value, words):
 
 
 @triton.jit
-def power_of_two(exponent):
-    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def fp16_unit_exponent(weight, FORMAT: tl.constexpr):
-    """log2 of the remainder's unit for an fp16 weight given in fp32."""
-    exponent = ((weight.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
-    return tl.maximum(exponent, -14) - (25 if FORMAT == "split16" else 17)
+def fp16_unit_bits(weight, FORMAT: tl.constexpr):
+    """fp32 pattern of the remainder's unit, a power of two, for an fp16 weight given in fp32."""
+    exponent = tl.maximum(weight.to(tl.int32, bitcast=True) & 0x7F800000, 0x38800000)  # at least that of 2**-14
+    return exponent - ((25 if FORMAT == "split16" else 17) << 23)
 
 
 @triton.jit
@@ -63,7 +58,8 @@ def join(weight, remainder, FORMAT: tl.constexpr):
     """The fp32 parameter."""
     if weight.dtype == tl.float16:
         wide = weight.to(tl.float32)
-        return wide + remainder.to(tl.float32) * power_of_two(fp16_unit_exponent(wide, FORMAT))
+        units = widen_int8(remainder) if FORMAT == "split8" else widen_int16(remainder)
+        return wide + units * fp16_unit_bits(wide, FORMAT).to(tl.float32, bitcast=True)
     else:
         low = remainder.to(tl.int32)
         if FORMAT == "split8":
@@ -72,23 +68,24 @@ def join(weight, remainder, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def split_fp16(value, random, FORMAT: tl.constexpr):
+def split_fp16(value, words, FORMAT: tl.constexpr):
     """(weight, remainder as int32)."""
     weight = value.to(tl.float16)
     wide = weight.to(tl.float32)
-    units = (value - wide) * power_of_two(-fp16_unit_exponent(wide, FORMAT))
+    inverse_unit = (0x7F000000 - fp16_unit_bits(wide, FORMAT)).to(tl.float32, bitcast=True)
+    units = (value - wide) * inverse_unit
     if FORMAT == "split8":
-        return weight, narrow_integer(tl.floor(units + widen_uint8(random) * 0.00390625))
+        return weight, narrow_integer(tl.floor(units + widen_uint8(words >> 24) * 0.00390625))
     else:
         return weight, narrow_integer(units)
 
 
 @triton.jit
-def split_bf16(value, random, FORMAT: tl.constexpr):
+def split_bf16(value, words, FORMAT: tl.constexpr):
     """(weight, remainder as int32)."""
     bits = value.to(tl.int32, bitcast=True)
     if FORMAT == "split8":
-        bits = (bits + random) & -256  # stochastic rounding to a multiple of 2**8
+        bits = (bits + (words >> 24).to(tl.int32)) & -256  # stochastic rounding to a multiple of 2**8
     high = (bits + 0x8000) >> 16
     low = bits - (high << 16)
     if FORMAT == "split8":
@@ -97,9 +94,9 @@ def split_bf16(value, random, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def split(value, random, dtype: tl.constexpr, FORMAT: tl.constexpr):
-    """(weight, remainder as int32) of an fp32 parameter; ``random`` is read for split8 only."""
+def split(value, words, dtype: tl.constexpr, FORMAT: tl.constexpr):
+    """(weight, remainder as int32) of an fp32 parameter; the top byte of ``words`` rounds split8."""
     if dtype == tl.float16:
-        return split_fp16(value, random, FORMAT)
+        return split_fp16(value, words, FORMAT)
     else:
-        return split_bf16(value, random, FORMAT)
+        return split_bf16(value, words, FORMAT)

@@ -93,8 +93,11 @@ def update_tile(
     inverse_root = tl.rsqrt(tl.sqrt(exp_avg_sq) * inv_sqrt_c2 + eps)  # two approximate roots cost less than a division
     param -= decay * param + step_size * exp_avg * (inverse_root * inverse_root)  # eq. 8
 
-    first, offsets, _ = at
-    words = random_words(seed, step, offset + first, offsets)  # read by split8 and bf16 state, else dead code
+    if PARAM_FORMAT == "split8" or STATE_FORMAT == "bf16":
+        first, offsets, _ = at
+        words = random_words(seed, step, offset + first, offsets)
+    else:
+        words = 0
     if STATE_FORMAT == "int8":
         exp_avg, m_scale = encode_exp_avg(exp_avg)
         exp_avg_sq, v_scale = encode_exp_avg_sq(exp_avg_sq)
@@ -105,7 +108,7 @@ def update_tile(
     store(exp_avg_ptr, at, exp_avg, MASKED)
     store(exp_avg_sq_ptr, at, exp_avg_sq, MASKED)
     if PARAM_FORMAT == "split16" or PARAM_FORMAT == "split8":
-        weight, rest = split(param, (words >> 24).to(tl.int32), weight.dtype, PARAM_FORMAT)
+        weight, rest = split(param, words, weight.dtype, PARAM_FORMAT)
         store(param_ptr, at, weight, MASKED)
         store(remainder_ptr, at, rest, MASKED)
     else:
