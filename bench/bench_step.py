@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ from dba_kernels.formats import (
     scales_shape,
 )
 
-from .harness import compare, machine_load
+from .harness import Clock, compare, machine_load
 from .triad import triad
 
 Shapes = list[tuple[int, ...]]
@@ -180,8 +181,8 @@ NATIVE = {
     "native DBA, bf16 split8, int8 states, int4 gG": (14.5 + 5 * SCALES, (BF16, "split8", "int8", "int4")),
     "native plain 8-bit AdamW, bf16 split8": (12 + 4 * SCALES, (BF16, "split8", "int8", "none")),
 }
-"""Bytes: where similarity leaves a tensor in the cache for its step; where it does not, the stored global gradient is read
-once more."""
+"""Bytes: where similarity leaves a tensor in the cache for its step; the stored global gradient is read once more where
+it does not."""
 
 
 def native_sides(shapes: Shapes, only: Iterable[str] = ()) -> Iterator[Side]:
@@ -214,13 +215,13 @@ def other_sides(shapes: Shapes) -> Iterator[Side]:
         yield Side(name, 0, optimizer.step)
 
 
-def print_table(title: str, shapes: Shapes, sides: Iterable[Side], rounds: int) -> None:
+def print_table(title: str, shapes: Shapes, sides: Iterable[Side], rounds: int, clock: Clock) -> None:
     size = f"{numel(shapes) / 1e6:.1f} M parameters in {len(shapes)} tensors"
     print(f"\n{title}: {size}, {torch.get_num_threads()} threads")
     print(f"{'':50} {'median':>12}  {'ratio to torch fused fp32 (quartiles)':>30}")
     baseline = torch_adamw(shapes, fused=True)
     for side in sides:
-        result = compare(baseline, side.step, rounds)
+        result = compare(baseline, side.step, rounds, clock=clock)
         rate = f"{side.bytes * numel(shapes) / result.seconds / 1e9:6.1f} GB/s" if side.bytes else ""
         print(f"{side.name:50} {result} {rate}", flush=True)
 
@@ -230,17 +231,21 @@ def print_table(title: str, shapes: Shapes, sides: Iterable[Side], rounds: int) 
 @click.option("--rounds", default=15, show_default=True)
 @click.option("--model", "chosen", type=click.Choice([*MODELS, "all"]), default="all", show_default=True)
 @click.option("--native-only", is_flag=True, help="Leave out torch's other rows and the other libraries.")
-def main(only: tuple[str, ...], rounds: int, chosen: str, native_only: bool) -> None:
+@click.option("--busy", is_flag=True, help="One thread and its CPU time: what can be measured on a busy machine.")
+def main(only: tuple[str, ...], rounds: int, chosen: str, native_only: bool, busy: bool) -> None:
     """Time of one optimizer step, every row interleaved with torch's fused AdamW in fp32."""
-    print(machine_load())
+    clock = time.thread_time if busy else time.perf_counter
+    if busy:
+        torch.set_num_threads(1)
+    print(machine_load() + ("; CPU time of one thread" if busy else ""))
     for title, shapes in MODELS.items():
         if chosen not in (title, "all"):
             continue
-        print_table(title, shapes, native_sides(shapes, only), rounds)
+        print_table(title, shapes, native_sides(shapes, only), rounds, clock)
         if not native_only:
-            print_table(title, shapes, torch_sides(shapes), rounds)
+            print_table(title, shapes, torch_sides(shapes), rounds, clock)
         if not native_only and title == "50M":
-            print_table(title, shapes, other_sides(shapes), 5)
+            print_table(title, shapes, other_sides(shapes), 5, clock)
 
 
 @pytest.mark.parametrize("name", NATIVE)

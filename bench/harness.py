@@ -46,20 +46,29 @@ class Comparison:
         return f"{self.seconds * 1e3:9.2f} ms  {self.ratio:7.3f} ({low:.3f} - {high:.3f})"
 
 
-def seconds_of(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+Clock = Callable[[], float]
+
+
+def seconds_of(run: Callable[[], object], clock: Clock) -> float:
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def compare(
-    baseline: Callable[[], object], side: Callable[[], object], rounds: int = 15, warmup: int = 2, budget: float = 30.0
+    baseline: Callable[[], object],
+    side: Callable[[], object],
+    rounds: int = 15,
+    warmup: int = 2,
+    budget: float = 30.0,
+    clock: Clock = time.perf_counter,
 ) -> Comparison:
     """Alternate ``baseline`` and ``side``, swapping who goes first from round to round.
 
     Args:
         rounds: timed rounds; fewer, but at least 5, once ``budget`` seconds are spent.
         warmup: untimed rounds.
+        clock: seconds; ``time.thread_time`` with one thread where the machine is shared.
     """
     for _ in range(warmup):
         baseline()
@@ -68,7 +77,7 @@ def compare(
     start = time.perf_counter()
     for i in range(rounds):
         for which in (0, 1) if i % 2 == 0 else (1, 0):
-            times[which].append(seconds_of((baseline, side)[which]))
+            times[which].append(seconds_of((baseline, side)[which], clock))
         if i >= 4 and time.perf_counter() - start > budget:
             break
     return Comparison(*times)

@@ -14,7 +14,7 @@ import ctypes
 import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -177,14 +177,16 @@ def _address(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[i
     return tensor.data_ptr()
 
 
-def _addresses(name: str, tensors: list[torch.Tensor], dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> list[int]:
+def _addresses(
+    name: str, tensors: list[torch.Tensor], dtype: torch.dtype, shapes: Sequence[tuple[int, ...]]
+) -> list[int]:
     return [
         _address(f"{name}[{i}]", tensor, dtype, shape)
         for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True))
     ]
 
 
-def _set_grads(table: np.ndarray, grads: list[torch.Tensor], shapes: list[torch.Size]) -> list[torch.Tensor]:
+def _set_grads(table: np.ndarray, grads: list[torch.Tensor], shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
     """Enter the gradients into ``table``; returns what must stay alive until the call is over."""
     kept = [grad if grad.is_contiguous() else grad.contiguous() for grad in grads]
     for i, (grad, shape) in enumerate(zip(kept, shapes, strict=True)):
@@ -198,9 +200,9 @@ def _set_grads(table: np.ndarray, grads: list[torch.Tensor], shapes: list[torch.
     return kept
 
 
-def _table(shapes: list[torch.Size]) -> np.ndarray:
+def _table(shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
     table = np.zeros((len(shapes), _Field.COUNT), dtype=np.int64)
-    table[:, [_Field.ROWS, _Field.COLS]] = np.array([matrix_shape(tuple(shape)) for shape in shapes]).reshape(-1, 2)
+    table[:, [_Field.ROWS, _Field.COLS]] = np.array([matrix_shape(shape) for shape in shapes]).reshape(-1, 2)
     return table
 
 
@@ -218,7 +220,7 @@ class _Descriptors:
     """The table of a batch, filled once; :meth:`enter` enters what changes from step to step."""
 
     def __init__(self, batch: TensorBatch, with_state: bool):
-        self.shapes = [param.shape for param in batch.params]
+        self.shapes: list[tuple[int, ...]] = [tuple(param.shape) for param in batch.params]
         self.params = [param.data_ptr() for param in batch.params]
         self.table = _table(self.shapes)
         self.table[:, _Field.INDEX] = batch.index.numpy()
@@ -259,15 +261,15 @@ class _Descriptors:
 
     def _state_columns(self, batch: TensorBatch) -> list[tuple]:
         first, second = STATE_DTYPES[batch.state_format]
-        shapes = self.shapes
+        shapes: list[tuple[int, ...]] = self.shapes
         if batch.state_format == "int8":
-            shapes = [matrix_shape(tuple(shape)) for shape in self.shapes]
+            shapes = [matrix_shape(shape) for shape in self.shapes]
         columns = [
             (_Field.EXP_AVG, "exp_avgs", batch.exp_avgs, first, shapes),
             (_Field.EXP_AVG_SQ, "exp_avg_sqs", batch.exp_avg_sqs, second, shapes),
         ]
         if batch.state_format == "int8":
-            shapes = [scales_shape(tuple(shape)) for shape in self.shapes]
+            shapes = [scales_shape(shape) for shape in self.shapes]
             wide = torch.float32
             columns += [
                 (_Field.EXP_AVG_SCALES, "exp_avg_scales", batch.exp_avg_scales, wide, shapes),
@@ -305,7 +307,7 @@ def accumulate(
     gradients of tensors that fit in the cache, 12 beyond."""
     if not totals:
         return
-    shapes = [total.shape for total in totals]
+    shapes = [tuple(total.shape) for total in totals]
     table = _table(shapes)
     table[:, _Field.INDEX] = np.arange(len(totals))
     table[:, _Field.PARAM] = _addresses("totals", totals, torch.float32, shapes)
@@ -435,7 +437,7 @@ def _coefficient_arguments(
     return arguments, [gamma, alpha]
 
 
-def coefficients(*tables: Any, **overrides: torch.Tensor | None) -> None:
+def coefficients(*tables: Any, **overrides: Any) -> None:
     """Sums → coefficient table, skip flag and counters (eqs. 2, 4, 5); see ``reference.similarity.coefficients``."""
     arguments, _kept = _coefficient_arguments(*tables, **overrides)
     load().dba_coefficients(ctypes.byref(arguments))
@@ -458,7 +460,7 @@ def fused_step(
     batches: list[TensorBatch],
     grads: list[list[torch.Tensor]],
     *tables: Any,
-    **overrides: torch.Tensor | None,
+    **overrides: Any,
 ) -> None:
     """:func:`similarity`, :func:`coefficients` and :func:`step` of a whole model in one call; the same bits.
 
