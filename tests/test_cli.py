@@ -151,8 +151,17 @@ def test_without_steps_the_speed_decides(inputs: Path, tmp_path: Path, monkeypat
     result = run("demo", "--model", inputs / "model", *texts, "--out", tmp_path, *sizes)
     assert result.exit_code == 0, result.output
     # evaluation 6·2·1, collection 11·10, runs 18·23: 536 s; with 19 steps 559 s, more than the 540 planned for
-    assert results(tmp_path)["plan"] == {"steps": 18, "global_batches": 11, "evaluation_batches": 2}
+    assert results(tmp_path)["plan"] == {"steps": 18, "global_batches": 11, "evaluation_blocks": 4}
     assert "18 steps, about 9 minutes (fewer than 40, to stay within ten)" in result.output
+
+
+def test_a_slow_machine_does_less_of_everything() -> None:
+    options = demo.Options(**demo.command.make_context("demo", []).params)
+    fast, slow = training.Speed(1, 0.3, 0.1, 0.1), training.Speed(11, 3.6, 1, 1)
+    assert demo.Plan.within(540, fast, options) == demo.Plan(steps=40, global_batches=24, evaluation_blocks=48)
+    plan = demo.Plan.within(540, slow, options)
+    assert plan == demo.Plan(steps=14, global_batches=8, evaluation_blocks=17)
+    assert 450 < plan.seconds(slow, options) <= 540
 
 
 def test_measuring_the_speed_leaves_the_model_as_it_was(inputs: Path) -> None:

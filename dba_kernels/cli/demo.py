@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SECONDS = 540.0
 """What the default run is planned for: ten minutes, less a tenth for what cannot be foreseen."""
 MAX_STEPS = 40
+EVALUATION_BLOCKS = 48
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Options:
     state_format: str
     batch_size: int
     length: int
-    evaluation_blocks: int
+    evaluation_blocks: int | None
     seed: int
     out: Path
 
@@ -60,24 +61,29 @@ class Plan:
 
     steps: int
     global_batches: int
-    evaluation_batches: int
+    evaluation_blocks: int
 
     @classmethod
     def of(cls, steps: int, options: Options) -> Plan:
-        """ĝ_G is averaged over 3/5 as many batches as there are steps, unless a stored one is given."""
+        """ĝ_G is averaged over 3/5 as many batches as there are steps; 12 blocks are held out for every 10 steps."""
         batches = 0 if options.global_gradient else max(4, round(0.6 * steps))
-        return cls(steps, batches, math.ceil(options.evaluation_blocks / options.batch_size))
+        blocks = min(EVALUATION_BLOCKS, max(8, math.ceil(1.2 * steps)))
+        return cls(steps, batches, options.evaluation_blocks or blocks)
 
     @classmethod
     def within(cls, seconds: float, speed: Speed, options: Options) -> Plan:
         """The most steps, up to ``MAX_STEPS``, that are expected to take no longer than ``seconds``; at least 4."""
         plans = (cls.of(steps, options) for steps in range(MAX_STEPS, 3, -1))
-        return next((plan for plan in plans if plan.seconds(speed) <= seconds), cls.of(4, options))
+        return next((plan for plan in plans if plan.seconds(speed, options) <= seconds), cls.of(4, options))
 
-    def seconds(self, speed: Speed) -> float:
+    def evaluation_batches(self, options: Options) -> int:
+        return math.ceil(self.evaluation_blocks / options.batch_size)
+
+    def seconds(self, speed: Speed, options: Options) -> float:
         """Expected wall clock: three evaluations of two corpora, the collection, two runs."""
         training = self.steps * (2 * speed.batch + speed.adamw + speed.dba)
-        return 6 * self.evaluation_batches * speed.evaluation + self.global_batches * speed.batch + training
+        evaluations = 6 * self.evaluation_batches(options) * speed.evaluation
+        return evaluations + self.global_batches * speed.batch + training
 
 
 @click.command("demo")
@@ -98,7 +104,7 @@ class Plan:
 @click.option("--state-format", type=click.Choice(STATE_FORMATS), default="fp32", show_default=True, help="DBA's m, v.")
 @click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Blocks per step.")
 @click.option("--length", type=click.IntRange(8), default=128, show_default=True, help="Tokens per block.")
-@click.option("--evaluation-blocks", type=click.IntRange(2), default=48, show_default=True, help="Held out per corpus.")
+@click.option("--evaluation-blocks", type=click.IntRange(2), help="Held out per corpus.  [default: 48, fewer if slow]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Order of the texts.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default="dba-demo", show_default=True, help="Folder of results."
@@ -160,11 +166,10 @@ def _load(options: Options, console: Console) -> tuple[PreTrainedModel, dict[str
     model.eval()  # no dropout: the runs can be compared
     console.print(f"model    {source} ({sum(p.numel() for p in model.parameters()):,} parameters)", soft_wrap=True)
     wanted = (options.steps or MAX_STEPS) * options.batch_size
+    held_out = Plan.of(options.steps or MAX_STEPS, options).evaluation_blocks
     blocks = {}
     for name, (texts, path) in documents.items():
-        cut = token_blocks(
-            tokenizer, texts, length=options.length, train=wanted, held_out=options.evaluation_blocks, seed=options.seed
-        )
+        cut = token_blocks(tokenizer, texts, length=options.length, train=wanted, held_out=held_out, seed=options.seed)
         note = f"; {len(cut.train):,} blocks of text, repeated" if len(cut.train) < wanted else ""
         console.print(f"{name:<8} {path} ({len(texts):,} documents{note})", soft_wrap=True)
         blocks[name] = cut
@@ -192,7 +197,7 @@ def _plan(options: Options, model: PreTrainedModel, blocks: dict[str, Blocks], c
     plan = Plan.within(SECONDS, speed, options)
     rate = options.batch_size * options.length / speed.batch
     console.print(
-        f"budget   {rate:,.0f} tokens/s here: {plan.steps} steps, about {plan.seconds(speed) / 60:.0f} minutes"
+        f"budget   {rate:,.0f} tokens/s here: {plan.steps} steps, about {plan.seconds(speed, options) / 60:.0f} minutes"
         + (f" (fewer than {MAX_STEPS}, to stay within ten)" if plan.steps < MAX_STEPS else ""),
         soft_wrap=True,
     )
@@ -257,9 +262,10 @@ def _outcome(
     run: Run | None,
 ) -> Outcome:
     size = options.batch_size
-    task = bar.add_task(f"{name}: evaluation", total=2 * plan.evaluation_batches, tokens=size * options.length)
+    task = bar.add_task(f"{name}: evaluation", total=2 * plan.evaluation_batches(options), tokens=size * options.length)
     domain, general = (
-        evaluate(model, blocks[corpus].held_out, size, lambda: bar.advance(task)) for corpus in ("domain", "general")
+        evaluate(model, blocks[corpus].held_out[: plan.evaluation_blocks], size, lambda: bar.advance(task))
+        for corpus in ("domain", "general")
     )
     bar.console.print(f"{name:<8} held-out loss: domain {domain.mean():.4f}, general {general.mean():.4f}")
     return Outcome(domain, general, run)
@@ -274,7 +280,7 @@ def _report(
     seconds: float,
 ) -> None:
     """Write the files, print the table, what it says, and where everything is."""
-    tokens = options.evaluation_blocks * (options.length - 1)  # the first token of a block is not predicted
+    tokens = plan.evaluation_blocks * (options.length - 1)  # the first token of a block is not predicted
     results = {
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()},
         "plan": asdict(plan),
