@@ -92,7 +92,7 @@ def select(requested: str, device: torch.device | str, dtype: torch.dtype) -> st
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Within the block, ``"auto"`` means ``backend``.
+    """Within the block and its thread, ``"auto"`` means ``backend``.
 
     Example:
         >>> with use_backend("reference"):

@@ -224,7 +224,7 @@ def _remove(files: list[Path]) -> None:
 class SavedTensors:
     """What :func:`save_tensors` wrote, mapped: opening reads headers, a tensor's pages are read when they are touched.
 
-    ``content`` is the description, verified against its own digest; ``files[key][key]`` a tensor.
+    ``content`` is the description, verified against its own digest; ``saved[key]`` a tensor.
 
     Args:
         path: the file or the index; of a sharded set also the name that was given to :func:`save_tensors`.
@@ -247,6 +247,9 @@ class SavedTensors:
                 raise ValueError(f"{path}: expected a whole set, got one shard; load {metadata[SHARD_KEY]} beside it")
             self._files = dict.fromkeys(file.keys(), file)
         self.content = self._verified(metadata)
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return type(self), (self.path,)  # a copy maps the same file anew
 
     def _open_shards(self) -> dict[str, Any]:
         try:

@@ -396,18 +396,18 @@ def _dense_parts(
     if batch.global_format != "lowrank":
         yield batch, grads
         return
-    device = batch.params[0].device
-    name = "bf16" if device.type == "cuda" else "fp32"
     if "lowrank" not in batch.cache:
-        largest = max(p.numel() for p in batch.params)
-        batch.cache["lowrank"] = torch.empty(largest, dtype=STORAGE_FORMATS[name].dtype, device=device)
-    buffer = batch.cache["lowrank"]
-    for i, stored in enumerate(batch.global_grads):
-        dense = buffer[: batch.params[i].numel()].view(stored.shape)
+        device = batch.params[0].device
+        name = "bf16" if device.type == "cuda" else "fp32"
+        buffer = torch.empty(max(p.numel() for p in batch.params), dtype=STORAGE_FORMATS[name].dtype, device=device)
+        shapes = [stored.shape for stored in batch.global_grads]
+        dense = [EncodedTensor(name, shape, buffer[: math.prod(shape)].view(shape)) for shape in shapes]
+        batch.cache["lowrank"] = [_single(batch, i, stored) for i, stored in enumerate(dense)]
+    for single, stored, grad in zip(batch.cache["lowrank"], batch.global_grads, grads, strict=True):
+        matrix = single.global_grads[0].codes.flatten(1)
         factor = decode(stored.u, backend) * stored.sigma  # [rows, r]
-        matrix = dense.flatten(1) if dense.numel() else dense.view(stored.shape[0], -1)
-        torch.matmul(factor.to(dense.dtype), decode(stored.v, backend).to(dense.dtype).T, out=matrix)
-        yield _single(batch, i, EncodedTensor(name, stored.shape, dense)), [grads[i]]
+        torch.matmul(factor.to(matrix.dtype), decode(stored.v, backend).to(matrix.dtype).T, out=matrix)
+        yield single, [grad]
 
 
 def _single(batch: TensorBatch, i: int, stored: EncodedTensor) -> TensorBatch:

@@ -1,11 +1,12 @@
 """``DBAAdamW``: AdamW whose gradient is boosted by a stored global gradient and whose step is corrected by it.
 
-Read top to bottom: the optimizer as a user sees it, then :class:`_Plan`, everything that is laid out once and reused by
-every step. Nothing in ``step()`` reads a value back from the device.
+What is laid out once and reused by every step is in :mod:`.plan`. Between a plan's making and its end nothing in
+``step()`` reads a value back from the device.
 """
 
 from __future__ import annotations
 
+import operator
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -26,12 +27,15 @@ from .formats import (
     StepSettings,
     check_name,
 )
-from .global_gradient import GlobalGradient
+from .global_gradient import GlobalGradient, normalize_name
 from .plan import ActiveSet, Plan, metrics
 from .schedule import auto_boost
 
 LARGE_LR = 1e-4
 """Above this learning rate a stored first-order gradient goes stale within the run; a warning says so."""
+
+METHOD_SETTINGS = ("boost", "total_steps", "boost_max", "correction", "scope", "bounds", "max_grad_norm")
+"""Settings that a resumed run should share with the one that was saved."""
 
 BoostSchedule = Callable[[torch.Tensor, int], Any]
 Correction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -68,16 +72,18 @@ class DBAAdamW(Optimizer):
         boost_max: upper clamp of γ, in [0, 1].
         correction: ``"cosine"`` (eq. 5), ``"none"`` (α = 1), ``"agem"`` or ``"pcgrad"`` (projections in place of the
             boost, against the *stored* global gradient, where the originals recompute it at every step), or
-            ``f(dot, grad_sq, global_sq) → α`` on float64 tensors, one entry per parameter.
+            ``f(dot, grad_sq, global_sq) → α`` on float64 tensors, one entry per parameter, of the unscaled and
+            unclipped gradient; clamped to ``correction_bounds``, and 1 where it is NaN.
         correction_scope: ``"tensor"`` (φ per parameter) or ``"global"`` (one φ for the model).
         correction_bounds: (α_min, α_max).
         max_grad_norm: clips g_D by its norm over all parameters, as ``clip_grad_norm_``, inside the step; None: never.
         state_format: ``"fp32"``, ``"bf16"`` or ``"int8"`` moments. 1-D and small tensors keep fp32.
         param_format: how parameters below fp32 keep what rounding would lose: ``"native"`` (they lose it),
             ``"split16"`` (a 16-bit remainder in the state: together the exact fp32 value), ``"split8"`` (8 bits,
-            stochastically rounded), ``"master"`` (an fp32 copy). ``"auto"``: split16. fp32 and fp64 parameters are
-            always native.
-        missing: ``"error"``, or ``"adamw"`` to update parameters that have no global gradient by plain AdamW.
+            stochastically rounded), ``"master"`` (an fp32 copy; weights loaded into the parameter after the first
+            step would be overwritten by it). ``"auto"``: split16. fp32 and fp64 parameters are always native.
+        missing: ``"error"``, or ``"adamw"`` to update parameters that have no global gradient by plain AdamW, with a
+            warning that counts them.
         backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``.
         foreach, fused, capturable: accepted; every step is multi-tensor and fused, and on a GPU its counters live on
             the device.
@@ -124,7 +130,6 @@ class DBAAdamW(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ):
-        _check_adamw_arguments(lr, betas, eps, weight_decay, amsgrad, differentiable)
         check_name("state_format", state_format, STATE_FORMATS)
         check_name("param_format", param_format, ("auto", *PARAM_FORMATS))
         check_name("missing", missing, ("error", "adamw"))
@@ -135,12 +140,21 @@ class DBAAdamW(Optimizer):
             global_gradient = GlobalGradient.load(global_gradient)
 
         self.global_gradient = global_gradient
-        self.settings = StepSettings(max_grad_norm=max_grad_norm, reduce=max_grad_norm is not None)
-        self.boost_schedule: BoostSchedule | None = None
-        self.correction_function: Correction | None = None
-        if global_gradient is not None:
-            self._configure_boost(total_steps, boost, boost_max, correction)
-            self._configure_correction(correction, correction_scope, correction_bounds)
+        self.boost_schedule: BoostSchedule | None = boost if callable(boost) else None
+        self.correction_function: Correction | None = correction if callable(correction) else None
+        method = _method(total_steps, boost, boost_max, correction, correction_scope, correction_bounds)
+        if global_gradient is None:
+            if total_steps is not None:
+                warnings.warn("total_steps: given without a global_gradient; this is plain AdamW", stacklevel=2)
+            method = StepSettings()
+        elif method.total_steps == 0 and method.correction not in ("agem", "pcgrad"):
+            raise ValueError(
+                "total_steps: expected the number of optimizer steps of the run, not of micro-batches, over which the "
+                f"boost decays to 0; got {total_steps}"
+            )
+        self.settings = replace(
+            method, max_grad_norm=max_grad_norm, reduce=global_gradient is not None or max_grad_norm is not None
+        )
         self.state_format, self.missing, self.backend = state_format, missing, backend
         self.param_format = "split16" if param_format == "auto" else param_format
         self._plan: Plan | None = None
@@ -158,65 +172,29 @@ class DBAAdamW(Optimizer):
                 differentiable=differentiable,
                 fused=fused,
                 decoupled_weight_decay=True,
-                global_gradient=None if global_gradient is None else _identity(global_gradient),
+                global_gradient=None if global_gradient is None else self._identity(),
                 steps_done=None,
                 steps_skipped=0,
             ),
         )
         if global_gradient is not None:
-            self._check_groups_for_boost()
+            self._warn_about_regime()
 
-    def _configure_boost(
-        self, total_steps: int | None, boost: str | float | BoostSchedule, boost_max: float, correction: Any
-    ) -> None:
-        projection = correction in ("agem", "pcgrad")  # they weigh ĝ_G by the conflict, not by a schedule
-        if projection:
-            return
-        if total_steps is None or total_steps < 1:
-            raise ValueError(
-                f"total_steps: expected the number of optimizer steps of the run, not of micro-batches, over which the "
-                f"boost decays to 0; got {total_steps}"
-            )
-        if not 0.0 <= boost_max <= 1.0:
-            raise ValueError(f"boost_max: expected a number in [0, 1], got {boost_max}")
-        if callable(boost):
-            self.boost_schedule, k0 = boost, 0.0
-        elif isinstance(boost, str):
-            check_name("boost", boost, ("auto",))
-            k0 = auto_boost(total_steps)
-        else:
-            k0 = float(boost)
-            if not k0 >= 0.0:
-                raise ValueError(f"boost: expected 'auto', k0 >= 0 or a function of (step, total_steps), got {boost}")
-        if k0 > boost_max:
+    def _identity(self) -> dict[str, Any]:
+        """What a state dict keeps of the global gradient and its use: never its data."""
+        gg, method = self.global_gradient, self.settings
+        assert gg is not None
+        settings = {name: getattr(method, name) for name in METHOD_SETTINGS} | {"bounds": list(method.bounds)}
+        return {"path": None if gg.path is None else str(gg.path), "digest": gg.digest, "settings": settings}
+
+    def _warn_about_regime(self) -> None:
+        k0, limit = self.settings.boost, self.settings.boost_max
+        if k0 > limit:
             warnings.warn(
-                f"boost: gamma starts at k0 = {k0:.3g} and is clamped to boost_max = {boost_max:g} until it has "
-                "decayed below; the total boost is smaller than the method's, as it is in every run of few steps",
+                f"boost: gamma starts at k0 = {k0:.3g} and is clamped to boost_max = {limit:g} until it has decayed "
+                "below; the total boost is smaller than the method's, as it is in every run of few steps",
                 stacklevel=3,
             )
-        self.settings = replace(
-            self.settings, boost=k0, total_steps=int(total_steps), boost_max=float(boost_max), reduce=True
-        )
-
-    def _configure_correction(self, correction: str | Correction, scope: str, bounds: tuple[float, float]) -> None:
-        check_name("correction_scope", scope, CORRECTION_SCOPES)
-        alpha_min, alpha_max = bounds
-        if not 0.0 <= alpha_min <= alpha_max:
-            raise ValueError(f"correction_bounds: expected 0 <= alpha_min <= alpha_max, got {bounds}")
-        if callable(correction):
-            self.correction_function, correction = correction, "none"
-        check_name("correction", correction, CORRECTIONS)
-        self.settings = replace(
-            self.settings, correction=correction, scope=scope, bounds=(float(alpha_min), float(alpha_max)), reduce=True
-        )
-
-    def _check_groups_for_boost(self) -> None:
-        for i, group in enumerate(self.param_groups):
-            if "param_names" not in group:
-                raise ValueError(
-                    f"params: expected (name, parameter) pairs, group {i} has no names; a global gradient is bound by "
-                    "name: pass model.named_parameters()"
-                )
         largest = max(float(group["lr"]) for group in self.param_groups)
         if largest > LARGE_LR:
             warnings.warn(
@@ -257,7 +235,7 @@ class DBAAdamW(Optimizer):
             return loss
         plan, active = self._activate(params, grads)
         plan.upload_hyper(self.param_groups)
-        batches = active.batches()
+        batches = active.batches(grads)
         loss_scale = getattr(self, "grad_scale", None)
         scalars = dict(
             settings=self.settings,
@@ -302,24 +280,26 @@ class DBAAdamW(Optimizer):
     def _scheduled_boost(self, plan: Plan) -> torch.Tensor | None:
         if self.boost_schedule is None:
             return None
-        done = plan.counters[0]
+        done = plan.counters.select(0, 0)
         value = self.boost_schedule(done, self.settings.total_steps)
-        value = torch.as_tensor(value, dtype=torch.float64).to(done.device, non_blocking=True)
+        value = _on_device(value, done.device)
         return torch.where(done < self.settings.total_steps, value, 0.0).clamp(0.0, self.settings.boost_max)
 
     def _custom_correction(self, plan: Plan, active: ActiveSet, loss_scale: torch.Tensor | None) -> torch.Tensor | None:
         if self.correction_function is None:
             return None
-        scale = plan.hyper[plan.group, Hyper.SIGN] / (1.0 if loss_scale is None else loss_scale.double())
+        scale = plan.hyper.select(1, Hyper.SIGN).index_select(0, plan.group)
+        if loss_scale is not None:
+            scale = scale / loss_scale.double()
         used = torch.zeros_like(scale).index_fill_(0, active.index, 1.0) * (plan.global_sq >= 0)
         dot, grad_sq, global_sq = (
             torch.where(used > 0, x, 0.0)
-            for x in (plan.sums[:, 0] * scale, plan.sums[:, 1] * scale.square(), plan.global_sq)
+            for x in (plan.sums.select(1, 0) * scale, plan.sums.select(1, 1) * scale.square(), plan.global_sq)
         )
         if self.settings.scope == "global":
             dot, grad_sq, global_sq = (x.sum().expand_as(x) for x in (dot, grad_sq, global_sq))
-        alpha = torch.as_tensor(self.correction_function(dot, grad_sq, global_sq), dtype=torch.float64)
-        return alpha.to(scale.device).expand_as(scale).clamp(*self.settings.bounds)
+        alpha = _on_device(self.correction_function(dot, grad_sq, global_sq), scale.device)
+        return alpha.nan_to_num(nan=1.0).expand_as(scale).clamp(*self.settings.bounds)
 
     # --- what it says -------------------------------------------------------------------------------------------------
 
@@ -330,8 +310,9 @@ class DBAAdamW(Optimizer):
             ``steps`` and ``skipped_steps``; and, of the last step: ``grad_norm`` ‖g_D‖ (after unscaling, before
             clipping) and ``clip_factor`` where there is a global gradient or a clip threshold; ``gamma`` γ_t,
             ``boost_ratio`` ‖γ ĝ_G‖ / ‖(1−γ) g_D‖, and ``cosine_*`` φ_t and ``correction_*`` α_t (``mean``, ``min``,
-            ``max`` over the parameters that have a global gradient) where there is one. Empty before the first step;
-            norms and similarities are NaN after a skipped one.
+            ``max`` over the parameters that have a global gradient) where there is one. After a skipped step they
+            describe the gradients that were refused, and need not be finite. Empty before the first step of this
+            object.
         """
         return {} if self._plan is None else metrics(self._plan, self.settings)
 
@@ -339,6 +320,13 @@ class DBAAdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        _check_group(group)
+        if self.global_gradient is not None and "param_names" not in group:
+            raise ValueError(
+                f"params: expected (name, parameter) pairs, group {len(self.param_groups) - 1} has no names; a global "
+                "gradient is bound by name: pass model.named_parameters()"
+            )
         self._drop_plan()
 
     def state_dict(self) -> dict[str, Any]:
@@ -350,29 +338,54 @@ class DBAAdamW(Optimizer):
         """Load a state dict of this class or of ``torch.optim.AdamW``; nothing is cast to the parameter's dtype.
 
         ``Optimizer.load_state_dict`` casts floating-point state to the parameter's dtype, which would destroy fp32
-        moments of a bf16 parameter. Two hooks around it restore the values as they were saved.
+        moments of a bf16 parameter. Two hooks around it check what is loaded and restore the values as saved.
 
         Raises:
-            ValueError: the state belongs to another global gradient, or its remainder to another ``param_format``.
+            ValueError: the state belongs to another global gradient, other parameter names or another kind of Adam.
+                Nothing was loaded then.
         """
         saved: dict[str, Any] = {}
-        capture = self.register_load_state_dict_pre_hook(lambda _, final: saved.update(final))
-        restore = self.register_load_state_dict_post_hook(lambda _: self._restore_uncast(saved), prepend=True)
-        configured = [group.get("global_gradient") for group in self.param_groups]
+
+        def capture(_: Optimizer, final: dict[str, Any]) -> None:
+            self._check_saved_groups(final["param_groups"])
+            saved.update(final)
+
+        own = [{k: group[k] for k in ("global_gradient", "param_names") if k in group} for group in self.param_groups]
+        hooks = (
+            self.register_load_state_dict_pre_hook(capture),
+            self.register_load_state_dict_post_hook(lambda _: self._restore_uncast(saved), prepend=True),
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
-            capture.remove()
-            restore.remove()
-        for group, own in zip(self.param_groups, configured, strict=True):
-            other = group.get("global_gradient")
-            if own and other and own["digest"] != other["digest"]:
-                raise ValueError(
-                    f"global_gradient: the state was saved with digest {other['digest']}, this optimizer was made with "
-                    f"{own['digest']} ({own['path']}); resume with the same file"
-                )
-            group["global_gradient"] = own
+            for hook in hooks:
+                hook.remove()
+        for group, kept in zip(self.param_groups, own, strict=True):
+            group.pop("param_names", None)
+            group.update(kept)
         self._plan = None
+
+    def _check_saved_groups(self, saved_groups: list[dict[str, Any]]) -> None:
+        for group, saved in zip(self.param_groups, saved_groups, strict=False):  # torch reports a differing number
+            _check_group({**self.defaults, **saved})
+            names, its_names = group.get("param_names"), saved.get("param_names")
+            if names and its_names and len(names) == len(its_names):
+                for name, its_name in zip(names, its_names, strict=True):
+                    if normalize_name(name) != normalize_name(its_name):
+                        raise ValueError(
+                            f"param_names: expected {name!r}, the state was saved with {its_name!r} in its place; make "
+                            "the optimizer with the parameters in the same order and groups"
+                        )
+            mine, its = group.get("global_gradient"), saved.get("global_gradient")
+            if its and (mine is None or mine["digest"] != its["digest"]):
+                got = "none" if mine is None else f"{mine['digest']} ({mine['path']})"
+                raise ValueError(
+                    f"global_gradient: the state was saved with digest {its['digest']} ({its['path']}), this optimizer "
+                    f"has {got}; resume with the same file"
+                )
+            if its and mine and mine["settings"] != its["settings"]:
+                changed = {k: (v, mine["settings"][k]) for k, v in its["settings"].items() if mine["settings"][k] != v}
+                warnings.warn(f"resuming with other settings than were saved (saved, now): {changed}", stacklevel=5)
 
     def _restore_uncast(self, saved: dict[str, Any]) -> None:
         saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
@@ -402,29 +415,59 @@ class DBAAdamW(Optimizer):
                 group.setdefault(name, value)
 
 
-def _identity(global_gradient: GlobalGradient) -> dict[str, str | None]:
-    """What a state dict keeps of the global gradient: never its data."""
-    path = global_gradient.path
-    return {"path": None if path is None else str(path), "digest": global_gradient.digest}
+def _on_device(value: Any, device: torch.device) -> torch.Tensor:
+    """What a user's function returned, a number or a tensor, as float64 on ``device``; no copy from the host."""
+    if torch.is_tensor(value):
+        return value.to(torch.float64) if value.device == device else value.to(device, torch.float64, non_blocking=True)
+    return torch.full((), float(value), dtype=torch.float64, device=device)
 
 
-def _check_adamw_arguments(
-    lr: float | torch.Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    amsgrad: bool,
-    differentiable: bool,
-) -> None:
+def _method(
+    total_steps: int | None,
+    boost: str | float | BoostSchedule,
+    boost_max: float,
+    correction: str | Correction,
+    scope: str,
+    bounds: tuple[float, float],
+) -> StepSettings:
+    """The method's settings, each checked; a function in place of a name leaves the neutral value."""
+    steps = 0 if total_steps is None else operator.index(total_steps)
+    if total_steps is not None and steps < 1:
+        raise ValueError(f"total_steps: expected at least 1 optimizer step, got {total_steps}")
+    if not 0.0 <= boost_max <= 1.0:
+        raise ValueError(f"boost_max: expected a number in [0, 1], got {boost_max}")
+    if isinstance(boost, str):
+        check_name("boost", boost, ("auto",))
+        k0 = auto_boost(steps) if steps else 0.0
+    else:
+        k0 = 0.0 if callable(boost) else float(boost)
+        if not k0 >= 0.0:
+            raise ValueError(f"boost: expected 'auto', k0 >= 0 or a function of (step, total_steps), got {boost}")
+    mode = "none" if callable(correction) else check_name("correction", correction, CORRECTIONS)
+    check_name("correction_scope", scope, CORRECTION_SCOPES)
+    if len(bounds) != 2 or not 0.0 <= bounds[0] <= bounds[1]:
+        raise ValueError(f"correction_bounds: expected 0 <= alpha_min <= alpha_max, got {bounds}")
+    if mode in ("agem", "pcgrad"):  # they weigh ĝ_G by the conflict, not by a schedule
+        steps, k0 = 0, 0.0
+    return StepSettings(k0, steps, float(boost_max), mode, scope, (float(bounds[0]), float(bounds[1])))
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """Refuse what no kernel here does, in the constructor, a group of its own or a loaded state dict alike."""
+    lr, betas = group["lr"], group["betas"]
     if torch.is_tensor(lr) and lr.numel() != 1:
         raise ValueError(f"lr: expected a number or a tensor of one element, got shape {tuple(lr.shape)}")
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not value >= 0.0:
-            raise ValueError(f"{name}: expected a number >= 0, got {value}")
+    for name in ("lr", "eps", "weight_decay"):
+        if not group[name] >= 0.0:
+            raise ValueError(f"{name}: expected a number >= 0, got {group[name]}")
     for i, beta in enumerate(betas):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"betas[{i}]: expected a number in [0, 1), got {beta}")
-    if amsgrad:
+    if group["amsgrad"]:
         raise ValueError("amsgrad: expected False; it needs a third state tensor, which no kernel here updates")
-    if differentiable:
+    if group["differentiable"]:
         raise ValueError("differentiable: expected False; the fused step does not record gradients")
+    if not group["decoupled_weight_decay"]:
+        raise ValueError("decoupled_weight_decay: expected True (AdamW), got False (Adam)")
+    if group["foreach"] and group["fused"]:
+        raise ValueError("foreach, fused: expected at most one of them True, as in torch")

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 import zlib
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,36 +49,43 @@ def _replayed_bias_correction(beta: float, steps: int) -> float:
 class ActiveSet:
     """The parameters that have a gradient in this step, cut into batches of one dtype and format combination.
 
-    Flat lists run parallel to the parameters in the order of the optimizer's groups.
+    Holds no gradients: they are free as soon as the caller lets go of them.
 
     Args:
         index: int64 ``[m]``, their rows in the plan's tables.
         parts: the batches; each batch's ``index`` lies on its own device.
-        positions: per batch, where its parameters stand in the flat lists.
-        addresses, states, exp_avgs, kinds: what the batches were made of; see :meth:`is_current`.
-        grads: flat, of this step.
+        positions: per batch, where its parameters stand among the active ones.
+        addresses: of the parameters, in the order of the optimizer's groups.
+        kinds: dtype and layout of each gradient.
+        states: each parameter's state as it was: the tensors by key, and their addresses.
     """
 
     index: torch.Tensor
     parts: list[TensorBatch]
     positions: list[list[int]]
     addresses: list[int]
-    states: list[dict[str, Any]]
-    exp_avgs: list[torch.Tensor]
     kinds: list[tuple[torch.dtype, torch.layout]]
-    grads: list[torch.Tensor] = field(default_factory=list)
+    states: list[tuple[dict[str, torch.Tensor], list[int]]]
 
-    def is_current(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> bool:
+    def is_current(self, params: list[torch.Tensor], grads: list[torch.Tensor], state: Mapping[Any, Any]) -> bool:
         """Whether parameters and state still are the tensors that the batches were made of, and gradients alike."""
         return (
             self.addresses == _addresses(params)
             and self.kinds == [(g.dtype, g.layout) for g in grads]
-            and all(state.get("exp_avg") is m for state, m in zip(self.states, self.exp_avgs, strict=True))
+            and all(
+                _same_tensors(known, state.get(p)) and addresses == _addresses(known.values())
+                for p, (known, addresses) in zip(params, self.states, strict=True)
+            )
         )
 
-    def batches(self) -> list[tuple[TensorBatch, list[torch.Tensor]]]:
-        grads = self.grads
-        return [(part, [grads[i] for i in at]) for part, at in zip(self.parts, self.positions, strict=True)]
+    def batches(self, grads: list[torch.Tensor]) -> list[tuple[TensorBatch, list[torch.Tensor]]]:
+        """Each batch with its gradients of this step."""
+        usable = [g if g.is_contiguous() else g.contiguous() for g in grads]
+        return [(part, [usable[i] for i in at]) for part, at in zip(self.parts, self.positions, strict=True)]
+
+
+def _same_tensors(known: dict[str, torch.Tensor], now: dict[str, torch.Tensor] | None) -> bool:
+    return now is not None and all(now.get(key) is tensor for key, tensor in known.items())
 
 
 class Plan:
@@ -97,6 +106,7 @@ class Plan:
         for name, param in zip(self.names, self.params, strict=True):
             refuse_sharded(name, param)
         self.device = self.params[0].device
+        self._grouping = _grouping(groups)
         self._active: dict[Any, ActiveSet] = {}
         self.last: ActiveSet | None = None
 
@@ -111,7 +121,7 @@ class Plan:
         self._uploaded: list[tuple[float, ...]] | None = None
         self._sums_elsewhere: dict[torch.device, torch.Tensor] = {}
 
-        steps = [int(optimizer.state[p]["step"]) if p in optimizer.state else 0 for p in self.params]
+        steps = [int(optimizer.state.get(p, {}).get("step", 0)) for p in self.params]
         self.steps = torch.tensor(steps, dtype=torch.float32, device=self.device)
         self.bias_corrections = torch.tensor(
             [
@@ -126,7 +136,7 @@ class Plan:
             done = max(steps)
         self.counters = torch.tensor([done, groups[0]["steps_skipped"]], dtype=torch.int64, device=self.device)
         for param in self.params:
-            if param in optimizer.state:
+            if "step" in optimizer.state.get(param, {}):
                 optimizer.state[param]["step"] = self.steps.select(0, self._row[id(param)])
         self._bind(fresh=done == 0)
 
@@ -141,23 +151,34 @@ class Plan:
             for i, name in enumerate(self.names):
                 if name in gg:
                     self.stored[i], global_sq[i] = gg.stored(name).to(self.params[i].device), gg.global_sq(name)
+            self._warn_unbound()
         self.global_sq = torch.tensor(global_sq, dtype=torch.float64, device=self.device)
+
+    def _warn_unbound(self) -> None:
+        """Under ``missing="adamw"`` a name that was not recognised would go unnoticed."""
+        trainable = [stored for stored, p in zip(self.stored, self.params, strict=True) if p.requires_grad]
+        unbound = sum(stored is None for stored in trainable)
+        if unbound:
+            warnings.warn(
+                f"global_gradient: {unbound} of {len(trainable)} trainable parameters have none and get plain AdamW's "
+                "update, as missing='adamw' asks",
+                stacklevel=2,
+            )
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def activate(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> ActiveSet | None:
-        """The batches of ``params`` with this step's gradients; None where this plan has gone stale."""
+        """The active set of these parameters; None where this plan has gone stale."""
+        if self._grouping != _grouping(self.optimizer.param_groups):
+            return None
         key = tuple(map(id, params))
         active = self._active.get(key)
         if active is None:
-            if any(i not in self._row for i in key):
-                return None
             if len(self._active) == CACHED_ACTIVE_SETS:
                 self._active.pop(next(iter(self._active)))
             active = self._active[key] = self._build(params, grads)
-        elif not active.is_current(params, grads):
+        elif not active.is_current(params, grads, self.optimizer.state):
             return None
-        active.grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
         self.last = active
         return active
 
@@ -169,15 +190,14 @@ class Plan:
             stored = self.stored[row]
             formats = (*self._prepare(param, row), "none" if stored is None else stored.format)
             by_format[param.device, param.dtype, grad.dtype, formats].append(i)
-        states = [self.optimizer.state[p] for p in params]
+        states = [{k: v for k, v in self.optimizer.state[p].items() if torch.is_tensor(v)} for p in params]
         return ActiveSet(
             index=torch.tensor(rows, device=self.device),
             parts=[self._batch([params[i] for i in at], *formats) for (*_, formats), at in by_format.items()],
             positions=list(by_format.values()),
             addresses=_addresses(params),
-            states=states,
-            exp_avgs=[own["exp_avg"] for own in states],
             kinds=[(g.dtype, g.layout) for g in grads],
+            states=[(tensors, _addresses(tensors.values())) for tensors in states],
         )
 
     def _prepare(self, param: torch.Tensor, row: int) -> tuple[str, str]:
@@ -233,13 +253,18 @@ class Plan:
             rows.append(tuple(0.0 if torch.is_tensor(value) else float(value) for value in values))
         if rows != self._uploaded:
             # A fresh pinned buffer each time: one that is reused might be overwritten before its copy has completed.
-            host = torch.tensor(
-                rows, dtype=torch.float64, pin_memory=self.device.type == "cuda" and torch.cuda.is_available()
-            )
+            pin = self.device.type == "cuda" and torch.cuda.is_available()
+            host = torch.tensor(rows, dtype=torch.float64, pin_memory=pin)
             self.hyper.copy_(host, non_blocking=True)
-            self._uploaded = rows
         for i, column, value in tensors:
             self.hyper.select(0, i).select(0, column).copy_(value.squeeze(), non_blocking=True)
+
+        betas = slice(Hyper.BETA1, Hyper.BETA2 + 1)
+        if self._uploaded is not None and [row[betas] for row in rows] != [row[betas] for row in self._uploaded]:
+            # A schedule of β: as in torch, the corrections are those of steps all done with today's values.
+            powers = self.hyper[:, betas].index_select(0, self.group) ** self.steps.double().unsqueeze(1)
+            self.bias_corrections.copy_(1.0 - powers)
+        self._uploaded = rows
 
     def tables(self, active: ActiveSet) -> dict[str, Any]:
         """The tables that ``coefficients`` reads and writes, by the names of its arguments."""
@@ -274,8 +299,12 @@ def _names(groups: list[dict[str, Any]]) -> list[str]:
     return names
 
 
-def _addresses(tensors: list[torch.Tensor]) -> list[int]:
+def _addresses(tensors: Iterable[torch.Tensor]) -> list[int]:
     return [0 if isinstance(t, FakeTensor) else t.data_ptr() for t in tensors]
+
+
+def _grouping(groups: list[dict[str, Any]]) -> list[list[int]]:
+    return [[id(p) for p in group["params"]] for group in groups]
 
 
 def _check_grad(param: torch.Tensor, grad: torch.Tensor, name: str) -> None:

@@ -48,23 +48,21 @@ def _new_remainder(param: torch.Tensor, param_format: str) -> torch.Tensor:
 def _convert_moments(state: dict[str, Any], param: torch.Tensor, state_format: str, name: str) -> None:
     """Bring loaded moments into ``state_format``: torch's own state dicts, or one saved with another format."""
     template = _new_moments(param, state_format)
+    compressed = state["exp_avg"].dtype == torch.int8 if "exp_avg" in state else False
+    expected = _new_moments(param, "int8") if compressed else _new_moments(param, "fp32")
+    for key, value in expected.items():
+        got = tuple(state[key].shape) if key in state else None
+        if got != tuple(value.shape):
+            raise ValueError(
+                f"{key} of {name!r}: expected shape {tuple(value.shape)}, got {got}; the state belongs to another model"
+            )
     if all(key in state and state[key].dtype == value.dtype for key, value in template.items()):
-        for key, value in template.items():
-            if state[key].shape != value.shape:
-                raise ValueError(
-                    f"{key} of {name!r}: expected shape {tuple(value.shape)}, got {tuple(state[key].shape)}; "
-                    "the state belongs to another model"
-                )
         return
     codec, shape = implementation("reference", "quantize"), tuple(param.shape)
     exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
     if exp_avg.dtype == torch.int8:
         exp_avg = codec.decode_exp_avg(exp_avg, state.pop("exp_avg_scale"), shape)
         exp_avg_sq = codec.decode_exp_avg_sq(exp_avg_sq, state.pop("exp_avg_sq_scale"), shape)
-    if tuple(exp_avg.shape) != shape:
-        raise ValueError(
-            f"exp_avg of {name!r}: expected shape {shape}, got {tuple(exp_avg.shape)}; it belongs to another model"
-        )
     if state_format == "int8":
         state["exp_avg"], state["exp_avg_scale"] = codec.encode_exp_avg(exp_avg)
         state["exp_avg_sq"], state["exp_avg_sq_scale"] = codec.encode_exp_avg_sq(exp_avg_sq)
@@ -84,7 +82,7 @@ def prepare(state: dict[str, Any], param: torch.Tensor, param_format: str, state
     Raises:
         ValueError: the loaded state has another shape, or a remainder of another ``param_format``.
     """
-    if "exp_avg" not in state:
+    if "exp_avg" not in state and "exp_avg_sq" not in state:
         state.setdefault("step", torch.zeros((), dtype=torch.float32, device=param.device))
         state.update(_new_moments(param, state_format))
     else:
@@ -93,6 +91,11 @@ def prepare(state: dict[str, Any], param: torch.Tensor, param_format: str, state
     got = state["remainder"].dtype if "remainder" in state else None
     if got is None and expected is not None:
         state["remainder"] = _new_remainder(param, param_format)
+    elif got is not None and got == expected and state["remainder"].shape != param.shape:
+        raise ValueError(
+            f"remainder of {name!r}: expected shape {tuple(param.shape)}, got {tuple(state['remainder'].shape)}; "
+            "the state belongs to another model"
+        )
     elif got != expected:
         by_dtype = {dtype: format for format, dtype in REMAINDER_DTYPES.items()}
         raise ValueError(

@@ -560,7 +560,8 @@ def test_one_fused_call_equals_three(scope: str, state_format: str, monkeypatch:
             if not fuses:
                 patch.setattr(ops, "fuses", lambda *_: False)
             else:
-                assert ops.fuses(optimizer._activate(*active_params(params))[1].batches(), "native")
+                tensors, grads = active_params(params)
+                assert ops.fuses(optimizer._activate(tensors, grads)[1].batches(grads), "native")
             train(params, optimizer, range(1, 6))
         results.append((params, optimizer.metrics()))
     (one, metrics), (three, its_metrics) = results

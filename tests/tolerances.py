@@ -1,4 +1,4 @@
-"""Every tolerance of the agreement tests, each with its reason. Nothing else in the tests loosens a comparison."""
+"""Every tolerance of the agreement tests, each with its reason. Other tests state their bounds where they compare."""
 
 from __future__ import annotations
 

@@ -1,0 +1,187 @@
+"""What frameworks and users do to a live optimizer: swap, move, regroup, read early, load the wrong thing, copy."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import pickle
+import weakref
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import OneCycleLR
+
+from dba_kernels import DBAAdamW, GlobalGradient
+
+from .test_optim import COMPRESSED, SHAPES, dba, gradient, make_global, make_params, train
+
+BACKENDS = ("reference", "native")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_freed_by_zero_grad(backend: str) -> None:
+    """The optimizer keeps no gradient alive: one that did would cost a second copy of all of them at the peak."""
+    params = make_params()
+    optimizer = dba(params, backend=backend)
+    train(params, optimizer, range(1, 3))
+    gradients = [weakref.ref(p.grad) for p in params.values()]
+    assert all(ref() is not None for ref in gradients)
+    optimizer.zero_grad()
+    gc.collect()
+    assert all(ref() is None for ref in gradients)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "exp_avg_scale", "remainder"])
+def test_state_may_be_swapped(backend: str, key: str) -> None:
+    """New tensors under a key, or new storage under a tensor, are used by the next step: offloading does both."""
+    params, plain = make_params(torch.bfloat16), make_params(torch.bfloat16)
+    optimizer, untouched = (dba(p, backend=backend, state_format="int8") for p in (params, plain))
+    for step in (1, 2, 4, 5):
+        train(params, optimizer, range(step, step + 1))
+        train(plain, untouched, range(step, step + 1))
+        entry = optimizer.state[params[COMPRESSED]]
+        if step < 3:
+            entry[key] = entry[key].clone()
+        else:
+            entry[key].data = entry[key].data.clone()
+    assert all(torch.equal(params[name], plain[name]) for name in SHAPES)
+
+
+@pytest.mark.parametrize("reset", [lambda o: o.state.clear(), lambda o: setattr(o, "state", defaultdict(dict))])
+def test_cleared_state_starts_again(reset) -> None:
+    """As in torch: a parameter without state is at its first step, and what is saved is what is used."""
+    params = make_params()
+    optimizer = DBAAdamW(params.items(), backend="reference")
+    train(params, optimizer, range(1, 4))
+    reset(optimizer)
+    train(params, optimizer, range(4, 5))
+    assert all(float(entry["step"]) == 1 for entry in optimizer.state_dict()["state"].values())
+    assert len(optimizer.state) == len(SHAPES)
+
+
+def test_parameters_may_move_between_groups() -> None:
+    """A parameter moved to a group of another learning rate is updated by that one."""
+    params = make_params()
+    optimizer = DBAAdamW(
+        [{"params": list(params.values())[:2], "lr": 1e-1}, {"params": list(params.values())[2:], "lr": 1e-6}],
+        weight_decay=0.0,
+        backend="reference",
+    )
+    train(params, optimizer, range(1, 2))
+    moved = optimizer.param_groups[0]["params"].pop(0)
+    optimizer.param_groups[1]["params"].insert(0, moved)
+    before = moved.detach().clone()
+    train(params, optimizer, range(2, 3))
+    assert (moved - before).abs().max() < 2e-6
+
+
+def test_reading_state_before_the_first_step_does_no_harm() -> None:
+    params = make_params()
+    optimizer = DBAAdamW(params.items(), backend="reference")
+    assert optimizer.state[params[COMPRESSED]] == {}
+    train(params, optimizer, range(1, 2))
+    assert float(optimizer.state[params[COMPRESSED]]["step"]) == 1
+
+
+def test_schedules_of_beta_follow_adamw() -> None:
+    """OneCycleLR cycles β₁ by default: bias corrections are torch's then, too."""
+    trajectories = []
+    for cls in (DBAAdamW, torch.optim.AdamW):
+        params = make_params(torch.float64)
+        optimizer = cls(params.values(), lr=1e-3)
+        train(params, optimizer, range(40), OneCycleLR(optimizer, max_lr=1e-2, total_steps=50))
+        trajectories.append(params)
+    for name in SHAPES:
+        torch.testing.assert_close(trajectories[0][name], trajectories[1][name], rtol=0, atol=1e-12)
+
+
+def test_state_of_swapped_names_is_refused() -> None:
+    """Equal shapes in another order would otherwise take each other's state and global gradient."""
+    params = {"a.weight": make_params()[COMPRESSED], "b.weight": make_params(seed=1)[COMPRESSED]}
+    optimizer = DBAAdamW(params.items(), backend="reference")
+    saved = optimizer.state_dict()
+    other = DBAAdamW(reversed(params.items()), backend="reference")
+    with pytest.raises(ValueError, match="param_names: expected 'b.weight', the state was saved with 'a.weight'"):
+        other.load_state_dict(saved)
+
+
+def test_a_refused_load_changes_nothing() -> None:
+    """Another global gradient's state is refused before anything is loaded, and refused again the second time."""
+    params = make_params()
+    optimizer = dba(params)
+    train(params, optimizer, range(1, 4))
+    foreign = optimizer.state_dict()
+    other = dba(params, global_gradient=make_global(format="int4"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"digest .* resume with the same file"):
+            other.load_state_dict(foreign)
+    assert not other.state and other.param_groups[0]["steps_done"] is None
+
+
+def test_losing_the_global_gradient_on_resume_is_refused() -> None:
+    params = make_params()
+    saved = dba(params).state_dict()
+    with pytest.raises(ValueError, match=r"this optimizer has none; resume with the same file"):
+        DBAAdamW(params.items(), lr=1e-5).load_state_dict(saved)
+
+
+def test_resuming_with_other_settings_warns() -> None:
+    params = make_params()
+    saved = dba(params, total_steps=1000).state_dict()
+    with pytest.warns(UserWarning, match=r"resuming with other settings.*'total_steps': \(1000, 2000\)"):
+        dba(params, total_steps=2000).load_state_dict(saved)
+
+
+def test_other_kinds_of_adam_are_refused_wherever_they_come_from() -> None:
+    params = make_params()
+    with pytest.raises(ValueError, match="amsgrad: expected False"):
+        DBAAdamW([{"params": list(params.values()), "amsgrad": True}])
+    ours = DBAAdamW(params.values())
+    with pytest.raises(ValueError, match="amsgrad: expected False"):
+        ours.load_state_dict(torch.optim.AdamW(params.values(), amsgrad=True).state_dict())
+    with pytest.raises(ValueError, match="decoupled_weight_decay: expected True"):
+        ours.load_state_dict(torch.optim.Adam(params.values()).state_dict())
+    with pytest.raises(ValueError, match="foreach, fused: expected at most one"):
+        DBAAdamW(params.values(), foreach=True, fused=True)
+
+
+def test_unbound_parameters_are_counted() -> None:
+    """missing='adamw' with names that match nothing is plain AdamW; it must not be so in silence."""
+    params = make_params()
+    renamed = {f"backbone.{name}": param for name, param in params.items()}
+    optimizer = dba(renamed, global_gradient=make_global(), missing="adamw")
+    with pytest.warns(UserWarning, match="4 of 4 trainable parameters have none"):
+        train({}, optimizer, range(0))
+        for name, param in params.items():
+            param.grad = gradient(name, 1, torch.float32)
+        optimizer.step()
+
+
+def test_a_correction_of_nan_is_one() -> None:
+    """A user's formula divides 0 by 0 where a gradient is zero; eq. 4 calls that similarity 0."""
+    params = make_params()
+    optimizer = dba(params, correction=lambda dot, g, gg: 1 - dot / (g * gg).sqrt())
+    train(params, optimizer, range(1, 2))
+    for name, param in params.items():
+        param.grad = torch.zeros_like(param) if name == COMPRESSED else gradient(name, 2, torch.float32)
+    optimizer.step()
+    assert all(param.isfinite().all() for param in params.values())
+    assert math.isfinite(optimizer.metrics()["correction_mean"])
+
+
+def test_an_optimizer_over_a_loaded_gradient_can_be_copied(tmp_path: Path) -> None:
+    """The mapped file is opened anew by the copy."""
+    params = make_params()
+    optimizer = dba(params, global_gradient=make_global(params).save(tmp_path / "gg.safetensors"))
+    train(params, optimizer, range(1, 3))
+    copies = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
+    train(params, optimizer, range(3, 5))
+    for other in copies:
+        others = dict(zip(SHAPES, [p for g in other.param_groups for p in g["params"]], strict=True))
+        train(others, other, range(3, 5))
+        assert all(torch.equal(others[name], params[name]) for name in SHAPES)
+    assert isinstance(optimizer.global_gradient, GlobalGradient)
