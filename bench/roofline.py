@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import json
 import re
+import sys
 from typing import Any
 
 import torch
@@ -160,6 +161,7 @@ def main() -> None:
     console = Console(width=200)
     everything = []
     for target in targets:
+        print(f"{target}: {len(chosen)} kernels …", file=sys.stderr, flush=True)
         rows = [amd_figures(v) if target == "gfx942" else analyse(v, target) for v in chosen]
         everything += rows
         if arguments.json:
