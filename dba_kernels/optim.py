@@ -237,7 +237,7 @@ class DBAAdamW(Optimizer):
         plan.upload_hyper(self.param_groups)
         batches = active.batches(grads)
         loss_scale = getattr(self, "grad_scale", None)
-        scalars = dict(
+        scalars: dict[str, Any] = dict(
             settings=self.settings,
             loss_scale=loss_scale,
             found_inf=getattr(self, "found_inf", None),
@@ -350,7 +350,8 @@ class DBAAdamW(Optimizer):
             self._check_saved_groups(final["param_groups"])
             saved.update(final)
 
-        own = [{k: group[k] for k in ("global_gradient", "param_names") if k in group} for group in self.param_groups]
+        kept_keys = ("global_gradient", "param_names")
+        own: list[dict[str, Any]] = [{k: group[k] for k in kept_keys if k in group} for group in self.param_groups]
         hooks = (
             self.register_load_state_dict_pre_hook(capture),
             self.register_load_state_dict_post_hook(lambda _: self._restore_uncast(saved), prepend=True),

@@ -97,7 +97,7 @@ def prepare(state: dict[str, Any], param: torch.Tensor, param_format: str, state
             "the state belongs to another model"
         )
     elif got != expected:
-        by_dtype = {dtype: format for format, dtype in REMAINDER_DTYPES.items()}
+        by_dtype: dict[Any, str] = {dtype: format for format, dtype in REMAINDER_DTYPES.items()}
         raise ValueError(
             f"remainder of {name!r}: expected param_format {param_format!r}, the state was saved with "
             f"{by_dtype.get(got, got)!r}; make the optimizer with that param_format"

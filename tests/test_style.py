@@ -1,0 +1,18 @@
+"""The configured linters pass: what a reader's editor would underline is mended before it is committed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("command", [["ruff", "check", "."], ["mypy"]], ids=lambda command: command[0])
+def test_linter(command: list[str], tmp_path: Path) -> None:
+    cache = ["--cache-dir", str(tmp_path)]
+    result = subprocess.run([sys.executable, "-m", *command, *cache], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
