@@ -105,7 +105,7 @@ def test_state_of_swapped_names_is_refused() -> None:
     optimizer = DBAAdamW(params.items(), backend="reference")
     saved = optimizer.state_dict()
     other = DBAAdamW(reversed(params.items()), backend="reference")
-    with pytest.raises(ValueError, match="param_names: expected 'b.weight', the state was saved with 'a.weight'"):
+    with pytest.raises(ValueError, match=r"param_names: expected 'b.weight', the state was saved with 'a.weight'"):
         other.load_state_dict(saved)
 
 
