@@ -7,11 +7,13 @@ AdamW is replayed on them with fp64 moments (the truth) and with each codec, and
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bench.gradients import BETA1, BETA2, EPS, GLOBAL_BATCHES, LR, ROWS, STEPS, progress, recording
+from bench import gradients
+from bench.gradients import BETA1, BETA2, EPS, LR, ROWS, STEPS, progress, recording
 from dba_kernels.cli.assets import cache_dir
 from dba_kernels.reference import quantize
 
@@ -253,7 +256,8 @@ SECTIONS: tuple[tuple[str, Run, list[Codecs]], ...] = (
 
 def measure(bar: Progress) -> dict[str, dict[str, Score]]:
     """Key of run and codecs → tensor → score. What was measured before is read back from the cache."""
-    path = cache_dir() / "studies" / f"codecs-{STEPS}-{GLOBAL_BATCHES}.json"
+    source = b"".join(Path(file).read_bytes() for file in (__file__, gradients.__file__))  # other code, other results
+    path = cache_dir() / "studies" / f"codecs-{hashlib.sha256(source).hexdigest()[:12]}.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     todo = [(run, codecs) for _, run, rows in SECTIONS for codecs in rows if _key(run, codecs) not in known]
     record = recording() if todo else {}
