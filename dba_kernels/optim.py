@@ -31,8 +31,8 @@ from .global_gradient import GlobalGradient, normalize_name
 from .plan import ActiveSet, Plan, metrics
 from .schedule import auto_boost
 
-LARGE_LR = 1e-4
-"""Above this learning rate a stored first-order gradient goes stale within the run; a warning says so."""
+LARGE_LR = 3e-5
+"""Highest learning rate at which the boost did no harm in the study (``python -m bench.quality``); above it, a warning."""
 
 METHOD_SETTINGS = ("boost", "total_steps", "boost_max", "correction", "scope", "bounds", "max_grad_norm")
 """Settings that a resumed run should share with the one that was saved."""
@@ -199,7 +199,7 @@ class DBAAdamW(Optimizer):
         if largest > LARGE_LR:
             warnings.warn(
                 f"lr: {largest:g} is large for a method that anneals; the stored global gradient is valid near the "
-                f"base model only, and above lr = {LARGE_LR:g} its boost was seen to do harm",
+                f"base model only, and above lr = {LARGE_LR:g} its boost did harm in our study",
                 stacklevel=3,
             )
 

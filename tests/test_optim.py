@@ -287,7 +287,7 @@ def test_boost_max_clamps_with_one_warning() -> None:
 
 
 def test_large_learning_rate_warns_once() -> None:
-    """DBA above lr = 1e-4 warns; plain AdamW does not."""
+    """DBA above lr = 3e-5 warns; plain AdamW does not."""
     with pytest.warns(UserWarning, match="lr: 0.001 is large"):
         dba(make_params(), lr=1e-3)
     with warnings.catch_warnings():
