@@ -32,7 +32,7 @@ from .plan import ActiveSet, Plan, metrics
 from .schedule import auto_boost
 
 LARGE_LR = 3e-5
-"""Highest learning rate at which the boost did no harm in the study (``python -m bench.quality``); above it, a warning."""
+"""Highest learning rate at which the boost did no harm (``python -m bench.quality``); above it, a warning."""
 
 METHOD_SETTINGS = ("boost", "total_steps", "boost_max", "correction", "scope", "bounds", "max_grad_norm")
 """Settings that a resumed run should share with the one that was saved."""
