@@ -91,6 +91,11 @@ def test_environment_variable_with_nonsense_is_a_reason_not_a_crash():
     assert "DBA_KERNELS_ISA: expected one of scalar" in done.stdout and "got 'mmx'" in done.stdout
 
 
+WITHOUT_EDITABLE = (
+    "import sys; sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith('_editable')]\n"
+)
+"""The finder of an editable install answers before sys.path is looked at; these tests are about other installs."""
+
 # --- finding the library ----------------------------------------------------------------------------------------------
 
 
@@ -98,7 +103,7 @@ def test_missing_library_is_a_reason_with_its_mend(tmp_path):
     """A checkout without a build: the import works and says what to do."""
     _copy_package(tmp_path)
     code = (
-        f"import sys; sys.path[:0] = [{str(tmp_path)!r}]\n"
+        f"{WITHOUT_EDITABLE}sys.path[:0] = [{str(tmp_path)!r}]\n"
         "from importlib import metadata\n"
         "def missing(name): raise metadata.PackageNotFoundError(name)\n"
         "metadata.distribution = missing\n"
@@ -120,7 +125,7 @@ def test_shadowing_checkout_finds_the_installed_library(tmp_path):
     checkout = tmp_path / "checkout"
     _copy_package(checkout)
     code = (
-        f"import sys; sys.path[:0] = [{str(checkout)!r}, {str(site)!r}]\n"
+        f"{WITHOUT_EDITABLE}sys.path[:0] = [{str(checkout)!r}, {str(site)!r}]\n"
         "from dba_kernels import native; print(native.__file__, native.load()._name)"
     )
     done = _python(code)
