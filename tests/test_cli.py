@@ -21,7 +21,7 @@ pytest.importorskip("matplotlib")
 
 TEXT = "stir the butter into the flour and bake it until a skewer comes out clean while the oven cools"
 WORDS = TEXT.split()
-SIZES = ["--steps", "3", "--batch-size", "2", "--length", "16", "--evaluation-blocks", "4", "--lr", "1e-4"]
+SIZES = ["--steps", "3", "--batch-size", "2", "--length", "16", "--evaluation-blocks", "4", "--lr", "3e-5"]
 
 
 def sentences(count: int, seed: int) -> list[str]:

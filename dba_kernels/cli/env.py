@@ -120,7 +120,7 @@ def _sanity_steps(backend: str, device: str) -> tuple[torch.Tensor, torch.Tensor
     weight = torch.nn.Parameter(start.to(device, copy=True))
     optimizer = DBAAdamW(
         [("weight", weight)],
-        lr=1e-4,
+        lr=3e-5,
         global_gradient=GlobalGradient.from_tensors({"weight": global_grad}, format="int8"),
         total_steps=1000,
         state_format="int8",
