@@ -105,7 +105,8 @@ def check_weights(expected: Fingerprint, params: Mapping[str, torch.Tensor]) -> 
         raise ValueError(
             f"parameter {worst_name!r}: expected weight {pair[0]:.6g} (to one bf16 ulp), got {pair[1]:.6g}; "
             f"{differing} of {compared} sampled weights differ, so this is not the model that the global gradient was "
-            "collected on: load that one, or collect again (a resumed run has moved weights: check names only)"
+            "collected on: load that one, or collect again (a resumed run has moved weights: load "
+            "the optimizer's state before its first step)"
         )
 
 

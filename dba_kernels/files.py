@@ -298,7 +298,7 @@ def _map(path: Path) -> tuple[Any, dict[str, str]]:
         file = safe_open(str(path), framework="pt")
         return file, file.metadata() or {}
     except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from error
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path.absolute())) from error
     except PermissionError:
         raise
     except (SafetensorError, OSError, ValueError) as error:

@@ -238,7 +238,7 @@ CORRECTION_SCOPES = ("tensor", "global")
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What does not change during a run; METHOD.md's symbols in brackets.
+    """What does not change during a run; the README's symbols in brackets.
 
     Args:
         boost: k₀ of eq. 2.

@@ -191,9 +191,12 @@ def test_the_verdict_is_careful() -> None:
     adamw = report.Outcome(domain=blocks, general=blocks)
     dba = report.Outcome(domain=blocks + 0.001 * noise, general=blocks - 0.5 + 0.1 * noise)
     error = 0.1 * noise.std() / 10
-    lines = report.verdict(adamw, dba).splitlines()
+    base = report.Outcome(domain=blocks, general=blocks - 0.1)  # AdamW forgot 0.1
+    lines = report.verdict(base, adamw, dba).splitlines()
     assert lines[0] == f"DBA − AdamW, general loss: -0.5000 ± {error:.4f} (lower)"
     assert lines[1].endswith("(no difference beyond the noise)")
+    assert not any("forgot nothing" in line for line in lines)
+    assert "AdamW forgot nothing here" in report.verdict(adamw, adamw, dba)
 
 
 # --- what it refuses, and before which work ---------------------------------------------------------------------------

@@ -98,7 +98,13 @@ class Plan:
 @click.option("--global-gradient", type=click.Path(path_type=Path), help="Use this stored ĝ_G; do not collect one.")
 @click.option("--steps", type=click.IntRange(1), help=f"Optimizer steps of each run.  [default: {MAX_STEPS}, or fewer]")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), default=3e-5, show_default=True, help="η₀; falls to 0.")
-@click.option("--boost", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="k₀: γ falls from it to 0.")
+@click.option(
+    "--boost",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="k₀: γ falls from it to 0 (the library's default, 200/T, is for longer runs).",
+)
 @click.option("--correction", type=click.Choice(["cosine", "none"]), default="cosine", show_default=True, help="α.")
 @click.option("--format", "storage", type=click.Choice(list(STORAGE_FORMATS)), default="int8", show_default=True)
 @click.option("--state-format", type=click.Choice(STATE_FORMATS), default="fp32", show_default=True, help="DBA's m, v.")
@@ -292,7 +298,7 @@ def _report(
     write_whole(options.file("results.json"), lambda path: path.write_text(json.dumps(results, indent=1)))
     write_whole(options.file("figure.png"), lambda path: draw(path, outcomes, title))
     console.print(losses_table(outcomes, tokens, title))
-    console.print(verdict(outcomes["AdamW"], outcomes["DBA"]))
+    console.print(verdict(*outcomes.values()))
     provenance, parameters = gradient.provenance, sum(math.prod(r.shape) for r in gradient.records.values())
     console.print(
         f"ĝ_G: mean gradient of {provenance.tokens:,} tokens, {gradient.nbytes / 2**20:,.0f} MiB "

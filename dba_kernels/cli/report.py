@@ -68,13 +68,15 @@ def paired(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
     return difference.mean().item(), (difference.std() / len(difference) ** 0.5).item()
 
 
-def verdict(adamw: Outcome, dba: Outcome) -> str:
+def verdict(base: Outcome, adamw: Outcome, dba: Outcome) -> str:
     """What the evaluation says about DBA against AdamW, and what it cannot say."""
     lines = []
     for corpus in ("general", "domain"):
         mean, error = paired(getattr(dba, corpus), getattr(adamw, corpus))
         words = "no difference beyond the noise" if abs(mean) < 2 * error else "lower" if mean < 0 else "higher"
         lines.append(f"DBA − AdamW, {corpus} loss: {mean:+.4f} ± {error:.4f} ({words})")
+    if (adamw.general - base.general).mean() <= 0:
+        lines.append("AdamW forgot nothing here: its general loss fell too, so this run shows no forgetting avoided.")
     lines.append("± is the standard error over the evaluation blocks. One seed: a lead, not a result.")
     return "\n".join(lines)
 

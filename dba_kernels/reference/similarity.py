@@ -1,4 +1,4 @@
-"""The read-only reduction before an update, and the coefficients that follow from it (METHOD.md eqs. 2, 4, 5).
+"""The read-only reduction before an update, and the coefficients that follow from it (README eqs. 2, 4, 5).
 
 Everything here that is a scalar is computed in float64: the step's precision is decided by its per-element arithmetic.
 """
