@@ -16,8 +16,6 @@ from pathlib import Path
 
 from bench.quality.setting import Setting
 
-STAGES = ("first", "sweep", "sensitivity", "seeds", "core", "confirm")
-
 
 def execute(name: str, settings: list[Setting], workers: int, limit: float, folder: Path) -> None:
     """Run what is still lacking of ``settings``; takes no new run after ``limit`` minutes."""
@@ -60,17 +58,17 @@ def execute(name: str, settings: list[Setting], workers: int, limit: float, fold
 
 
 def main() -> None:
+    from bench.quality import data, grid, report, results
+
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split("\n")[0])
     parser.add_argument("--core", action="store_true", help="the named core, then the report")
-    parser.add_argument("--stage", choices=STAGES, help="one stage of the grid")
+    parser.add_argument("--stage", choices=("core", *grid.STAGES), help="one stage of the grid")
     parser.add_argument("--report", action="store_true", help="only write the report")
     parser.add_argument("--reach", action="store_true", help="how far from the base model the global gradient holds")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
     parser.add_argument("--output", type=Path, help="folder of results and report (default: results/ beside this file)")
     arguments = parser.parse_args()
-    from bench.quality import data, grid, report, results
-
     if arguments.reach:
         from bench.quality import reach
 
@@ -79,7 +77,7 @@ def main() -> None:
     # The core is there to be reproduced: it runs beside the committed results, which only choose its settings.
     folder = arguments.output or (data.cache_folder() / "core" if arguments.core else results.FOLDER)
     stages = (
-        [arguments.stage] if arguments.stage else ["core"] if arguments.core else [] if arguments.report else STAGES
+        [arguments.stage] if arguments.stage else ["core"] if arguments.core else [] if arguments.report else grid.STAGES
     )
     for stage in stages:
         execute(stage, grid.stage(stage), arguments.workers, arguments.minutes, folder)

@@ -12,7 +12,6 @@ from bench.quality.setting import Setting
 
 Options = dict[str, Any]
 LRS = (3e-5, 1e-4, 3e-4, 1e-3)
-FIRST_LRS = (3e-4, 1e-3, 1e-4, 3e-5)  # the same in the order of running: the middle of the curves comes first
 BETWEEN = (1.7e-4, 5.5e-4)  # AL alone runs here too: chords of its convex curve would flatter whoever meets it
 SEEDS = (0, 1, 2)
 STEPS = 200
@@ -25,45 +24,47 @@ FAMILIES: dict[str, list[Options]] = {
     "AdamW": [{"anneal": False}],
     "AL": [{}],
     "DBA": [DBA],
-    "replay": [{"replay": r} for r in (0.05, 0.10, 0.25, 0.50)],
+    "replay": [{"replay": r} for r in (0.10, 0.25, 0.50)],
     "WiSE-FT": [{"interpolate": i} for i in (0.3, 0.5, 0.7, 0.85)],
     "DBA, no correction": [{"boost": K0}],
     "DBA, no boost": [{"correction": "cosine"}],
     "DBA, no annealing": [{**DBA, "anneal": False}],
     "seeded v": [{"seed_v": True}],
-    "anchor, Fisher": [{"anchor": c, **ANCHOR} for c in (3.0, 30.0, 300.0)],
-    "anchor, uniform": [{"anchor": c} for c in (3.0, 30.0)],
+    "anchor, Fisher": [{"anchor": 30.0, **ANCHOR}],
+    "anchor, uniform": [{"anchor": 30.0}],
     "L2-SP": [{"anchor": c, "anchor_of": "gradient"} for c in (0.01, 0.1)],
     "LoRA": [{"adapter_rank": 16}],
     "GaLore": [{"galore_rank": 64}],
-    "DBA, small boost": [{**DBA, "boost": b, "boost_max": b} for b in (0.05, 0.15)],
+    "DBA, small boost": [{**DBA, "boost": b, "boost_max": b} for b in (0.05,)],
     "DBA, global scope": [{**DBA, "scope": "global"}],
     "A-GEM": [{"correction": "agem"}],
     "PCGrad": [{"correction": "pcgrad"}],
     "boost of update": [{"boost": b, "boost_max": b, "boost_of": "update"} for b in (0.1, 0.3)],
     "DBA, refreshed": [{**DBA, "refresh": k} for k in (4,)],
     "EWC": [{"anchor": c, "anchor_of": "gradient", **ANCHOR} for c in (0.01, 0.1)],
-    "seeded v + anchor": [{"seed_v": True, "anchor": c, **ANCHOR} for c in (3.0, 30.0)],
+    "seeded v + anchor": [{"seed_v": True, "anchor": c, **ANCHOR} for c in (30.0,)],
     "seeded v + DBA": [{"seed_v": True, **DBA}],
     "seeded v + WiSE-FT": [{"seed_v": True, "interpolate": i} for i in (0.5, 0.7, 0.85)],
 }
 SHIFT = {"LoRA": 3.0}  # adapters want larger rates: their whole grid is shifted
 MAIN = ("AdamW", "AL", "replay", "WiSE-FT", "DBA", "seeded v")  # the core
 
-# What is answered first, with the slice of each family's options.
-ALL = slice(None)
-FIRST = (
-    ("AL", ALL),
-    ("WiSE-FT", ALL),
-    ("DBA", ALL),
-    ("AdamW", ALL),
-    ("replay", slice(2, 3)),
-    ("DBA, no correction", ALL),
-    ("seeded v", ALL),
-    ("seeded v + WiSE-FT", ALL),
-    ("anchor, Fisher", slice(1, 2)),
-    ("DBA, small boost", slice(0, 1)),
+# Swept on every tuning domain with the same learning rates, then repeated with the other seeds and confirmed.
+SWEPT = (
+    "AL",
+    "WiSE-FT",
+    "replay",
+    "DBA",
+    "AdamW",
+    "seeded v",
+    "seeded v + WiSE-FT",
+    "DBA, small boost",
+    "anchor, Fisher",
 )
+SWEPT_LRS = (3e-4, 1e-3, 1e-4)  # the middle of the curves comes first
+ABLATION_DOMAIN = "recipes"
+ABLATION_LRS = (3e-4, 1e-3)
+SENSITIVITY_LR = 3e-4
 
 SENSITIVITY: dict[str, list[Options]] = {
     "k₀ and boost_max": [
@@ -79,11 +80,9 @@ SENSITIVITY: dict[str, list[Options]] = {
 }
 
 
-def family(
-    method: str, domain: str, lrs: Iterable[float] = LRS, seed: int = 0, only: slice = slice(None)
-) -> Iterator[Setting]:
-    """All settings of one family (``only`` some of its options) at the given learning rates."""
-    options = (FAMILIES | SENSITIVITY)[method][only]
+def family(method: str, domain: str, lrs: Iterable[float] = LRS, seed: int = 0) -> Iterator[Setting]:
+    """All settings of one family at the given learning rates."""
+    options = (FAMILIES | SENSITIVITY)[method]
     for lr, option in itertools.product(lrs, options):
         yield Setting(domain, method, lr * SHIFT.get(method, 1.0), seed, **option)
 
@@ -98,27 +97,31 @@ def base(domain: str) -> Setting:
     return Setting(domain, "base", 0.0, steps=0)
 
 
+STAGES = ("first", "sweep", "seeds", "confirm", "ablations", "sensitivity")
+TUNED = [d for d in data.DOMAINS if d != data.CONFIRMING]
+
+
 def stage(name: str) -> list[Setting]:
-    """The settings of a stage: ``first``, ``sweep``, ``sensitivity``, ``core``, ``seeds``, or ``confirm``."""
-    tuned = [d for d in data.DOMAINS if d != data.CONFIRMING]
-    if name == "first":
-        return [
-            base("recipes"),
-            *(s for lr in FIRST_LRS for m, only in FIRST for s in family(m, "recipes", (lr,), only=only)),
-        ]
-    if name == "sweep":
-        settings = []
-        for domain in tuned:
-            settings += [base(domain), *family("AL", domain, BETWEEN)]
-            settings += [s for lr in FIRST_LRS for m in FAMILIES for s in family(m, domain, (lr,))]
-        return settings
-    if name == "sensitivity":
-        return [s for m in SENSITIVITY for s in family(m, "recipes", (3e-4, 1e-3))]
-    if name in ("core", "seeds", "confirm"):
-        domains = {"core": ["recipes"], "seeds": tuned, "confirm": [data.CONFIRMING]}[name]
-        methods = MAIN if name == "core" else tuple(FAMILIES)
-        return [s for d in domains for s in (base(d), *chosen_settings(d, methods))]
-    raise ValueError(f"stage {name!r}: expected first, sweep, sensitivity, core, seeds or confirm")
+    """The settings of one of ``STAGES`` or of ``core``."""
+    match name:
+        case "first":  # how low a learning rate still teaches
+            low = ("AL", "DBA", "AdamW", "seeded v")
+            return [base(ABLATION_DOMAIN), *(s for m in low for s in family(m, ABLATION_DOMAIN, LRS[:1]))]
+        case "sweep":
+            swept = [s for d, lr in itertools.product(TUNED, SWEPT_LRS) for m in SWEPT for s in family(m, d, (lr,))]
+            return [s for d in TUNED for s in (base(d), *family("AL", d, BETWEEN))] + swept
+        case "seeds":
+            return [s for d in TUNED for s in chosen_settings(d, SWEPT)]
+        case "confirm":
+            return [base(data.CONFIRMING), *chosen_settings(data.CONFIRMING, SWEPT)]
+        case "ablations":
+            rest = [m for m in FAMILIES if m not in SWEPT]
+            return [s for lr in ABLATION_LRS for m in rest for s in family(m, ABLATION_DOMAIN, (lr,))]
+        case "sensitivity":
+            return [s for m in SENSITIVITY for s in family(m, ABLATION_DOMAIN, (SENSITIVITY_LR,))]
+        case "core":
+            return [base(ABLATION_DOMAIN), *chosen_settings(ABLATION_DOMAIN, MAIN)]
+    raise ValueError(f"stage {name!r}: expected core or one of {', '.join(STAGES)}")
 
 
 def chosen_settings(domain: str, methods: Iterable[str]) -> list[Setting]:
