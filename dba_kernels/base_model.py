@@ -22,13 +22,18 @@ def normalize_name(name: str) -> str:
     """The parameter's name in the bare model.
 
     Drops ``module.`` (DataParallel, DDP) and PEFT's ``base_model.model.`` at the front, and ``_orig_mod.`` (compile),
-    ``_checkpoint_wrapped_module.``, ``_fsdp_wrapped_module.`` and PEFT's ``.base_layer`` anywhere.
+    ``_checkpoint_wrapped_module.``, ``_fsdp_wrapped_module.`` and PEFT's ``.base_layer`` anywhere. PEFT keeps a frozen
+    ``lm_head.original_module`` beside the ``lm_head.modules_to_save.<adapter>`` that it trains: the latter is the bare
+    model's ``lm_head``, the former keeps its own name.
 
     Example:
         >>> normalize_name("module._orig_mod.base_model.model.lm_head.base_layer.weight")
         'lm_head.weight'
     """
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    if "modules_to_save" in parts[:-2]:
+        at = parts.index("modules_to_save")
+        del parts[at : at + 2]
     while len(parts) > 1:
         if parts[0] == "module":
             del parts[0]

@@ -34,6 +34,9 @@ from .schedule import auto_boost
 LARGE_LR = 3e-5
 """Highest learning rate at which the boost did no harm (``python -m bench.quality``); above it, a warning."""
 
+PROJECTIONS = ("agem", "pcgrad")
+"""Corrections that weigh ĝ_G by its conflict with the gradient, not by a schedule."""
+
 METHOD_SETTINGS = ("boost", "total_steps", "boost_max", "correction", "scope", "bounds", "max_grad_norm")
 """Settings that a resumed run should share with the one that was saved."""
 
@@ -66,7 +69,9 @@ class DBAAdamW(Optimizer):
         weight_decay: λ, decoupled.
         amsgrad: refused if True.
         global_gradient: a :class:`~dba_kernels.GlobalGradient`, its path, or None for plain AdamW.
-        total_steps: T, optimizer steps of the run (not micro-batches); needed with a global gradient.
+        total_steps: T, optimizer steps of the run (not micro-batches); needed with a global gradient. ``"later"``:
+            :meth:`set_total_steps` will give it before the first step, as a framework does that counts its steps only
+            when it has started.
         boost: ``"auto"`` (k₀ = 200/T), k₀ as a number, or ``f(step, total_steps) → γ`` where ``step`` is an int64
             scalar tensor on the parameters' device: steps done, skipped ones not counted. 0 switches the boost off.
         boost_max: upper clamp of γ, in [0, 1].
@@ -113,7 +118,7 @@ class DBAAdamW(Optimizer):
         amsgrad: bool = False,
         *,
         global_gradient: GlobalGradient | str | os.PathLike | None = None,
-        total_steps: int | None = None,
+        total_steps: int | str | None = None,
         boost: str | float | BoostSchedule = "auto",
         boost_max: float = 0.5,
         correction: str | Correction = "cosine",
@@ -142,12 +147,13 @@ class DBAAdamW(Optimizer):
         self.global_gradient = global_gradient
         self.boost_schedule: BoostSchedule | None = boost if callable(boost) else None
         self.correction_function: Correction | None = correction if callable(correction) else None
+        self.auto_boost = boost == "auto"
         method = _method(total_steps, boost, boost_max, correction, correction_scope, correction_bounds)
         if global_gradient is None:
             if total_steps is not None:
                 warnings.warn("total_steps: given without a global_gradient; this is plain AdamW", stacklevel=2)
             method = StepSettings()
-        elif method.total_steps == 0 and method.correction not in ("agem", "pcgrad"):
+        elif method.total_steps == 0 and method.correction not in PROJECTIONS and total_steps != "later":
             raise ValueError(
                 "total_steps: expected the number of optimizer steps of the run, not of micro-batches, over which the "
                 f"boost decays to 0; got {total_steps}"
@@ -178,7 +184,8 @@ class DBAAdamW(Optimizer):
             ),
         )
         if global_gradient is not None:
-            self._warn_about_regime()
+            self._warn_about_boost()
+            self._warn_about_lr()
 
     def _identity(self) -> dict[str, Any]:
         """What a state dict keeps of the global gradient and its use: never its data."""
@@ -187,7 +194,7 @@ class DBAAdamW(Optimizer):
         settings = {name: getattr(method, name) for name in METHOD_SETTINGS} | {"bounds": list(method.bounds)}
         return {"path": None if gg.path is None else str(gg.path), "digest": gg.digest, "settings": settings}
 
-    def _warn_about_regime(self) -> None:
+    def _warn_about_boost(self) -> None:
         k0, limit = self.settings.boost, self.settings.boost_max
         if k0 > limit:
             warnings.warn(
@@ -195,6 +202,8 @@ class DBAAdamW(Optimizer):
                 "below; the total boost is smaller than the method's, as it is in every run of few steps",
                 stacklevel=3,
             )
+
+    def _warn_about_lr(self) -> None:
         largest = max(float(group["lr"]) for group in self.param_groups)
         if largest > LARGE_LR:
             warnings.warn(
@@ -202,6 +211,38 @@ class DBAAdamW(Optimizer):
                 f"base model only, and above lr = {LARGE_LR:g} its boost did harm in our study",
                 stacklevel=3,
             )
+
+    # --- the length of the run ----------------------------------------------------------------------------------------
+
+    @property
+    def awaits_total_steps(self) -> bool:
+        """Whether ``total_steps="later"`` still waits for :meth:`set_total_steps`."""
+        needed = self.global_gradient is not None and self.settings.correction not in PROJECTIONS
+        return needed and self.settings.total_steps == 0
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Set T of eq. 2, before the first step or to change a run's length; ``boost="auto"`` follows it.
+
+        Without effect where nothing depends on T: no global gradient, or ``"agem"`` and ``"pcgrad"``. A loaded state
+        sets the T it was saved with where this optimizer still awaits one; another T after that is warned about.
+
+        Args:
+            total_steps: T, optimizer steps of the whole run, those done included.
+
+        Raises:
+            ValueError: fewer than 1.
+        """
+        steps, known = _checked_total_steps(total_steps), self.settings.total_steps
+        if self.global_gradient is None or self.settings.correction in PROJECTIONS or steps == known:
+            return
+        if known:
+            warnings.warn(f"total_steps: changed from {known} to {steps}; gamma follows the new one", stacklevel=2)
+        boost = auto_boost(steps) if self.auto_boost else self.settings.boost
+        self.settings = replace(self.settings, total_steps=steps, boost=boost)
+        for group in self.param_groups:
+            group["global_gradient"] = self._identity()
+        self.defaults["global_gradient"] = self._identity()
+        self._warn_about_boost()
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
@@ -213,8 +254,8 @@ class DBAAdamW(Optimizer):
             closure: reevaluates the model and returns the loss.
 
         Raises:
-            ValueError: a gradient of an unsupported dtype or layout, or parameters that the global gradient does not
-                fit (at the first step).
+            ValueError: a gradient of an unsupported dtype or layout; at the first step, parameters that the global
+                gradient does not fit, or ``total_steps="later"`` that nobody has set.
         """
         loss = None
         if closure is not None:
@@ -233,6 +274,11 @@ class DBAAdamW(Optimizer):
                 formats = state.formats_of(param, self.param_format, self.state_format)
                 state.prepare(self.state[param], param, *formats, "parameter")
             return loss
+        if self.awaits_total_steps:
+            raise ValueError(
+                "total_steps: expected the number of optimizer steps of the run, got 'later'; call "
+                "optimizer.set_total_steps(T) before the first step"
+            )
         plan, active = self._activate(params, grads)
         plan.upload_hyper(self.param_groups)
         batches = active.batches(grads)
@@ -365,6 +411,9 @@ class DBAAdamW(Optimizer):
             group.pop("param_names", None)
             group.update(kept)
         self._plan = None
+        method = (saved["param_groups"][0].get("global_gradient") or {}).get("settings", {})
+        if self.awaits_total_steps and method.get("total_steps"):
+            self.set_total_steps(method["total_steps"])
 
     def _check_saved_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         for group, saved in zip(self.param_groups, saved_groups, strict=False):  # torch reports a differing number
@@ -384,9 +433,13 @@ class DBAAdamW(Optimizer):
                     f"global_gradient: the state was saved with digest {its['digest']} ({its['path']}), this optimizer "
                     f"has {got}; resume with the same file"
                 )
-            if its and mine and mine["settings"] != its["settings"]:
-                changed = {k: (v, mine["settings"][k]) for k, v in its["settings"].items() if mine["settings"][k] != v}
-                warnings.warn(f"resuming with other settings than were saved (saved, now): {changed}", stacklevel=5)
+            if its and mine:
+                # What this optimizer does not know yet it takes over from the saved one.
+                open_ones = {"total_steps", "boost" if self.auto_boost else ""} if self.awaits_total_steps else set()
+                known = {k: v for k, v in its["settings"].items() if k not in open_ones}
+                changed = {k: (v, mine["settings"][k]) for k, v in known.items() if mine["settings"][k] != v}
+                if changed:
+                    warnings.warn(f"resuming with other settings than were saved (saved, now): {changed}", stacklevel=5)
 
     def _restore_uncast(self, saved: dict[str, Any]) -> None:
         saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
@@ -404,7 +457,7 @@ class DBAAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._store_counters()
-        own = ["global_gradient", "settings", "boost_schedule", "correction_function"]
+        own = ["global_gradient", "settings", "boost_schedule", "auto_boost", "correction_function"]
         own += ["state_format", "param_format", "missing", "backend"]
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
@@ -423,8 +476,14 @@ def _on_device(value: Any, device: torch.device) -> torch.Tensor:
     return torch.full((), float(value), dtype=torch.float64, device=device)
 
 
+def _checked_total_steps(total_steps: Any) -> int:
+    if isinstance(total_steps, str) or (steps := operator.index(total_steps)) < 1:
+        raise ValueError(f"total_steps: expected at least 1 optimizer step, got {total_steps!r}")
+    return steps
+
+
 def _method(
-    total_steps: int | None,
+    total_steps: int | str | None,
     boost: str | float | BoostSchedule,
     boost_max: float,
     correction: str | Correction,
@@ -432,9 +491,7 @@ def _method(
     bounds: tuple[float, float],
 ) -> StepSettings:
     """The method's settings, each checked; a function in place of a name leaves the neutral value."""
-    steps = 0 if total_steps is None else operator.index(total_steps)
-    if total_steps is not None and steps < 1:
-        raise ValueError(f"total_steps: expected at least 1 optimizer step, got {total_steps}")
+    steps = 0 if total_steps in (None, "later") else _checked_total_steps(total_steps)
     if not 0.0 <= boost_max <= 1.0:
         raise ValueError(f"boost_max: expected a number in [0, 1], got {boost_max}")
     if isinstance(boost, str):
@@ -448,7 +505,7 @@ def _method(
     check_name("correction_scope", scope, CORRECTION_SCOPES)
     if len(bounds) != 2 or not 0.0 <= bounds[0] <= bounds[1]:
         raise ValueError(f"correction_bounds: expected 0 <= alpha_min <= alpha_max, got {bounds}")
-    if mode in ("agem", "pcgrad"):  # they weigh ĝ_G by the conflict, not by a schedule
+    if mode in PROJECTIONS:
         steps, k0 = 0, 0.0
     return StepSettings(k0, steps, float(boost_max), mode, scope, (float(bounds[0]), float(bounds[1])))
 

@@ -136,6 +136,69 @@ def test_resuming_with_other_settings_warns() -> None:
         dba(params, total_steps=2000).load_state_dict(saved)
 
 
+# --- total_steps="later" ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("boost", ["auto", 0.3, lambda step, total: 0.5 - 0.1 * step / total])
+def test_total_steps_may_come_later(boost) -> None:
+    """T given by a method is T given to the constructor, to the bit, in weights and in what is saved."""
+    params, others = make_params(), make_params()
+    early = dba(params, total_steps=500, boost=boost)
+    late = dba(others, total_steps="later", boost=boost)
+    assert late.awaits_total_steps and not early.awaits_total_steps
+    late.set_total_steps(500)
+    train(params, early, range(1, 4))
+    train(others, late, range(1, 4))
+    assert all(torch.equal(params[name], others[name]) for name in SHAPES)
+    assert early.state_dict()["param_groups"] == late.state_dict()["param_groups"]
+
+
+def test_another_total_steps_is_told_apart() -> None:
+    """Negative control of the test above."""
+    params, others = make_params(), make_params()
+    late = dba(others, total_steps="later")
+    late.set_total_steps(501)
+    train(params, dba(params, total_steps=500), range(1, 4))
+    train(others, late, range(1, 4))
+    assert not torch.equal(params[COMPRESSED], others[COMPRESSED])
+
+
+def test_a_step_without_total_steps_is_refused_and_changes_nothing() -> None:
+    params = make_params()
+    optimizer = dba(params, total_steps="later")
+    before = params[COMPRESSED].detach().clone()
+    with pytest.raises(ValueError, match=r"total_steps: expected the number .* got 'later'; call .*set_total_steps"):
+        train(params, optimizer, range(1, 2))
+    assert torch.equal(params[COMPRESSED], before) and not optimizer.state
+    with pytest.raises(ValueError, match="total_steps: expected at least 1 optimizer step, got 0"):
+        optimizer.set_total_steps(0)
+    with pytest.raises(ValueError, match="total_steps: expected at least 1 optimizer step, got 'soon'"):
+        dba(params, total_steps="soon")
+
+
+def test_a_loaded_state_brings_its_total_steps(recwarn: pytest.WarningsRecorder) -> None:
+    """A framework that resumes sets T only after it has loaded the state: the same T is silent, another one is said."""
+    params = make_params()
+    optimizer = dba(params, total_steps=500)
+    train(params, optimizer, range(1, 3))
+    resumed = dba(params, total_steps="later")
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.settings == optimizer.settings
+    resumed.set_total_steps(500)
+    assert not [w for w in recwarn if "total_steps" in str(w.message)]
+    with pytest.warns(UserWarning, match="total_steps: changed from 500 to 600"):
+        resumed.set_total_steps(600)
+    assert resumed.settings.boost == 200 / 600
+
+
+def test_total_steps_without_a_use_for_them() -> None:
+    """Frameworks call the method on every optimizer of the class: plain AdamW and projections await nothing."""
+    for optimizer in (DBAAdamW(make_params().items()), dba(make_params(), correction="agem", total_steps="later")):
+        assert not optimizer.awaits_total_steps
+        optimizer.set_total_steps(7)
+        assert optimizer.settings.total_steps == 0
+
+
 def test_other_kinds_of_adam_are_refused_wherever_they_come_from() -> None:
     params = make_params()
     with pytest.raises(ValueError, match="amsgrad: expected False"):
