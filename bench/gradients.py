@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 
-from dba_kernels.cli.assets import cache_dir, load_documents, load_model, token_blocks
+from dba_kernels.cli.assets import cache_dir, load_model, token_blocks
+from dba_kernels.cli.text import load_documents
 
 STEPS = 48
 GLOBAL_BATCHES = 32

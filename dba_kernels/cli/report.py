@@ -1,4 +1,4 @@
-"""How the command line shows its work: progress, the table of losses, what it says, and the figure."""
+"""How the demo shows its outcome: the table of losses, what it says, and the figure."""
 
 from __future__ import annotations
 
@@ -7,28 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from .training import Run
 
 ADAMW, DBA = "tab:gray", "tab:blue"
-
-
-class _Rate(ProgressColumn):
-    """Tokens per second of a task that knows how many tokens one of its units holds."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed * task.fields['tokens']:,.0f} tokens/s" if speed else "", style="cyan")
-
-
-def progress(console: Console) -> Progress:
-    """Bars with a count, a rate and the remaining time; tasks need ``tokens``, the tokens per unit."""
-    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    return Progress(*columns, console=console)
 
 
 @dataclass(frozen=True)
