@@ -41,16 +41,13 @@ TILES_PER_CHUNK = CHUNK.value // TILE.value
 ELEMENTS = TILE.value // THREADS
 INEXACT = re.compile(r"\b(?:fma|sqrt|rsqrt|rcp|div|sin|cos|ex2|lg2|tanh)\.[a-z.]*f(?:16|32|64)\b")
 """PTX operations on floats other than the correctly rounded single ones."""
-LOOPED = ("step", "similarity", "accumulate")
-"""Stems whose programs walk a whole chunk; the others take one tile."""
 
 
 def analyse(variant: Variant, target: str = "sm_90") -> dict[str, Any]:
     """Figures of one variant on one NVIDIA target."""
     compiled = compile_variant(variant, target)
     read = profile(compiled.asm["cubin"], target, THREADS)
-    tiles = TILES_PER_CHUNK if variant.name.split()[0] in LOOPED else 1
-    sass, mufu = per_parameter(variant, read, tiles)
+    sass, mufu = per_parameter(variant, read)
     return {
         "name": variant.name,
         "target": target,
@@ -62,12 +59,12 @@ def analyse(variant: Variant, target: str = "sm_90") -> dict[str, Any]:
     }
 
 
-def per_parameter(variant: Variant, read: Profile, tiles: int) -> tuple[float, float]:
+def per_parameter(variant: Variant, read: Profile) -> tuple[float, float]:
     """(instructions, MUFU) per parameter. A loop that the compiler unrolled handles several tiles in one turn."""
     unrolled = max(1, int(sum(read.widths["LDG"]) // (ELEMENTS * variant.bytes_read))) if variant.bytes_read else 1
-    turns = max(1, tiles // unrolled)
+    turns = max(1, TILES_PER_CHUNK // unrolled)
     total = read.once_instructions + turns * read.tile_instructions
-    return total / (tiles * ELEMENTS), read.tile_mufu / (unrolled * ELEMENTS)
+    return total / (TILES_PER_CHUNK * ELEMENTS), read.tile_mufu / (unrolled * ELEMENTS)
 
 
 def amd_figures(variant: Variant) -> dict[str, Any]:

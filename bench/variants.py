@@ -17,7 +17,8 @@ from triton.compiler import ASTSource
 
 from dba_kernels.formats import GROUP, REMAINDER_DTYPES, STORAGE_FORMATS
 from dba_kernels.kernels import accumulate, coefficients, quantize, similarity, step
-from dba_kernels.kernels.common import THREADS, TRITON_DTYPES, vector_elements
+from dba_kernels.kernels.common import THREADS
+from dba_kernels.kernels.tables import TRITON_DTYPES, vector_elements
 
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)},
@@ -96,41 +97,16 @@ def similarity_variant(grad: torch.dtype, stored: str) -> Variant:
     )
 
 
-def encode_variant(source: torch.dtype, format: str) -> Variant:
-    """A dense tensor into a stored one."""
+def quantize_variant(decode: bool, format: str, dense: torch.dtype) -> Variant:
+    """A dense tensor into a stored one, or back."""
     chosen = STORAGE_FORMATS[format]
     return Variant(
-        f"encode {_short(source)} to {format}",
-        quantize.encode_kernel,
-        {
-            "codes_ptr": f"*{_short(chosen.dtype)}",
-            "scales_ptr": "*fp32",
-            "tensor_ptr": f"*{_short(source)}",
-            **dict.fromkeys(("rows", "cols", "full_tiles"), "i32"),
-        },
-        {
-            "FORMAT": format,
-            "STEP": 1.0 / chosen.code_max**chosen.power,
-            "VECTOR": vector_elements(source, chosen.dtype),
-        },
-        source.itemsize + chosen.bytes_per_parameter,
-    )
-
-
-def decode_variant(format: str, out: torch.dtype) -> Variant:
-    """A stored tensor into a dense one."""
-    chosen = STORAGE_FORMATS[format]
-    return Variant(
-        f"decode {format} to {_short(out)}",
-        quantize.decode_kernel,
-        {
-            "out_ptr": f"*{_short(out)}",
-            "codes_ptr": f"*{_short(chosen.dtype)}",
-            "scales_ptr": "*fp32",
-            **dict.fromkeys(("rows", "cols", "full_tiles"), "i32"),
-        },
-        {"FORMAT": format, "VECTOR": vector_elements(out, chosen.dtype)},
-        out.itemsize + chosen.bytes_per_parameter,
+        f"decode {format} to {_short(dense)}" if decode else f"encode {_short(dense)} to {format}",
+        quantize.quantize_kernel,
+        {"pointers_ptr": "*i64", "chunks_ptr": "*i32"},
+        quantize.constants(decode, format, dense),
+        dense.itemsize + chosen.bytes_per_parameter,
+        chosen.bits / 8 if decode else dense.itemsize,
     )
 
 
@@ -196,8 +172,9 @@ VARIANTS = [
     similarity_variant(BF16, "int4"),
     similarity_variant(FP32, "fp32"),
     accumulate_variant(BF16),
-    encode_variant(FP32, "int8"),
-    decode_variant("int4", BF16),
+    quantize_variant(False, "int8", FP32),
+    quantize_variant(False, "bf16", FP32),
+    quantize_variant(True, "int4", BF16),
     coefficients_variant(),
 ]
 

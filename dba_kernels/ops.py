@@ -89,29 +89,43 @@ def _(totals, grads, weight, squared_norms, backend) -> None:
 
 
 def encode(tensor: torch.Tensor, format: str, backend: str = "auto") -> EncodedTensor:
-    """Store a dense tensor in one of ``STORAGE_FORMATS`` (1-D and tiny tensors: fp32).
+    """:func:`encode_all` of one tensor."""
+    return encode_all([tensor], format, backend)[0]
+
+
+def encode_all(tensors: list[torch.Tensor], format: str, backend: str = "auto") -> list[EncodedTensor]:
+    """Store dense tensors of one device in one of ``STORAGE_FORMATS`` (1-D and tiny tensors: fp32).
+
+    On GPUs in one launch for every dtype, whatever the number of tensors.
 
     Args:
-        tensor: floating point, finite, any shape.
+        tensors: floating point, finite, any shapes.
 
     Raises:
         ValueError: unknown format.
     """
+    check_name("format", format, STORAGE_FORMATS)
+    if not tensors:
+        return []
+    if _traced(tensors[0]):
+        return [_encode_traced(tensor, format, backend) for tensor in tensors]
+    tensors = [tensor.float() if tensor.dtype == torch.float64 else tensor for tensor in tensors]
+    module = implementation(select(backend, tensors[0].device, tensors[0].dtype), "quantize")
+    if hasattr(module, "encode_all"):
+        return module.encode_all(tensors, format)
+    return [module.encode(tensor, format) for tensor in tensors]
+
+
+def _encode_traced(tensor: torch.Tensor, format: str, backend: str) -> EncodedTensor:
     chosen = storage_format(format, tuple(tensor.shape))
-    codes, scales = (torch.ops.dba_kernels.encode if _traced(tensor) else _encode)(tensor, chosen.name, backend)
+    codes, scales = torch.ops.dba_kernels.encode(tensor, chosen.name, backend)
     return EncodedTensor(chosen.name, tuple(tensor.shape), codes, scales if chosen.grouped else None)
-
-
-def _encode(tensor: torch.Tensor, format: str, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    if tensor.dtype == torch.float64:
-        tensor = tensor.float()
-    encoded = implementation(select(backend, tensor.device, tensor.dtype), "quantize").encode(tensor, format)
-    return encoded.codes, tensor.new_empty(0, dtype=torch.float32) if encoded.scales is None else encoded.scales
 
 
 @torch.library.custom_op("dba_kernels::encode", mutates_args=())
 def _encode_op(tensor: torch.Tensor, format: str, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return _encode(tensor, format, backend)
+    encoded = encode(tensor, format, backend)
+    return encoded.codes, tensor.new_empty(0, dtype=torch.float32) if encoded.scales is None else encoded.scales
 
 
 @_encode_op.register_fake
@@ -124,11 +138,22 @@ def _(tensor: torch.Tensor, format: str, backend: str) -> tuple[torch.Tensor, to
 def decode(stored: StoredTensor, backend: str = "auto") -> torch.Tensor:
     """The fp32 tensor that is stored."""
     if isinstance(stored, LowRankTensor):
-        factor = decode(stored.u, backend) * stored.sigma  # [rows, r]
-        return (factor @ decode(stored.v, backend).T).reshape(stored.shape)
-    if _traced(stored.codes):
-        return torch.ops.dba_kernels.decode(stored.codes, stored.scales, list(stored.shape), stored.format, backend)
-    return implementation(select(backend, stored.device, torch.float32), "quantize").decode(stored)
+        u, v = decode_all([stored.u, stored.v], backend)
+        return ((u * stored.sigma) @ v.T).reshape(stored.shape)
+    return decode_all([stored], backend)[0]
+
+
+def decode_all(encoded: list[EncodedTensor], backend: str = "auto") -> list[torch.Tensor]:
+    """The fp32 tensors that are stored; on GPUs in one launch for every format."""
+    if not encoded:
+        return []
+    if _traced(encoded[0].codes):
+        run = torch.ops.dba_kernels.decode
+        return [run(stored.codes, stored.scales, list(stored.shape), stored.format, backend) for stored in encoded]
+    module = implementation(select(backend, encoded[0].device, torch.float32), "quantize")
+    if hasattr(module, "decode_all"):
+        return module.decode_all(encoded)
+    return [module.decode(stored) for stored in encoded]
 
 
 @torch.library.custom_op("dba_kernels::decode", mutates_args=())
@@ -154,7 +179,9 @@ def factorize(tensor: torch.Tensor, rank: int, format: str) -> LowRankTensor:
     rows, cols = matrix_shape(tuple(tensor.shape))
     if tensor.dim() < 2 or not 1 <= rank <= min(rows, cols):
         raise ValueError(f"rank: expected 1 <= rank <= {min(rows, cols)} for shape {tuple(tensor.shape)}, got {rank}")
-    return implementation("reference", "quantize").factorize(tensor, rank, format)
+    left, sigma, right = implementation("reference", "quantize").truncated_svd(tensor, rank)
+    u, v = encode_all([left, right], format)
+    return LowRankTensor(tuple(tensor.shape), u, sigma, v)
 
 
 # --- similarity -------------------------------------------------------------------------------------------------------
@@ -405,8 +432,8 @@ def _dense_parts(
         batch.cache["lowrank"] = [_single(batch, i, stored) for i, stored in enumerate(dense)]
     for single, stored, grad in zip(batch.cache["lowrank"], batch.global_grads, grads, strict=True):
         matrix = single.global_grads[0].codes.flatten(1)
-        factor = decode(stored.u, backend) * stored.sigma  # [rows, r]
-        torch.matmul(factor.to(matrix.dtype), decode(stored.v, backend).to(matrix.dtype).T, out=matrix)
+        u, v = decode_all([stored.u, stored.v], backend)  # [rows, r], [cols, r]
+        torch.matmul((u * stored.sigma).to(matrix.dtype), v.to(matrix.dtype).T, out=matrix)
         yield single, [grad]
 
 

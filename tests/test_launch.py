@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 from dba_kernels.formats import Coefficient, EncodedTensor, Hyper, StepSettings, Summary, TensorBatch
-from dba_kernels.kernels import accumulate, common, similarity, step
+from dba_kernels.kernels import accumulate, common, quantize, similarity, step, tables
 
 from . import guard_pages
 from .cases import Case, build
@@ -82,6 +82,18 @@ class Step:
 
 
 @pytest.mark.parametrize("n", [3, 300])
+def test_codecs_launch_once_whatever_the_number_of_tensors(monkeypatch, n):
+    matrices = [torch.zeros(64, 64)] * n
+    with recorded_launches(monkeypatch) as launches:
+        encoded = quantize.encode_all(matrices, "int8")
+        quantize.decode_all(encoded)
+    assert [(name, options["DECODE"]) for name, _, options in launches] == [
+        ("quantize_kernel", False),
+        ("quantize_kernel", True),
+    ]
+
+
+@pytest.mark.parametrize("n", [3, 300])
 def test_launches_do_not_depend_on_the_number_of_tensors(monkeypatch, n):
     one_step = Step(n)
     with recorded_launches(monkeypatch) as launches:
@@ -107,7 +119,7 @@ def test_moved_gradients_cost_one_copy_of_their_addresses(monkeypatch):
             one_step.run()
     assert [name for name in counted.names if "copy" in name] == ["aten.copy_.default"]
     assert "aten._local_scalar_dense.default" not in counted.names
-    addresses = common.tables_of(one_step.batch).grads.table.tolist()
+    addresses = tables.tables_of(one_step.batch).grads.table.tolist()
     assert addresses == [grad.data_ptr() for grad in one_step.grads]
 
 
@@ -138,7 +150,7 @@ def test_chunks_cover_every_position_once():
     positions = [0, 1, 8192, 8193, 3 * 8192 - 1]
     chunk = common.CHUNK.value
     covered = [torch.zeros(n, dtype=torch.int64) for n in positions]
-    for tensor, k in common.chunk_table(positions):
+    for tensor, k in tables.chunk_table(positions):
         covered[tensor][k * chunk : (k + 1) * chunk] += 1
     assert all((count == 1).all() for count in covered)
 
@@ -195,8 +207,8 @@ def test_offsets_beyond_32_bits():
     grad = virtual(numel, torch.bfloat16)
     grad[:, -tail:] = small_grad
 
-    tables = common.tables_of(huge)
-    tables.chunks, tables.n_chunks = tables.chunks[-2:].clone(), 2
+    launched = tables.tables_of(huge)
+    launched.chunks, launched.n_chunks = launched.chunks[-2:].clone(), 2
     step.step(huge, [grad], table)
     step.step(small, [small_grad], table)
     for name in lists:

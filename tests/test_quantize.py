@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import itertools
 
 import pytest
 import torch
@@ -114,6 +116,23 @@ def test_misaligned_storage(backend, format):
 def test_row_shard_decodes_as_the_whole(backend):
     encoded = reference.encode(random_tensor((65, 77), torch.Generator().manual_seed(4)), "int4")
     assert torch.equal(backend.decode(encoded.row_slice(20, 41)), reference.decode(encoded)[20:41])
+
+
+@pytest.mark.parametrize("format", STORAGE_FORMATS)
+def test_many_tensors_at_once(format):
+    """Sizes and dtypes mixed, small ones that stay fp32 among them: each as if it were alone."""
+    kernels = importlib.import_module("dba_kernels.kernels.quantize")
+    generator = torch.Generator().manual_seed(5)
+    dtypes = itertools.cycle((torch.float32, torch.bfloat16, torch.float16))
+    tensors = [random_tensor(shape, generator).to(dtype) for shape, dtype in zip((*SHAPES, *SMALL), dtypes)]  # noqa: B905
+    encoded = kernels.encode_all(tensors, format)
+    for tensor, stored, decoded in zip(tensors, encoded, kernels.decode_all(encoded), strict=True):
+        assert_same_encoding(lambda _tensor, _format, found=stored: found, tensor, format)
+        assert torch.equal(decoded, reference.decode(stored))
+    with pytest.raises(AssertionError):  # control: another tensor's codes
+        assert_same_encoding(
+            lambda tensor, _: dataclasses.replace(encoded[0], shape=tuple(tensor.shape)), tensors[1], format
+        )
 
 
 def _half_up(tensor, format):

@@ -13,27 +13,9 @@ import triton
 import triton.language as tl
 
 from . import columns as col
-from .common import (
-    ALIGNMENT,
-    GROUP,
-    MASKED_TILE,
-    NUM_WARPS,
-    TILE,
-    TRITON_DTYPES,
-    Addresses,
-    check_contiguous,
-    chunk_ranges,
-    chunk_table,
-    chunks_in,
-    load,
-    on_device,
-    pointer,
-    store,
-    tile_offsets,
-    to_device,
-    vector_elements,
-)
+from .common import GROUP, MASKED_TILE, NUM_WARPS, TILE, chunk_ranges, load, pointer, store, tile_offsets
 from .similarity import finish_kernel, reduce_kernel
+from .tables import TRITON_DTYPES, Entry, Tables, address_of, on_device, vector_elements
 
 
 @triton.jit
@@ -64,27 +46,14 @@ def add_kernel(
         add_tile(total_ptr, grad_ptr, weight, start, numel, True)
 
 
-class _Tables:
+@functools.lru_cache(maxsize=1024)  # a collector's hooks come with one sum each, again and again
+def _tables(addresses: tuple[int, ...], numels: tuple[int, ...], device: torch.device) -> Tables:
     """Tables of one list of sums; gradients come and go."""
-
-    def __init__(self, addresses: tuple[int, ...], numels: tuple[int, ...], device: torch.device):
-        rows = []
-        first_chunk = 0
-        for i, (address, numel) in enumerate(zip(addresses, numels, strict=True)):
-            row = [0] * col.POINTERS.value
-            row[col.PARAM.value], row[col.ROWS.value], row[col.COLS.value] = address, 1, numel
-            row[col.FULL_TILES.value], row[col.TABLE_ROW.value] = int(address % ALIGNMENT.value == 0), i
-            row[col.FIRST_CHUNK.value], row[col.N_CHUNKS.value] = first_chunk, chunks_in(numel)
-            first_chunk += chunks_in(numel)
-            rows.append(row)
-        self.n_chunks = first_chunk
-        self.pointers = to_device(rows, torch.int64, device)
-        self.chunks = to_device(chunk_table(list(numels)) or [(0, 0)], torch.int32, device)
-        self.partials = torch.empty(max(first_chunk, 1), 2, dtype=torch.float32, device=device)
-        self.grads = Addresses(len(rows), device)
-
-
-_tables = functools.lru_cache(maxsize=1024)(_Tables)  # a collector's hooks come with one sum each, again and again
+    entries = [Entry((numel,), grouped=False) for numel in numels]
+    for i, (entry, address) in enumerate(zip(entries, addresses, strict=True)):
+        entry.stream(col.PARAM, address)
+        entry[col.TABLE_ROW.value] = i
+    return Tables(entries, device)
 
 
 @torch.no_grad()
@@ -105,10 +74,8 @@ def accumulate(
     """
     if not totals:
         return
-    for i, total in enumerate(totals):
-        check_contiguous(f"totals[{i}]", total)
-    addresses, numels = zip(*((total.data_ptr(), total.numel()) for total in totals), strict=True)
-    tables = _tables(addresses, numels, totals[0].device)
+    addresses = tuple(address_of(f"totals[{i}]", total) for i, total in enumerate(totals))
+    tables = _tables(addresses, tuple(total.numel() for total in totals), totals[0].device)
     dtype = TRITON_DTYPES[grads[0].dtype]
     with on_device(totals[0]):
         where = tables.grads.refresh(grads)

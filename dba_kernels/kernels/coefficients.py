@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..formats import StepSettings
 from . import columns as col
-from .common import on_device
+from .tables import on_device
 
 PARAM_BLOCK = tl.constexpr(256)
 

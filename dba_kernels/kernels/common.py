@@ -1,4 +1,4 @@
-"""What all kernels share: tables of pointers and chunks on the host, tile addressing on the device.
+"""What all kernels share on the device: sizes, tile addressing, loads and stores.
 
 One launch serves every tensor of a batch. A program takes one chunk of CHUNK positions and walks it in tiles of TILE.
 *Positions* number the elements of a tensor whose rows are padded to whole groups, so group ``p // GROUP`` of a grouped
@@ -8,16 +8,13 @@ element are the same and a tile may be *full*: no masks, 16-byte accesses. All o
 
 from __future__ import annotations
 
-import contextlib
 import os
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from .. import formats
-from ..formats import TensorBatch, matrix_shape
 from . import columns as col
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -34,158 +31,6 @@ THREADS = 128
 NUM_WARPS = THREADS // (64 if torch.version.hip else 32)
 ALIGNMENT = tl.constexpr(16)
 """Bytes that every address must be a multiple of for full tiles."""
-
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-
-
-# --- host -------------------------------------------------------------------------------------------------------------
-
-
-def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launch on the tensor's device, not on the current one."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
-
-
-def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A host list as a device tensor, without waiting for the copy."""
-    # Pinned memory comes from torch's caching allocator, which reuses it only after this copy has completed.
-    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
-
-
-def chunks_in(positions: int) -> int:
-    return -(-positions // CHUNK.value)
-
-
-def chunk_table(positions: list[int]) -> list[tuple[int, int]]:
-    """``(tensor, first position / CHUNK)`` of every program; each position of each tensor in exactly one chunk."""
-    return [(i, k) for i, n in enumerate(positions) for k in range(chunks_in(n))]
-
-
-class Addresses:
-    """Device table of the addresses of tensors that may move between steps (gradients): copied only when they do."""
-
-    def __init__(self, n: int, device: torch.device):
-        self.table = torch.zeros(n, dtype=torch.int64, device=device)
-        self._known: list[int] = []
-        self._captured: list[torch.Tensor] = []
-
-    def refresh(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """The table for these tensors.
-
-        Raises:
-            ValueError: a tensor is not contiguous, or not of the others' dtype.
-        """
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        if addresses != self._known:
-            for i, tensor in enumerate(tensors):
-                check_contiguous(f"grads[{i}]", tensor)
-                if tensor.dtype != tensors[0].dtype:
-                    raise ValueError(
-                        f"grads[{i}]: expected {tensors[0].dtype} like grads[0], got {tensor.dtype}; batch them apart"
-                    )
-            host = torch.tensor(addresses, dtype=torch.int64, pin_memory=self.table.is_cuda)
-            self.table.copy_(host, non_blocking=True)
-            if self.table.is_cuda and torch.cuda.is_current_stream_capturing():
-                self._captured.append(host)  # a graph reads it again at every replay
-            self._known = addresses
-        return self.table
-
-
-class Tables:
-    """Pointer and chunk tables of one batch, built once.
-
-    Args (attributes):
-        pointers: int64 ``[n, POINTERS]``.
-        chunks: int32 ``[n_chunks, 2]``.
-        grads: where this step's gradients are.
-        partials: fp32 ``[n_chunks, 2]``, scratch of the reduction.
-    """
-
-    def __init__(self, batch: TensorBatch):
-        device = batch.params[0].device
-        stored = formats.STORAGE_FORMATS.get(batch.global_format)
-        grouped = batch.state_format == "int8" or (stored is not None and stored.grouped)
-        rows: list[list[int]] = []
-        positions: list[int] = []
-        first_chunk = 0
-        for i, table_row in enumerate(batch.index.tolist()):
-            entry, count = _pointer_row(batch, i, grouped)
-            entry[col.TABLE_ROW.value] = table_row
-            entry[col.FIRST_CHUNK.value], entry[col.N_CHUNKS.value] = first_chunk, chunks_in(count)
-            first_chunk += chunks_in(count)
-            rows.append(entry)
-            positions.append(count)
-        chunks = chunk_table(positions)
-        self.n_chunks = len(chunks)
-        self.pointers = to_device(rows, torch.int64, device)
-        self.chunks = to_device(chunks or [(0, 0)], torch.int32, device)
-        self.grads = Addresses(len(rows), device)
-        self.partials = torch.empty(max(len(chunks), 1), 2, dtype=torch.float32, device=device)
-
-
-def tables_of(batch: TensorBatch) -> Tables:
-    """The batch's tables, from its cache."""
-    if "triton" not in batch.cache:
-        batch.cache["triton"] = Tables(batch)
-    return batch.cache["triton"]
-
-
-def check_contiguous(name: str, tensor: torch.Tensor) -> None:
-    if not tensor.is_contiguous():
-        raise ValueError(
-            f"{name}: expected contiguous storage, got strides {tensor.stride()}; call .contiguous() first"
-        )
-
-
-STREAMS = {
-    "params": col.PARAM,
-    "remainders": col.REMAINDER,
-    "exp_avgs": col.EXP_AVG,
-    "exp_avg_sqs": col.EXP_AVG_SQ,
-}
-SCALES = {"exp_avg_scales": col.EXP_AVG_SCALE, "exp_avg_sq_scales": col.EXP_AVG_SQ_SCALE}
-
-
-def _pointer_row(batch: TensorBatch, i: int, grouped: bool) -> tuple[list[int], int]:
-    """One row of the pointer table, and the number of positions of its tensor."""
-    entry = [0] * col.POINTERS.value
-
-    def point(column: tl.constexpr, name: str, tensor: torch.Tensor) -> None:
-        check_contiguous(name, tensor)
-        entry[column.value] = tensor.data_ptr()
-
-    for name, column in (STREAMS | SCALES).items():
-        if getattr(batch, name):
-            point(column, f"{name}[{i}]", getattr(batch, name)[i])
-    if batch.global_grads:
-        stored: Any = batch.global_grads[i]
-        if stored.format != batch.global_format:
-            raise ValueError(f"global_grads[{i}]: expected format {batch.global_format!r}, got {stored.format!r}")
-        point(col.GLOBAL_GRAD, f"global_grads[{i}].codes", stored.codes)
-        if stored.scales is not None:
-            point(col.GLOBAL_SCALE, f"global_grads[{i}].scales", stored.scales)
-    numel = batch.params[i].numel()
-    rows, cols = matrix_shape(tuple(batch.params[i].shape)) if grouped else (1, numel)
-    entry[col.ROWS.value], entry[col.COLS.value] = rows, cols
-    whole_groups = rows == 1 or cols % formats.GROUP == 0
-    streams = [entry[column.value] for column in (*STREAMS.values(), col.GLOBAL_GRAD)]
-    entry[col.FULL_TILES.value] = int(whole_groups and all(p % ALIGNMENT.value == 0 for p in streams))
-    entry[col.SEED.value] = batch.seeds[i] if batch.seeds else 0
-    entry[col.OFFSET.value] = batch.offsets[i] if batch.offsets else 0
-    return entry, rows * -(-cols // formats.GROUP) * formats.GROUP if numel else 0
-
-
-def vector_elements(*dtypes: torch.dtype) -> int:
-    """Elements per access, the same for all tensors of a tile: 16 bytes of the widest, less of the others."""
-    return ALIGNMENT.value // max(dtype.itemsize for dtype in dtypes)
-
-
-# --- device -----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit

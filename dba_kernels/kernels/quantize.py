@@ -1,162 +1,164 @@
-"""Codecs of whole tensors: encode and decode the stored global gradient, one pass each.
+"""Codecs of whole tensors: encode and decode the stored global gradient, one pass and one launch for all tensors.
 
 Layouts are those of :mod:`dba_kernels.formats`; the arithmetic is in :mod:`.codecs`, where the step and the
-similarity find it too.
+similarity find it too. Bytes per element from or to fp32: int8 5, int4 4.5, bf16 6; scales add 4 / GROUP.
 """
 
 from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ..formats import GROUP as GROUP_SIZE
-from ..formats import EncodedTensor, matrix_shape, scales_shape, storage_format
-from .codecs import encode_int4, load_global, narrow_fp8_e4m3, narrow_signed_root, scale_and_inverse
+from ..formats import STORAGE_FORMATS, EncodedTensor, scales_shape, storage_format
+from . import columns as col
+from .codecs import encode_int4, load_global, narrow_fp8_e4m3, narrow_signed_root, scale_and_inverse, stored_dtype
 from .common import (
-    ALIGNMENT,
     GROUP,
     MASKED_TILE,
     NUM_WARPS,
     TILE,
+    chunk_ranges,
     group_offsets,
     load,
-    on_device,
+    pointer,
     store,
     tile_offsets,
-    vector_elements,
 )
+from .tables import TRITON_DTYPES, Entry, Tables, address_of, on_device, vector_elements
 
 
 @triton.jit
-def aligned(pointer, VECTOR: tl.constexpr):
-    """Promise that VECTOR elements are aligned; kept only where full tiles are allowed."""
-    return tl.multiple_of(pointer, VECTOR * pointer.dtype.element_ty.primitive_bitwidth // 8)
-
-
-@triton.jit
-def encode_tile(
-    codes_ptr, scales_ptr, tensor_ptr, start, rows, cols, FORMAT: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr
-):
-    value = load(tensor_ptr, tile_offsets(start, rows, cols, GROUP, MASKED), MASKED).to(tl.float32)
-    scale, inverse = scale_and_inverse(tl.max(tl.abs(value), axis=1, keep_dims=True), STEP)
-    store(scales_ptr, group_offsets(start, rows, cols, MASKED), scale, MASKED)
-    scaled = value * inverse
-    if FORMAT == "int4":
-        packed = encode_int4(scaled)
-        store(codes_ptr, tile_offsets(start, rows, (cols + 1) // 2, GROUP // 2, MASKED), packed, MASKED)
+def encode_tile(tensors, start, rows, cols, FORMAT: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr):
+    dense_ptr, codes_ptr, scales_ptr = tensors
+    at = tile_offsets(start, rows, cols, GROUP, MASKED)
+    value = load(dense_ptr, at, MASKED).to(tl.float32)
+    if STEP is None:
+        store(codes_ptr, at, value, MASKED)
     else:
-        codes = narrow_signed_root(scaled) if FORMAT == "int8" else narrow_fp8_e4m3(scaled)
-        store(codes_ptr, tile_offsets(start, rows, cols, GROUP, MASKED), codes, MASKED)
+        scale, inverse = scale_and_inverse(tl.max(tl.abs(value), axis=1, keep_dims=True), STEP)
+        store(scales_ptr, group_offsets(start, rows, cols, MASKED), scale, MASKED)
+        scaled = value * inverse
+        if FORMAT == "int4":
+            packed_at = tile_offsets(start, rows, (cols + 1) // 2, GROUP // 2, MASKED)
+            store(codes_ptr, packed_at, encode_int4(scaled), MASKED)
+        else:
+            codes = narrow_signed_root(scaled) if FORMAT == "int8" else narrow_fp8_e4m3(scaled)
+            store(codes_ptr, at, codes, MASKED)
 
 
-@triton.jit(do_not_specialize=["rows", "cols", "full_tiles"])
-def encode_kernel(
-    codes_ptr,
-    scales_ptr,
-    tensor_ptr,
-    rows,
-    cols,
-    full_tiles,
+@triton.jit
+def decode_tile(tensors, start, rows, cols, FORMAT: tl.constexpr, MASKED: tl.constexpr):
+    dense_ptr, codes_ptr, scales_ptr = tensors
+    at = tile_offsets(start, rows, cols, GROUP, MASKED)
+    store(dense_ptr, at, load_global(codes_ptr, scales_ptr, 1.0, start, rows, cols, at, FORMAT, MASKED), MASKED)
+
+
+@triton.jit
+def quantize_kernel(
+    pointers_ptr,
+    chunks_ptr,
+    DECODE: tl.constexpr,
+    DENSE_DTYPE: tl.constexpr,
     FORMAT: tl.constexpr,
     STEP: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """One tile of a tensor into a grouped format."""
-    codes_ptr = aligned(codes_ptr, VECTOR // 2 if FORMAT == "int4" else VECTOR)
-    tensor_ptr = aligned(tensor_ptr, VECTOR)
-    rows, cols = rows.to(tl.int64), cols.to(tl.int64)
-    start = tl.program_id(0).to(tl.int64) * TILE
-    positions = rows * tl.cdiv(cols, GROUP) * GROUP
-    if (full_tiles != 0) & (start + TILE <= rows * cols):
-        encode_tile(codes_ptr, scales_ptr, tensor_ptr, start, rows, cols, FORMAT, STEP, False)
-    else:
-        for part in range(start, tl.minimum(start + TILE, positions), MASKED_TILE):
-            encode_tile(codes_ptr, scales_ptr, tensor_ptr, part, rows, cols, FORMAT, STEP, True)
+    """One chunk of one tensor, encoded or decoded; STEP, the scale of an absmax of 1, is None for plain floats."""
+    chunk = chunks_ptr + 2 * tl.program_id(0)
+    pointers = pointers_ptr + tl.load(chunk).to(tl.int64) * col.POINTERS
+    rows = tl.load(pointers + col.ROWS)
+    cols = tl.load(pointers + col.COLS)
+    tensors = (
+        pointer(pointers, col.PARAM, DENSE_DTYPE, VECTOR),
+        pointer(pointers, col.GLOBAL_GRAD, stored_dtype(FORMAT), VECTOR // 2 if FORMAT == "int4" else VECTOR),
+        pointer(pointers, col.GLOBAL_SCALE, tl.float32, 1),
+    )
+    first, full_end, end = chunk_ranges(chunk, pointers, pointers + col.PARAM, rows, cols)
+    for start in range(first, full_end, TILE):
+        if DECODE:
+            decode_tile(tensors, start, rows, cols, FORMAT, False)
+        else:
+            encode_tile(tensors, start, rows, cols, FORMAT, STEP, False)
+    for start in range(full_end, end, MASKED_TILE):
+        if DECODE:
+            decode_tile(tensors, start, rows, cols, FORMAT, True)
+        else:
+            encode_tile(tensors, start, rows, cols, FORMAT, STEP, True)
 
 
-@triton.jit
-def decode_tile(out_ptr, codes_ptr, scales_ptr, start, rows, cols, FORMAT: tl.constexpr, MASKED: tl.constexpr):
-    at = tile_offsets(start, rows, cols, GROUP, MASKED)
-    store(out_ptr, at, load_global(codes_ptr, scales_ptr, 1.0, start, rows, cols, at, FORMAT, MASKED), MASKED)
+def constants(decode: bool, format: str, dense: torch.dtype) -> dict[str, Any]:
+    """Compile-time arguments of :func:`quantize_kernel`."""
+    chosen = STORAGE_FORMATS[format]
+    return {
+        "DECODE": decode,
+        "DENSE_DTYPE": TRITON_DTYPES[dense],
+        "FORMAT": format,
+        "STEP": 1.0 / chosen.code_max**chosen.power if chosen.grouped else None,
+        "VECTOR": vector_elements(dense, chosen.dtype),
+    }
 
 
-@triton.jit(do_not_specialize=["rows", "cols", "full_tiles"])
-def decode_kernel(out_ptr, codes_ptr, scales_ptr, rows, cols, full_tiles, FORMAT: tl.constexpr, VECTOR: tl.constexpr):
-    """One tile of a grouped format into a float tensor."""
-    codes_ptr = aligned(codes_ptr, VECTOR // 2 if FORMAT == "int4" else VECTOR)
-    out_ptr = aligned(out_ptr, VECTOR)
-    rows, cols = rows.to(tl.int64), cols.to(tl.int64)
-    start = tl.program_id(0).to(tl.int64) * TILE
-    positions = rows * tl.cdiv(cols, GROUP) * GROUP
-    if (full_tiles != 0) & (start + TILE <= rows * cols):
-        decode_tile(out_ptr, codes_ptr, scales_ptr, start, rows, cols, FORMAT, False)
-    else:
-        for part in range(start, tl.minimum(start + TILE, positions), MASKED_TILE):
-            decode_tile(out_ptr, codes_ptr, scales_ptr, part, rows, cols, FORMAT, True)
-
-
-def _geometry(shape: tuple[int, ...], *tensors: torch.Tensor) -> tuple[int, int, int, tuple[int]]:
-    """rows, cols, whether full tiles are allowed, and the grid over padded positions."""
-    rows, cols = matrix_shape(shape)
-    whole_groups = rows == 1 or cols % GROUP_SIZE == 0
-    full_tiles = whole_groups and all(tensor.data_ptr() % ALIGNMENT.value == 0 for tensor in tensors)
-    positions = rows * -(-cols // GROUP_SIZE) * GROUP_SIZE
-    return rows, cols, int(full_tiles), (-(-positions // TILE.value),)
+def _launch(decode: bool, dense: list[torch.Tensor], encoded: list[EncodedTensor]) -> None:
+    """One launch for every combination of a dense dtype and a format."""
+    combinations = defaultdict(list)
+    for i, (tensor, stored) in enumerate(zip(dense, encoded, strict=True)):
+        entry = Entry(stored.shape, grouped=stored.scales is not None)
+        entry.stream(col.PARAM, address_of(f"tensors[{i}]", tensor))
+        entry.store(f"encoded[{i}]", stored)
+        combinations[stored.format, tensor.dtype].append(entry)
+    for (format, dtype), entries in combinations.items():
+        with on_device(dense[0]):
+            tables = Tables(entries, dense[0].device)
+            if tables.n_chunks:
+                quantize_kernel[(tables.n_chunks,)](
+                    tables.pointers,
+                    tables.chunks,
+                    **constants(decode, format, dtype),
+                    num_warps=NUM_WARPS,
+                )
 
 
 @torch.no_grad()
-def encode(tensor: torch.Tensor, format: str) -> EncodedTensor:
-    """Encode a dense, finite tensor; error bounds as in the reference.
+def encode_all(tensors: list[torch.Tensor], format: str) -> list[EncodedTensor]:
+    """Encode dense, finite tensors of one device; error bounds as in the reference.
 
     Args:
-        tensor: fp32, bf16 or fp16, any shape. 1-D and small tensors are stored as fp32 whatever ``format`` says.
+        tensors: fp32, bf16 or fp16, any shapes. 1-D and small ones are stored as fp32 whatever ``format`` says.
         format: a name in ``STORAGE_FORMATS``.
     """
-    shape = tuple(tensor.shape)
-    chosen = storage_format(format, shape)
-    if not chosen.grouped:
-        return EncodedTensor(chosen.name, shape, tensor.detach().to(chosen.dtype, copy=True).contiguous())
-    tensor = tensor.detach().contiguous()
-    codes = torch.empty(chosen.codes_shape(shape), dtype=chosen.dtype, device=tensor.device)
-    scales = torch.empty(scales_shape(shape), dtype=torch.float32, device=tensor.device)
-    rows, cols, full_tiles, grid = _geometry(shape, tensor, codes)
-    with on_device(tensor):
-        encode_kernel[grid](
-            codes,
-            scales,
-            tensor,
-            rows,
-            cols,
-            full_tiles,
-            FORMAT=chosen.name,
-            STEP=1.0 / chosen.code_max**chosen.power,
-            VECTOR=vector_elements(tensor.dtype, codes.dtype),
-            num_warps=NUM_WARPS,
-        )
-    return EncodedTensor(chosen.name, shape, codes, scales)
+    encoded = []
+    for tensor in tensors:
+        shape = tuple(tensor.shape)
+        chosen = storage_format(format, shape)
+        codes = torch.empty(chosen.codes_shape(shape), dtype=chosen.dtype, device=tensor.device)
+        scales = torch.empty(scales_shape(shape), dtype=torch.float32, device=tensor.device) if chosen.grouped else None
+        encoded.append(EncodedTensor(chosen.name, shape, codes, scales))
+    _launch(False, [tensor.detach().contiguous() for tensor in tensors], encoded)
+    return encoded
 
 
 @torch.no_grad()
+def decode_all(encoded: list[EncodedTensor], outs: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """The tensors that are stored, in fp32, or written to ``outs`` (fp32, bf16 or fp16, contiguous, same shapes).
+
+    Raises:
+        ValueError: storage that is not contiguous.
+    """
+    if outs is None:
+        outs = [torch.empty(stored.shape, dtype=torch.float32, device=stored.device) for stored in encoded]
+    _launch(True, outs, encoded)
+    return outs
+
+
+def encode(tensor: torch.Tensor, format: str) -> EncodedTensor:
+    """:func:`encode_all` of one tensor."""
+    return encode_all([tensor], format)[0]
+
+
 def decode(encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The tensor that is stored, in fp32, or written to ``out`` (fp32, bf16 or fp16, contiguous, same shape)."""
-    if out is None:
-        out = torch.empty(encoded.shape, dtype=torch.float32, device=encoded.device)
-    if encoded.scales is None:
-        return out.copy_(encoded.codes)
-    codes, scales = encoded.codes.contiguous(), encoded.scales.contiguous()
-    rows, cols, full_tiles, grid = _geometry(encoded.shape, out, codes)
-    if grid[0]:
-        with on_device(out):
-            decode_kernel[grid](
-                out,
-                codes,
-                scales,
-                rows,
-                cols,
-                full_tiles,
-                FORMAT=encoded.format,
-                VECTOR=vector_elements(out.dtype, codes.dtype),
-                num_warps=NUM_WARPS,
-            )
-    return out
+    """:func:`decode_all` of one tensor."""
+    return decode_all([encoded], None if out is None else [out])[0]

@@ -20,15 +20,12 @@ from .common import (
     MASKED_TILE,
     NUM_WARPS,
     TILE,
-    TRITON_DTYPES,
     chunk_ranges,
     load,
-    on_device,
     pointer,
-    tables_of,
     tile_offsets,
-    vector_elements,
 )
+from .tables import TRITON_DTYPES, on_device, tables_of, vector_elements
 
 __all__ = ["coefficients", "similarity"]
 

@@ -18,18 +18,15 @@ from .common import (
     MASKED_TILE,
     NUM_WARPS,
     TILE,
-    TRITON_DTYPES,
     chunk_ranges,
     group_offsets,
     load,
-    on_device,
     pointer,
     store,
-    tables_of,
     tile_offsets,
-    vector_elements,
 )
 from .remainder import join, random_words, split, stochastic_bf16
+from .tables import TRITON_DTYPES, on_device, tables_of, vector_elements
 
 
 @triton.jit

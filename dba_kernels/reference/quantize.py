@@ -107,6 +107,12 @@ def decode(encoded: StoredTensor) -> torch.Tensor:
     return _ungroup(_groups(values) * encoded.scales.unsqueeze(2), cols).reshape(encoded.shape)
 
 
+def truncated_svd(tensor: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U ``[m, r]``, σ ``[r]`` and V ``[n, r]`` of the best rank-r matrix for ``tensor.flatten(1)``, in fp32."""
+    u, sigma, vh = torch.linalg.svd(tensor.detach().to(torch.float32).flatten(1), full_matrices=False)
+    return u[:, :rank], sigma[:rank].contiguous(), vh[:rank].T
+
+
 def factorize(tensor: torch.Tensor, rank: int, format: str) -> LowRankTensor:
     """Truncated singular value decomposition of ``tensor.flatten(1)``, factors encoded in ``format``.
 
@@ -116,9 +122,7 @@ def factorize(tensor: torch.Tensor, rank: int, format: str) -> LowRankTensor:
         tensor: ``[m, ...]``, at least 2-D.
         rank: r, 1 ≤ r ≤ min(m, n).
     """
-    matrix = tensor.detach().to(torch.float32).flatten(1)
-    u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
-    u, sigma, v = u[:, :rank], sigma[:rank].contiguous(), vh[:rank].T
+    u, sigma, v = truncated_svd(tensor, rank)
     return LowRankTensor(tuple(tensor.shape), encode(u, format), sigma, encode(v, format))
 
 
