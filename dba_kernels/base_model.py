@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .distributed import Sharding, local
+
 SAMPLES = 16
 """Weights per tensor in a fingerprint."""
 
@@ -65,18 +67,38 @@ def fingerprint(named_params: Iterable[tuple[str, torch.Tensor]]) -> Fingerprint
     Args:
         named_params: ``model.named_parameters()``; frozen ones count, the gradient depends on them too.
     """
+    params = named_once(named_params)
+    samples = _samples(params)
     return {
-        name: {"shape": list(param.shape), "bf16": "".join(f"{bits & 0xFFFF:04x}" for bits in _samples(param))}
-        for name, param in named_once(named_params).items()
+        name: {"shape": list(param.shape), "bf16": "".join(f"{bits & 0xFFFF:04x}" for bits in samples[name])}
+        for name, param in params.items()
     }
 
 
-def _samples(param: torch.Tensor) -> list[int]:
-    """bf16 patterns, as signed 16-bit integers, at ``floor(frac(k · golden) · numel)`` for k = 0 … SAMPLES−1."""
-    numel = param.numel()
-    index = [(k * _GOLDEN % 2**64) * numel >> 64 for k in range(min(SAMPLES, numel))]
-    picked = param.detach().reshape(-1)[torch.tensor(index, dtype=torch.int64, device=param.device)]
-    return picked.to(torch.bfloat16).view(torch.int16).tolist()
+def _samples(params: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
+    """bf16 patterns, as signed 16-bit integers, at ``floor(frac(k · golden) · numel)`` for k = 0 … SAMPLES−1.
+
+    Of DTensors, each rank reads what it holds; one sum over the ranks joins them.
+    """
+    sharding = Sharding(params.items())
+    samples = []
+    for param, rows in zip(params.values(), sharding.rows, strict=True):
+        numel = param.numel()
+        part = local(param.detach()).reshape(-1)
+        index = torch.tensor([(k * _GOLDEN % 2**64) * numel >> 64 for k in range(min(SAMPLES, numel))]).long()
+        if rows is None:
+            here = torch.full(index.shape, sharding.leads)
+        else:
+            index -= rows[0] * (numel // param.shape[0] if numel else 0)
+            here = (index >= 0) & (index < part.numel())
+        bits = torch.zeros_like(index)
+        bits[here] = part[index[here].to(part.device)].to(torch.bfloat16).view(torch.int16).long().cpu()
+        samples.append(bits)
+    if sharding.communicates:
+        lengths = [len(bits) for bits in samples]
+        joined = sharding.sum_(torch.cat(samples).to(sharding.mesh.device_type))
+        samples = list(joined.cpu().split(lengths))
+    return {name: bits.tolist() for name, bits in zip(params, samples, strict=True)}
 
 
 def _values(patterns: list[int]) -> torch.Tensor:
@@ -92,12 +114,14 @@ def check_weights(expected: Fingerprint, params: Mapping[str, torch.Tensor]) -> 
         ValueError: naming the tensor that is furthest off.
     """
     worst, worst_name, differing, compared = 0.0, "", 0, 0
-    for name in [name for name in params if name in expected]:
+    params = {name: param for name, param in params.items() if name in expected}
+    samples = _samples(params)
+    for name in params:
         _check_shape(name, tuple(expected[name]["shape"]), params[name])
         digits = expected[name]["bf16"]
         stored = [int(digits[i : i + 4], 16) for i in range(0, len(digits), 4)]
         want = _values([bits - 0x10000 if bits > 0x7FFF else bits for bits in stored])
-        got = _values(_samples(params[name]))
+        got = _values(samples[name])
         _, exponent = torch.frexp(torch.maximum(want.abs(), got.abs()))  # |x| in [2^(e-1), 2^e): ulp 2^(e-8)
         allowed = torch.ldexp(torch.ones_like(want), exponent - 8).clamp(min=2.0**-24)
         excess = ((got - want).abs() / allowed).nan_to_num(nan=torch.inf)

@@ -1,20 +1,159 @@
-"""Process-group seams: everything the library sends between ranks goes through here."""
+"""Process-group seams: parameters cut by rows, and everything the library sends between ranks, go through here.
+
+FSDP2 (``fully_shard``) makes every parameter a DTensor: rows of dimension 0 cut over one dimension of a device mesh as
+``torch.chunk`` cuts them, so uneven and empty parts occur. The rest of the library works on the local part, knows from
+here which rows it is, and gives its own tensors the same layout, which is what checkpoints are resharded by.
+"""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
+"""Types that are no DTensor for certain; the common case costs one look-up."""
 
-def refuse_sharded(name: str, param: torch.Tensor) -> None:
-    """Raise ValueError for a DTensor: the step works on plain tensors."""
-    if dist.is_available():
-        from torch.distributed.tensor import DTensor
 
-        if isinstance(param, DTensor):
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` lies on a device mesh."""
+    if type(tensor) in PLAIN_TYPES:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # slow to import; without it there is no DTensor
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> torch.Tensor:
+    """This rank's part of a DTensor, in the same memory; any other tensor itself."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def layout_of(tensor: Any) -> str:
+    """How ``tensor`` lies on the ranks, comparable and readable."""
+    return f"{tensor.placements} on {tensor.device_mesh}" if is_dtensor(tensor) else "whole on every rank"
+
+
+def like(param: Any, part: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """``part`` as this rank's rows of a tensor of the (global) ``shape`` that lies on the ranks as ``param`` does.
+
+    The result shares the memory of ``part``; for a plain ``param`` it is ``part``.
+    """
+    if not is_dtensor(param):
+        return part
+    stride = torch.empty(shape, device="meta").stride()
+    options: dict[str, Any] = dict(run_check=False, shape=torch.Size(shape), stride=stride)
+    return type(param).from_local(part.detach(), param.device_mesh, param.placements, **options)
+
+
+def zeros(param: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros of the (global) ``shape``, with as many rows as ``param``, which lie on the ranks as its rows do."""
+    part = local(param)
+    rows = part.shape[:1] if is_dtensor(param) else shape[:1]
+    return like(param, torch.zeros((*rows, *shape[1:]), dtype=dtype, device=part.device), shape)
+
+
+class Sharding:
+    """Which rows of every parameter this rank holds, and how to sum over the ranks that hold the others.
+
+    Args:
+        named_params: (name, parameter) pairs; the names are for errors and may have wrappers' prefixes.
+
+    Attributes:
+        rows: per parameter (start, stop) of dimension 0; None where every rank holds all of it.
+        mesh: the device mesh, None if all tensors are plain.
+        leads: whether this rank is the one, among those that hold different rows, that counts what all of them hold.
+
+    Raises:
+        ValueError: parameters flattened by FSDP1 or DeepSpeed ZeRO, cut otherwise than by rows, offloaded, or on
+            several meshes.
+    """
+
+    def __init__(self, named_params: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.rows: list[tuple[int, int] | None] = []
+        layouts: dict[Any, str] = {}
+        meshes: dict[Any, str] = {}
+        for name, param in named_params:
+            _refuse_flattened(name, param)
+            rows, dims = _rows(name, param) if is_dtensor(param) else (None, ())
+            self.rows.append(rows)
+            if is_dtensor(param):
+                meshes.setdefault(param.device_mesh, name)  # type: ignore[attr-defined]
+            if dims:
+                layouts.setdefault(dims, name)
+        for kind in (meshes, layouts):
+            if len(kind) > 1:
+                first, second = list(kind.values())[:2]
+                raise ValueError(
+                    f"parameter {second!r}: expected the device mesh and the sharded dimensions of {first!r}, got "
+                    "others; make one optimizer per mesh"
+                )
+        self.mesh: Any = next(iter(meshes), None)
+        self._dims = [dim for dim in next(iter(layouts), ()) if self.mesh.size(dim) > 1]
+        self.leads = all(self.mesh.get_local_rank(dim) == 0 for dim in self._dims)
+
+    @property
+    def communicates(self) -> bool:
+        """Whether some rows are elsewhere."""
+        return bool(self._dims)
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add up, in place, what the ranks have that hold the other rows: one all-reduce per sharded dimension."""
+        for dim in self._dims:
+            dist.all_reduce(tensor, group=self.mesh.get_group(dim))
+        return tensor
+
+    def over_mesh_(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+        """Reduce in place over all ranks of the mesh; with replication, ranks that hold the same rows count each."""
+        for dim in range(self.mesh.ndim):
+            dist.all_reduce(tensor, op, group=self.mesh.get_group(dim))
+        return tensor
+
+
+def _rows(name: str, param: Any) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
+    """Rows of a DTensor that are here (None: all of them), and the mesh dimensions that it is cut over."""
+    mesh, part = param.device_mesh, param.to_local()
+    if part.device.type != mesh.device_type:
+        raise ValueError(
+            f"parameter {name!r}: expected its part on {mesh.device_type}, where its mesh is, got {part.device}; "
+            "leave out CPUOffloadPolicy (int8 state and split16 weights save more than it moves)"
+        )
+    start, size, dims = 0, param.shape[0] if param.dim() > 0 else 1, []
+    for dim, placement in enumerate(param.placements):
+        if placement.is_replicate():
+            continue
+        if type(placement).__name__ != "Shard" or placement.dim != 0:
             raise ValueError(
-                f"parameter {name!r}: expected a plain tensor, got a DTensor; use DDP, which keeps them whole"
+                f"parameter {name!r}: expected Replicate() or Shard(0) on every dimension of its mesh, got "
+                f"{param.placements}; a global gradient and 8-bit state are cut by rows: use fully_shard without a "
+                "shard_placement_fn, alone or with replication (HSDP), not with tensor parallelism"
             )
+        chunk = -(-size // mesh.size(dim))  # as torch.chunk
+        begin = min(mesh.get_local_rank(dim) * chunk, size)
+        start, size = start + begin, min(chunk, size - begin)
+        dims.append(dim)
+    return ((start, start + size) if dims else None), tuple(dims)
+
+
+def _refuse_flattened(name: str, param: torch.Tensor) -> None:
+    if getattr(param, "_fsdp_flattened", False) or "_fsdp_wrapped_module" in name.split("."):
+        kind, mend = "FSDP1", "shard with torch.distributed.fsdp.fully_shard (Accelerate: fsdp_version: 2)"
+    elif hasattr(param, "ds_id"):
+        kind, mend = "DeepSpeed ZeRO-3", "use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP"
+    else:
+        return
+    raise ValueError(
+        f"parameter {name!r}: expected the model's own tensor or a DTensor, got a part of a tensor that {kind} has "
+        f"flattened, in which rows and norms of single parameters are lost; {mend}"
+    )
+
+
+def gather(param: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """The whole tensor of ``param``'s shape of which every rank has its ``part``; all ranks of the mesh must call."""
+    whole: Any = like(param, part, tuple(param.shape))
+    return whole.full_tensor() if is_dtensor(whole) else whole
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:

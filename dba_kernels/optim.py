@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from . import ops, state
 from .backends import BACKENDS
+from .distributed import Sharding, local
 from .formats import (
     CORRECTION_SCOPES,
     CORRECTIONS,
@@ -59,6 +60,11 @@ class DBAAdamW(Optimizer):
 
     Order: unscale → clip (by the norm of :math:`g_D`) → boost → moments → corrected update. With a global gradient or
     a clip threshold, a step with a non-finite gradient is skipped whole, counted, and changes nothing.
+
+    Parameters that FSDP2 (``fully_shard``) has cut by rows work as they are, with replication (HSDP) too: formats
+    follow from the global shape, the global gradient is cut along, state is DTensors of the parameter's layout, and
+    rounding does not depend on the number of ranks. With a global gradient or a clip threshold all ranks must call
+    ``step()`` together: they share one all-reduce of two float64 per parameter. Without, they share nothing.
 
     Args:
         params: parameters, or groups, as for ``torch.optim.AdamW``. With a global gradient they must carry names:
@@ -269,7 +275,7 @@ class DBAAdamW(Optimizer):
                     grads.append(grad)
         if not params:
             return loss
-        if self._only_allocates(grads):
+        if self._only_allocates(params, grads):
             for param in params:
                 formats = state.formats_of(param, self.param_format, self.state_format)
                 state.prepare(self.state[param], param, *formats, "parameter")
@@ -277,7 +283,7 @@ class DBAAdamW(Optimizer):
         if self.awaits_total_steps:
             raise ValueError(
                 "total_steps: expected the number of optimizer steps of the run, got 'later'; call "
-                "optimizer.set_total_steps(T) before the first step"
+                "optimizer.set_total_steps(T) before the first step (in the Hugging Face Trainer, DBACallback does)"
             )
         plan, active = self._activate(params, grads)
         plan.upload_hyper(self.param_groups)
@@ -289,7 +295,8 @@ class DBAAdamW(Optimizer):
             found_inf=getattr(self, "found_inf", None),
             gamma_override=self._scheduled_boost(plan),
         )
-        if self.correction_function is None and ops.fuses(batches, self.backend):
+        sums_here = not (self.settings.reduce and plan.sharding.communicates)
+        if sums_here and self.correction_function is None and ops.fuses(batches, self.backend):
             ops.fused_step(batches, **plan.tables(active), **scalars, backend=self.backend)
             return loss
         if self.settings.reduce:
@@ -317,11 +324,15 @@ class DBAAdamW(Optimizer):
         self._store_counters()
         self._plan = None
 
-    def _only_allocates(self, grads: list[torch.Tensor]) -> bool:
+    def _only_allocates(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> bool:
         """Checkpoint libraries call ``step()`` on empty state with lr 0 and zero gradients to have state allocated."""
         if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
-        return all(not torch.any(grad) for grad in grads)
+        zero = all(not torch.any(local(grad)) for grad in grads)
+        sharding = Sharding(("of param_groups", param) for param in params)
+        if sharding.communicates:  # zeros in the rows here do not make a gradient zero: all ranks decide alike
+            zero = not sharding.sum_(torch.tensor(float(not zero), device=sharding.mesh.device_type))
+        return zero
 
     def _scheduled_boost(self, plan: Plan) -> torch.Tensor | None:
         if self.boost_schedule is None:

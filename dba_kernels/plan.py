@@ -20,8 +20,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import state
-from .distributed import refuse_sharded
-from .formats import Coefficient, Hyper, StepSettings, Summary, TensorBatch
+from .distributed import PLAIN_TYPES, Sharding, layout_of, local
+from .formats import Coefficient, Hyper, StepSettings, Summary, TensorBatch, matrix_shape
 from .global_gradient import normalize_name
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class ActiveSet:
         addresses: of the parameters, in the order of the optimizer's groups.
         kinds: dtype and layout of each gradient.
         states: each parameter's state as it was: the tensors by key, and their addresses.
+        plain: whether no parameter is a DTensor.
     """
 
     index: torch.Tensor
@@ -66,12 +67,14 @@ class ActiveSet:
     addresses: list[int]
     kinds: list[tuple[torch.dtype, torch.layout]]
     states: list[tuple[dict[str, torch.Tensor], list[int]]]
+    plain: bool
 
     def is_current(self, params: list[torch.Tensor], grads: list[torch.Tensor], state: Mapping[Any, Any]) -> bool:
         """Whether parameters and state still are the tensors that the batches were made of, and gradients alike."""
         return (
             self.addresses == _addresses(params)
             and self.kinds == [(g.dtype, g.layout) for g in grads]
+            and (self.plain or all(_same_place(p, g) for p, g in zip(params, grads, strict=True)))
             and all(
                 _same_tensors(known, state.get(p)) and addresses == _addresses(known.values())
                 for p, (known, addresses) in zip(params, self.states, strict=True)
@@ -80,7 +83,8 @@ class ActiveSet:
 
     def batches(self, grads: list[torch.Tensor]) -> list[tuple[TensorBatch, list[torch.Tensor]]]:
         """Each batch with its gradients of this step."""
-        usable = [g if g.is_contiguous() else g.contiguous() for g in grads]
+        parts = grads if self.plain else [local(g) for g in grads]
+        usable = [g if g.is_contiguous() else g.contiguous() for g in parts]
         return [(part, [usable[i] for i in at]) for part, at in zip(self.parts, self.positions, strict=True)]
 
 
@@ -102,9 +106,9 @@ class Plan:
         groups = optimizer.param_groups
         self.params = [p for group in groups for p in group["params"]]
         self._row = {id(p): i for i, p in enumerate(self.params)}  # the plan keeps p alive: its id stays its own
-        self.names = _names(groups)
-        for name, param in zip(self.names, self.params, strict=True):
-            refuse_sharded(name, param)
+        full_names = _names(groups)
+        self.names = [normalize_name(name) for name in full_names]
+        self.sharding = Sharding(zip(full_names, self.params, strict=True))
         self.device = self.params[0].device
         self._grouping = _grouping(groups)
         self._active: dict[Any, ActiveSet] = {}
@@ -120,6 +124,7 @@ class Plan:
         self.group = torch.tensor(owner, device=self.device)
         self._uploaded: list[tuple[float, ...]] | None = None
         self._sums_elsewhere: dict[torch.device, torch.Tensor] = {}
+        self.cut = torch.tensor([[rows is not None] for rows in self.sharding.rows], device=self.device)
 
         steps = [int(optimizer.state.get(p, {}).get("step", 0)) for p in self.params]
         self.steps = torch.tensor(steps, dtype=torch.float32, device=self.device)
@@ -150,7 +155,8 @@ class Plan:
             gg.check_model(zip(self.names, self.params, strict=True), weights=fresh, missing=others, extra=others)
             for i, name in enumerate(self.names):
                 if name in gg:
-                    self.stored[i], global_sq[i] = gg.stored(name).to(self.params[i].device), gg.global_sq(name)
+                    stored = gg.stored(name, self.sharding.rows[i])
+                    self.stored[i], global_sq[i] = stored.to(self.params[i].device), gg.global_sq(name)
             self._warn_unbound()
         self.global_sq = torch.tensor(global_sq, dtype=torch.float64, device=self.device)
 
@@ -198,13 +204,15 @@ class Plan:
             addresses=_addresses(params),
             kinds=[(g.dtype, g.layout) for g in grads],
             states=[(tensors, _addresses(tensors.values())) for tensors in states],
+            plain=self.sharding.mesh is None,
         )
 
     def _prepare(self, param: torch.Tensor, row: int) -> tuple[str, str]:
         """State of ``param``, allocated or adopted; its formats."""
         optimizer, name = self.optimizer, self.names[row]
-        if not param.is_contiguous() or param.is_complex():
-            kind = "complex" if param.is_complex() else f"strides {param.stride()}"
+        part = local(param)
+        if not part.is_contiguous() or part.is_complex():
+            kind = "complex" if part.is_complex() else f"strides {part.stride()}"
             raise ValueError(
                 f"parameter {name!r}: expected real, contiguous storage, got {kind}; replace its data first"
             )
@@ -218,15 +226,16 @@ class Plan:
         self, params: list[torch.Tensor], param_format: str, state_format: str, global_format: str
     ) -> TensorBatch:
         def of(key: str) -> list[torch.Tensor]:
-            return [self.optimizer.state[p][key] for p in params]
+            return [local(self.optimizer.state[p][key]) for p in params]
 
         rows = [self._row[id(p)] for p in params]
+        first_rows = [(self.sharding.rows[row] or (0, 0))[0] for row in rows]
         compressed = state_format == "int8"
         return TensorBatch(
             param_format=param_format,
             state_format=state_format,
             global_format=global_format,
-            params=params,
+            params=[local(p) for p in params],
             exp_avgs=of("exp_avg"),
             exp_avg_sqs=of("exp_avg_sq"),
             index=torch.tensor(rows, device=params[0].device),
@@ -235,7 +244,7 @@ class Plan:
             exp_avg_sq_scales=of("exp_avg_sq_scale") if compressed else [],
             global_grads=[] if global_format == "none" else [self.stored[row] for row in rows],
             seeds=[zlib.crc32(self.names[row].encode()) for row in rows],
-            offsets=[0] * len(rows),
+            offsets=[start * matrix_shape(tuple(p.shape))[1] for start, p in zip(first_rows, params, strict=True)],
         )
 
     def upload_hyper(self, groups: list[dict[str, Any]]) -> None:
@@ -286,21 +295,42 @@ class Plan:
             if device != self.device:
                 rows = batch.index.to(self.device, non_blocking=True)
                 self.sums[rows] = self._sums_elsewhere[device][batch.index].to(self.device, non_blocking=True)
+        if self.sharding.communicates:
+            # Every rank has summed over its rows; what all ranks hold whole, one of them brings in.
+            sums = self.sums.index_select(0, active.index)
+            if not self.sharding.leads:
+                sums = sums.where(self.cut.index_select(0, active.index), 0.0)
+            self.sums.index_copy_(0, active.index, self.sharding.sum_(sums))
 
     def table_on(self, batch: TensorBatch) -> torch.Tensor:
         return self.table.to(batch.params[0].device, non_blocking=True)
 
 
 def _names(groups: list[dict[str, Any]]) -> list[str]:
-    names = []
+    names: list[str] = []
     for i, group in enumerate(groups):
         unnamed = [f"param_groups[{i}][{j}]" for j in range(len(group["params"]))]
-        names += [normalize_name(name) for name in group.get("param_names", unnamed)]
+        names += group.get("param_names", unnamed)
+        if len(names) != sum(len(g["params"]) for g in groups[: i + 1]):
+            raise ValueError(
+                f"param_groups[{i}]: expected {len(group['param_names'])} parameters, as named when the optimizer was "
+                f"made, got {len(group['params'])}; DeepSpeed ZeRO puts one flattened tensor in their place, in which "
+                "rows and norms of single parameters are lost: use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP"
+            )
     return names
 
 
 def _addresses(tensors: Iterable[torch.Tensor]) -> list[int]:
-    return [0 if isinstance(t, FakeTensor) else t.data_ptr() for t in tensors]
+    return [t.data_ptr() if type(t) in PLAIN_TYPES else _address(local(t)) for t in tensors]
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
+
+
+def _same_place(param: Any, grad: Any) -> bool:
+    """Whether a gradient is cut as its parameter; FSDP2's always are."""
+    return getattr(param, "placements", None) == getattr(grad, "placements", None)
 
 
 def _grouping(groups: list[dict[str, Any]]) -> list[list[int]]:
@@ -313,6 +343,11 @@ def _check_grad(param: torch.Tensor, grad: torch.Tensor, name: str) -> None:
     if grad.dtype not in GRAD_DTYPES and grad.dtype != param.dtype:
         raise ValueError(
             f"grad of {name!r}: expected float32, bfloat16 or float16, got {grad.dtype}; cast it before step()"
+        )
+    if not _same_place(param, grad):
+        raise ValueError(
+            f"grad of {name!r}: expected the parameter's layout over the ranks, {layout_of(param)}, got "
+            f"{layout_of(grad)}; redistribute it before step()"
         )
 
 

@@ -1,7 +1,8 @@
 """Optimizer state of one parameter: which formats it gets, how it is allocated, how loaded state is adopted.
 
 Keys are torch's (``step``, ``exp_avg``, ``exp_avg_sq``), and ``exp_avg_scale``, ``exp_avg_sq_scale`` for int8 state,
-``remainder`` for a parameter format that keeps one.
+``remainder`` for a parameter format that keeps one. State of a DTensor parameter is DTensors with its layout, and its
+formats follow from its global shape, so that any number of ranks saves and loads the same state.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from .backends import implementation
+from .distributed import layout_of, like, local, zeros
 from .formats import REMAINDER_DTYPES, is_compressible, matrix_shape, scales_shape
 
 
@@ -30,19 +32,19 @@ def _new_moments(param: torch.Tensor, state_format: str) -> dict[str, torch.Tens
     if state_format != "int8":
         narrow = torch.float64 if param.dtype == torch.float64 else torch.float32
         dtype = torch.bfloat16 if state_format == "bf16" else narrow
-        return {key: torch.zeros(shape, dtype=dtype, device=param.device) for key in ("exp_avg", "exp_avg_sq")}
+        return {key: zeros(param, shape, dtype) for key in ("exp_avg", "exp_avg_sq")}
     return {
-        "exp_avg": torch.zeros(matrix_shape(shape), dtype=torch.int8, device=param.device),
-        "exp_avg_sq": torch.zeros(matrix_shape(shape), dtype=torch.uint8, device=param.device),
-        "exp_avg_scale": torch.zeros(scales_shape(shape), device=param.device),
-        "exp_avg_sq_scale": torch.zeros(scales_shape(shape), device=param.device),
+        "exp_avg": zeros(param, matrix_shape(shape), torch.int8),
+        "exp_avg_sq": zeros(param, matrix_shape(shape), torch.uint8),
+        "exp_avg_scale": zeros(param, scales_shape(shape), torch.float32),
+        "exp_avg_sq_scale": zeros(param, scales_shape(shape), torch.float32),
     }
 
 
 def _new_remainder(param: torch.Tensor, param_format: str) -> torch.Tensor:
     if param_format == "master":
         return param.detach().to(torch.float32, copy=True)
-    return torch.zeros(param.shape, dtype=REMAINDER_DTYPES[param_format], device=param.device)
+    return zeros(param, tuple(param.shape), REMAINDER_DTYPES[param_format])
 
 
 def _convert_moments(state: dict[str, Any], param: torch.Tensor, state_format: str, name: str) -> None:
@@ -58,17 +60,18 @@ def _convert_moments(state: dict[str, Any], param: torch.Tensor, state_format: s
             )
     if all(key in state and state[key].dtype == value.dtype for key, value in template.items()):
         return
-    codec, shape = implementation("reference", "quantize"), tuple(param.shape)
-    exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
-    if exp_avg.dtype == torch.int8:
-        exp_avg = codec.decode_exp_avg(exp_avg, state.pop("exp_avg_scale"), shape)
-        exp_avg_sq = codec.decode_exp_avg_sq(exp_avg_sq, state.pop("exp_avg_sq_scale"), shape)
+    codec, shape = implementation("reference", "quantize"), tuple(local(param).shape)
+    exp_avg, exp_avg_sq = local(state["exp_avg"]), local(state["exp_avg_sq"])
+    if compressed:
+        exp_avg = codec.decode_exp_avg(exp_avg, local(state.pop("exp_avg_scale")), shape)
+        exp_avg_sq = codec.decode_exp_avg_sq(exp_avg_sq, local(state.pop("exp_avg_sq_scale")), shape)
+    parts = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     if state_format == "int8":
-        state["exp_avg"], state["exp_avg_scale"] = codec.encode_exp_avg(exp_avg)
-        state["exp_avg_sq"], state["exp_avg_sq_scale"] = codec.encode_exp_avg_sq(exp_avg_sq)
-        return
-    for key, value in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        state[key] = value.to(template[key].dtype).contiguous()
+        parts["exp_avg"], parts["exp_avg_scale"] = codec.encode_exp_avg(exp_avg)
+        parts["exp_avg_sq"], parts["exp_avg_sq_scale"] = codec.encode_exp_avg_sq(exp_avg_sq)
+    for key, part in parts.items():
+        empty = template[key]
+        state[key] = like(param, part.to(empty.dtype).contiguous(), tuple(empty.shape))
 
 
 def prepare(state: dict[str, Any], param: torch.Tensor, param_format: str, state_format: str, name: str) -> None:
@@ -80,8 +83,16 @@ def prepare(state: dict[str, Any], param: torch.Tensor, param_format: str, state
         name: of the parameter, for errors.
 
     Raises:
-        ValueError: the loaded state has another shape, or a remainder of another ``param_format``.
+        ValueError: the loaded state has another shape or layout over ranks, or a remainder of another
+            ``param_format``.
     """
+    for key, value in state.items():
+        if torch.is_tensor(value) and key != "step" and layout_of(value) != layout_of(param):
+            raise ValueError(
+                f"{key} of {name!r}: expected the parameter's layout over the ranks, {layout_of(param)}, got "
+                f"{layout_of(value)}; load with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, "
+                "which cuts state like its parameter"
+            )
     if "exp_avg" not in state and "exp_avg_sq" not in state:
         state.setdefault("step", torch.zeros((), dtype=torch.float32, device=param.device))
         state.update(_new_moments(param, state_format))
