@@ -11,6 +11,8 @@ if not torch.cuda.is_available():
     torch.set_num_threads(1)  # small tensors: threads only cost
 
 import importlib
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,3 +68,21 @@ def backend(request: pytest.FixtureRequest) -> Any:
 def native() -> Any:
     """The native backend alone: compiled, so it can take the long matrices."""
     return _backend_or_skip("native")
+
+
+@pytest.fixture(scope="session")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """File of the global gradient of the small Llama."""
+    from .tiny_llama import make_global
+
+    return make_global().save(tmp_path_factory.mktemp("stored") / "global_gradient.safetensors")
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps precision and accumulation of the process' last run; this forgets them afterwards."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -135,7 +135,8 @@ def _groups(model: torch.nn.Module, weight_decay: float, known: Any) -> list[dic
     """Groups of (name, parameter): decayed, not decayed; an empty one is left out."""
     from transformers import Trainer  # heavy; whoever calls this has imported it
 
-    decayed = set(Trainer.get_decay_parameter_names(None, model))  # the Trainer's rule itself, which reads no Trainer
+    rule: Any = Trainer.get_decay_parameter_names  # the Trainer's own, which reads nothing of the Trainer
+    decayed = set(rule(None, model))
 
     def members(decay: bool) -> Iterator[tuple[str, torch.nn.Parameter]]:
         for name, param in model.named_parameters():

@@ -1,0 +1,240 @@
+"""The Hugging Face Trainer and TRL's, end to end, against the plain loop over the same batches."""
+
+from __future__ import annotations
+
+import functools
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from dba_kernels import DBAAdamW, GlobalGradient
+from dba_kernels.integrations.transformers import DBAAdamWFactory, DBACallback, dba_adamw
+
+from .tiny_llama import batches, decay_groups, difference, examples, make_model, plain_loop, weights
+
+LR, STEPS, BATCH, DECAY = 1e-5, 6, 2, 0.1
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:boost. gamma starts at:UserWarning"),
+    pytest.mark.usefixtures("fresh_accelerator"),
+]
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    defaults = dict(
+        output_dir=str(folder),
+        learning_rate=LR,
+        weight_decay=DECAY,
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH,
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    return TrainingArguments(**(defaults | options))
+
+
+def make_trainer(
+    folder: Path, stored: Path | None, dtype=torch.float32, optimizer: dict | None = None, **options: Any
+) -> Trainer:
+    """What a user's script does, in the three lines of the integration."""
+    args = arguments(folder, **options)
+    count = STEPS * BATCH * args.gradient_accumulation_steps
+    trainer = Trainer(
+        make_model(dtype),
+        args,
+        train_dataset=examples(count),
+        optimizer_cls_and_kwargs=dba_adamw(args, stored, **(optimizer or {})),
+    )
+    DBACallback.attach(trainer)
+    return trainer
+
+
+def train(*args: Any, **kwargs: Any) -> Trainer:
+    trainer = make_trainer(*args, **kwargs)
+    trainer.train()
+    return trainer
+
+
+def by_hand(
+    stored: Path | None,
+    dtype=torch.float32,
+    accumulation: int = 1,
+    clip: float | None = 1.0,
+    bf16: bool = False,
+    total_steps: int = STEPS,
+    **options: Any,
+) -> tuple[torch.nn.Module, list[float]]:
+    """The same run without any of Hugging Face's training code."""
+    model = make_model(dtype)
+    if stored is not None:
+        options |= {"global_gradient": stored, "total_steps": total_steps}
+    optimizer = DBAAdamW(decay_groups(model, DECAY), lr=LR, **options)
+    micro = batches(examples(STEPS * BATCH * accumulation), BATCH)
+    steps = [micro[i : i + accumulation] for i in range(0, len(micro), accumulation)]
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16)
+    return model, plain_loop(model, optimizer, steps, STEPS, clip, autocast)
+
+
+FUSED = {"max_grad_norm": 1.0}
+CASES: dict[str, tuple[dict, dict]] = {  # what the user's script and the plain loop say
+    "fp32": ({}, {}),
+    "accumulation": ({"gradient_accumulation_steps": 2}, {"accumulation": 2}),
+    "bf16 autocast": ({"bf16": True}, {"bf16": True}),
+    "bf16 weights, int8 state": (
+        {"dtype": torch.bfloat16, "optimizer": {"state_format": "int8"}},
+        {"dtype": torch.bfloat16, "state_format": "int8"},
+    ),
+    "clipping inside the step": ({"max_grad_norm": 0, "optimizer": FUSED}, {"clip": None, **FUSED}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_trainer_is_the_plain_loop(case: str, stored: Path, tmp_path: Path) -> None:
+    """To the bit: the same operations in the same order on one thread."""
+    in_script, in_loop = CASES[case]
+    trainer = train(tmp_path, stored, **in_script)
+    model, losses = by_hand(stored, **in_loop)
+    assert torch.equal(weights(trainer.model), weights(model))
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(losses, rel=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [{"total_steps": 1000}, {"boost": 0.0}, {"correction": "none"}, {"clip": None}])
+def test_another_run_is_told_apart(wrong: dict, stored: Path, tmp_path: Path) -> None:
+    """Negative control: each part of what the integration hands over changes the weights."""
+    trainer = train(tmp_path, stored)
+    model, _ = by_hand(stored, **wrong)
+    apart = difference(trainer.model, model, make_model())
+    assert apart > 1e-3
+
+
+def test_without_a_global_gradient_it_is_the_trainers_adamw(tmp_path: Path) -> None:
+    """Against ``optim="adamw_torch"``: apart by what fp32 rounding does to ulp-sized updates."""
+    ours = train(tmp_path, None).model
+    theirs = Trainer(make_model(), arguments(tmp_path, optim="adamw_torch"), train_dataset=examples(STEPS * BATCH))
+    theirs.train()
+    other, _ = by_hand(None, betas=(0.8, 0.999))
+    apart = [difference(model, theirs.model, make_model()) for model in (ours, other)]
+    assert apart[0] < 1e-4 and apart[1] > 1e-2
+
+
+def test_where_one_clips_does_not_matter(stored: Path, tmp_path: Path) -> None:
+    """Before the step, as the Trainer does by default, or inside it: equal to the rounding of the clipped gradients."""
+    before = train(tmp_path, stored)
+    inside = train(tmp_path, stored, **CASES["clipping inside the step"][0])
+    apart = difference(inside.model, before.model, make_model())
+    assert 0 < apart < 1e-4
+    assert min(entry["grad_norm"] for entry in before.state.log_history if "loss" in entry) > 1.0  # it did clip
+
+
+def test_clipping_twice_is_refused(stored: Path, tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    message = r"max_grad_norm: expected clipping in one place, got TrainingArguments\(max_grad_norm=1.0\).*DBAAdamW"
+    with pytest.raises(ValueError, match=message):
+        dba_adamw(args, stored, max_grad_norm=0.5)
+    model = make_model()
+    optimizer = DBAAdamW(model.named_parameters(), lr=LR, max_grad_norm=0.5)
+    trainer = Trainer(model, args, train_dataset=examples(4), optimizers=(optimizer, None), callbacks=[DBACallback()])
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def test_deepspeed_is_refused(stored: Path) -> None:
+    args = types.SimpleNamespace(max_grad_norm=0, deepspeed="zero.json")
+    with pytest.raises(ValueError, match=r"deepspeed: expected none .* ZeRO flattens .* use FSDP2 or DDP"):
+        dba_adamw(args, stored)
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    trainer = Trainer(make_model(), arguments(tmp_path), train_dataset=examples(4), callbacks=[DBACallback()])
+    with pytest.raises(ValueError, match=r"optimizer: expected DBAAdamW, got AdamW; .*dba_adamw\(args, …\)"):
+        trainer.train()
+
+
+def test_a_forgotten_callback_is_said(stored: Path, tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    trainer = Trainer(
+        make_model(), args, train_dataset=examples(4), optimizer_cls_and_kwargs=dba_adamw(args, str(stored))
+    )
+    with pytest.raises(ValueError, match=r"total_steps: expected the number .*DBACallback"):
+        trainer.train()
+
+
+class Reporter(TrainerCallback):
+    """As Weights & Biases': the Trainer puts it before the user's callbacks."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        self.seen.append(dict(logs))
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_metrics_reach_logs_and_reporters(attached: bool, stored: Path, tmp_path: Path) -> None:
+    """γ follows eq. 2 with the Trainer's number of steps; reporters see it where the callback was attached."""
+    args = arguments(tmp_path, max_steps=-1, num_train_epochs=2, eval_strategy="epoch")
+    data, reporter = examples(8), Reporter()
+    trainer = Trainer(
+        make_model(),
+        args,
+        train_dataset=data,
+        eval_dataset=data[:2],
+        optimizer_cls_and_kwargs=dba_adamw(args, stored, boost=0.4),
+        callbacks=[reporter] if attached else [reporter, DBACallback()],
+    )
+    if attached:
+        DBACallback.attach(trainer)
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["dba_gamma"] for entry in history] == pytest.approx([0.4 * (1 - t / 8) for t in range(8)], rel=1e-6)
+    assert [entry["dba_steps"] for entry in history] == list(range(1, 9))
+    assert all(-1 <= entry["dba_cosine_mean"] <= 1 for entry in history)
+    assert all("dba_gamma" not in entry for entry in trainer.state.log_history if "loss" not in entry)
+    assert sum("dba_gamma" in logs for logs in reporter.seen) == (8 if attached else 0)
+
+
+def test_axolotl_passes_the_arguments_too(stored: Path, tmp_path: Path) -> None:
+    """``factory()(model, training_args, **kwargs)``: the arguments fill in what the keywords leave out."""
+    args = arguments(tmp_path, adam_beta2=0.95)
+    optimizer = DBAAdamWFactory()(make_model(), args, global_gradient=str(stored), lr=2e-5)
+    decayed, rest = optimizer.param_groups
+    assert (decayed["lr"], decayed["betas"], decayed["weight_decay"], rest["weight_decay"]) == (
+        2e-5,
+        (0.9, 0.95),
+        0.1,
+        0,
+    )
+    assert optimizer.awaits_total_steps
+
+
+def test_frozen_parameters_come_along_and_stay(stored: Path, tmp_path: Path) -> None:
+    """A frozen embedding has a stored gradient and no step; a stored name that no parameter has is still refused."""
+    model = make_model()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    args = arguments(tmp_path)
+    trainer = Trainer(
+        model, args, train_dataset=examples(STEPS * BATCH), optimizer_cls_and_kwargs=dba_adamw(args, stored)
+    )
+    DBACallback.attach(trainer)
+    trainer.train()
+    untouched = make_model()
+    assert torch.equal(model.model.embed_tokens.weight, untouched.model.embed_tokens.weight)
+    assert not torch.equal(model.lm_head.weight, untouched.lm_head.weight)
+
+    gg = GlobalGradient.load(stored)
+    more = GlobalGradient.from_tensors({**{name: gg[name] for name in gg}, "pooler.weight": torch.ones(2, 2)})
+    optimizer = DBAAdamWFactory()(make_model(), global_gradient=more, total_steps=STEPS, lr=LR)
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match=r"'pooler.weight': expected a parameter of that name"):
+        optimizer.step()
