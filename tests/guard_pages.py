@@ -3,7 +3,7 @@
 Each tensor gets a mapping of its own, between two pages without any permission. Placed at the end, its last byte is the
 last one that may be read or written; placed at the start, its first byte is the first.
 
-    python -m tests.guard_pages triton     # similarity and step over the whole matrix; also: native, reference
+    python -m tests.guard_pages triton     # every kernel over the whole matrix; also: native, reference
 
 Run in a process of its own (:func:`run`), for what a failure does to it.
 """
@@ -16,13 +16,17 @@ import mmap
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from dba_kernels.formats import STORAGE_FORMATS
+
 from .cases import build, pairwise_matrix, size_cases
 from .conftest import backend_named
 
+CODED = ((65, 77), (64, 64), (5000,), (70, 3, 33))
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -73,10 +77,22 @@ def main(name: str, part: str = "all") -> None:
     backend = backend_named(name)
     cases = size_cases()[1:2] if part == "one" else pairwise_matrix() + size_cases()
     for case, at_end in itertools.product(cases, (True, False)):
-        batch, grads, table = build(case, GuardPages(at_end))
-        backend.similarity(batch, grads, torch.zeros(len(table), 2, dtype=torch.float64))
-        backend.step(batch, grads, table)
-    print(f"{name}: {len(cases)} cases at both ends of guarded pages")
+        place = GuardPages(at_end)
+        batch, grads, table = build(case, place)
+        backend.similarity(batch, grads, place(torch.zeros(len(table), 2, dtype=torch.float64)))
+        backend.step(batch, grads, place(table))
+        totals = [place(torch.zeros(grad.shape)) for grad in grads]
+        backend.accumulate(totals, grads, 0.5, place(torch.zeros(len(grads), dtype=torch.float64)))
+        for stored, total in zip(batch.global_grads, totals, strict=False):
+            backend.decode(stored, total)
+    for format, shape, at_end in itertools.product(
+        STORAGE_FORMATS, CODED[: 1 if part == "one" else None], (True, False)
+    ):
+        place = GuardPages(at_end)
+        encoded = backend.encode(place(torch.randn(shape)), format)
+        scales = None if encoded.scales is None else place(encoded.scales)
+        backend.decode(replace(encoded, codes=place(encoded.codes), scales=scales), place(torch.zeros(shape)))
+    print(f"{name}: {len(cases)} cases and {len(shapes)} shapes of every format at both ends of guarded pages")
 
 
 if __name__ == "__main__":

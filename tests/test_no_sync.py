@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from dba_kernels import DBAAdamW, GlobalGradient, plan
 from dba_kernels.formats import PARAM_FORMATS, STATE_FORMATS
 
+from .test_launch import CountedOperations
+
 SHAPES = {"a.weight": (64, 64), "b.weight": (70, 65), "norm.weight": (64,)}
 
 
@@ -33,9 +35,7 @@ def run(steps: int = 3, found_inf: bool = False, **options) -> DBAAdamW:
             name: torch.nn.Parameter(torch.empty(shape, device="cuda", dtype=torch.bfloat16))
             for name, shape in SHAPES.items()
         }
-        optimizer = DBAAdamW(
-            params.items(), lr=1e-5, global_gradient=gg, total_steps=1000, backend="triton", **options
-        )
+        optimizer = DBAAdamW(params.items(), lr=1e-5, global_gradient=gg, total_steps=1000, backend="triton", **options)
         if found_inf:  # as GradScaler hands them over
             optimizer.found_inf = torch.zeros((), device="cuda")
             optimizer.grad_scale = torch.ones((), device="cuda")
@@ -50,6 +50,20 @@ def run(steps: int = 3, found_inf: bool = False, **options) -> DBAAdamW:
 @pytest.mark.parametrize("param_format", PARAM_FORMATS)
 def test_no_format_synchronises(fake_cuda: None, state_format: str, param_format: str) -> None:
     run(state_format=state_format, param_format=param_format, max_grad_norm=1.0)
+
+
+def test_a_step_is_three_operations(fake_cuda: None) -> None:
+    """From the second step on: no allocation, no copy, nothing of torch's own on the device."""
+    optimizer = run(state_format="int8", max_grad_norm=1.0)
+    with FakeTensorMode(allow_non_fake_inputs=True), CountedOperations() as counted:
+        optimizer.step()
+    per_batch = len(optimizer._plan.last.parts)
+    assert per_batch == 2  # the norm keeps fp32 state
+    assert counted.names == [
+        *["dba_kernels.similarity.default"] * per_batch,
+        "dba_kernels.coefficients.default",
+        *["dba_kernels.step.default"] * per_batch,
+    ]
 
 
 def test_grad_scaler_does_not_synchronise(fake_cuda: None) -> None:
