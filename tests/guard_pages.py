@@ -85,9 +85,8 @@ def main(name: str, part: str = "all") -> None:
         backend.accumulate(totals, grads, 0.5, place(torch.zeros(len(grads), dtype=torch.float64)))
         for stored, total in zip(batch.global_grads, totals, strict=False):
             backend.decode(stored, total)
-    for format, shape, at_end in itertools.product(
-        STORAGE_FORMATS, CODED[: 1 if part == "one" else None], (True, False)
-    ):
+    shapes = CODED[:1] if part == "one" else CODED
+    for format, shape, at_end in itertools.product(STORAGE_FORMATS, shapes, (True, False)):
         place = GuardPages(at_end)
         encoded = backend.encode(place(torch.randn(shape)), format)
         scales = None if encoded.scales is None else place(encoded.scales)
