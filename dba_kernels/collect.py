@@ -8,7 +8,6 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +16,11 @@ from torch import nn
 
 from .base_model import Fingerprint, fingerprint, named_once
 from .batches import LossFunction, digest_batch, loss_and_tokens
+from .distributed import fsdp_sharding, local
 from .formats import STORAGE_FORMATS, check_name
 from .global_gradient import GlobalGradient, Provenance, TensorStatistics
 from .records import check_rank
+from .snapshots import Snapshots
 from .sums import GradientSums
 
 WEIGHTINGS = ("tokens", "batch")
@@ -38,6 +39,7 @@ def collect_global_gradient(
     snapshot_path: str | os.PathLike[str] | None = None,
     snapshot_every: int = 100,
     group: dist.ProcessGroup | None = None,
+    save_to: str | os.PathLike[str] | None = None,
 ) -> GlobalGradient:
     """ĝ_G = Σ_i w_i g_i / Σ_i w_i over the micro-batches (eq. 1), compressed.
 
@@ -54,10 +56,13 @@ def collect_global_gradient(
             over all the data (a loss function that gives no number: w_i = 1). ``"batch"``: w_i = 1.
         data: names of the data, recorded in the file.
         autocast_dtype: run forward passes under ``torch.autocast`` of this dtype.
-        snapshot_path: keep the sums here; where this file exists, the collection goes on from it.
+        snapshot_path: keep the sums here; where this file exists, the collection goes on from it. Processes that hold
+            whole models need a path each.
         snapshot_every: micro-batches between snapshots.
         group: process group whose ranks each collected a part of the data, for example
-            ``torch.distributed.group.WORLD``. None: this process has all of it.
+            ``torch.distributed.group.WORLD``. None: this process has all of it, or the model is sharded.
+        save_to: write the result to this ``.safetensors`` file and return it mapped from there; needed for a model
+            sharded by FSDP2, where one rank writes and all return what it wrote.
 
     Raises:
         ValueError: a bad argument, batches without labels, or no batch with a finite loss.
@@ -89,7 +94,7 @@ def collect_global_gradient(
             collector.backward(loss, tokens)
     if group is not None:
         collector.reduce(group)
-    return collector.finish(format, rank)
+    return collector.finish(format, rank, save_to=save_to)
 
 
 class GlobalGradientCollector:
@@ -109,12 +114,21 @@ class GlobalGradientCollector:
     interruption: :meth:`remaining` skips what was consumed, which takes the same batches in the same order, and refuses
     others. The file stays until you delete it.
 
+    Several processes: with a whole model each (not wrapped in DistributedDataParallel), they accumulate on their own
+    and call :meth:`reduce` once. A model sharded by FSDP2 stays sharded: sums are kept of the rows that a rank has, and
+    one micro-batch is what all ranks together hand to :meth:`backward`, as many times each. FSDP2 averages gradients
+    over ranks; losses are weighted before that, so that the result is the mean per token over all ranks' data (leave
+    its ``set_gradient_divide_factor`` alone). Where one rank's loss is not finite, or one rank's rows of a gradient,
+    all ranks' are dropped. Gradients stay until the backward pass ends. Each rank keeps two snapshots, named after
+    ``snapshot_path`` and the rank, and the ranks go on from the last that all of them have.
+
     Args:
-        model: not wrapped in DistributedDataParallel: ranks accumulate on their own and :meth:`reduce` once.
+        model: the base model, as above.
         weighting, data, snapshot_path, snapshot_every: see :func:`collect_global_gradient`.
 
     Raises:
-        ValueError: a bad argument, a model without trainable parameters, or a snapshot of another collection.
+        ValueError: a bad argument, a model without trainable parameters, flattened by FSDP1 or ZeRO or sharded by
+            anything but FSDP2, or a snapshot of another collection.
 
     Example:
         >>> model = nn.Linear(8, 1)
@@ -137,27 +151,26 @@ class GlobalGradientCollector:
     ) -> None:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise ValueError("model: expected the bare model, got DistributedDataParallel; pass model.module")
-        if snapshot_every < 1:
-            raise ValueError(f"snapshot_every: expected at least 1, got {snapshot_every}")
         self.model = model
         self.weighting = check_name("weighting", weighting, WEIGHTINGS)
         self.data = (data,) if isinstance(data, str) else tuple(data)
-        self.snapshot_path = None if snapshot_path is None else Path(snapshot_path)
-        self.snapshot_every = snapshot_every
         everything = named_once(model.named_parameters())
         self._params = {name: param for name, param in everything.items() if param.requires_grad}
         if not self._params:
             raise ValueError("model: expected parameters that require gradients, got none; unfreeze what to collect")
+        self._sharding = fsdp_sharding(model)
         self._fingerprint: Fingerprint = fingerprint(everything.items())
         self._sums = GradientSums(self._params)
+        identity = {"weighting": self.weighting, "data": list(self.data), "fingerprint": self._fingerprint}
+        self._snapshots = Snapshots(snapshot_path, snapshot_every, identity, self._sharding)
         self._active = contextlib.ExitStack()
         self._weight: float | None = None  # of the micro-batch that is in its backward pass
         self._seen: set[str] = set()
         self._versions: list[tuple[str, torch.Tensor, int]] = []  # of every parameter: torch counts in-place writes
         self._entered = False
+        self._reduced = False
         self._finished = False
-        if self.snapshot_path is not None and self.snapshot_path.exists():
-            self._sums.load(self.snapshot_path, self._identity())
+        self._snapshots.resume(self._sums)
 
     @property
     def consumed(self) -> int:
@@ -169,12 +182,15 @@ class GlobalGradientCollector:
     def __enter__(self) -> GlobalGradientCollector:
         modes = [(module, module.training) for module in self.model.modules()]
         grads = [(param, param.grad) for param in self._params.values()]
-        self._versions = [(name, param, param._version) for name, param in self.model.named_parameters()]
+        named = [(name, local(param.detach())) for name, param in self.model.named_parameters()]
+        self._versions = [(name, part, part._version) for name, part in named]
         self._active.callback(_restore, modes, grads)
         self._entered = True
         self.model.eval()
         for index, (name, param) in enumerate(self._params.items()):
             param.grad = None
+            if self._sharding.mesh is not None:
+                continue  # FSDP2 itself hands over the rows of the gradient, when it has averaged them
             hook = param.register_post_accumulate_grad_hook(functools.partial(self._consume, index, name))
             self._active.callback(hook.remove)
         return self
@@ -223,14 +239,17 @@ class GlobalGradientCollector:
             raise RuntimeError(
                 "backward(): expected to be called within 'with collector:', which makes it see gradients"
             )
+        self._check_not_reduced("backward()")
         self._check_untouched()
         tokens = None if tokens is None else int(tokens)
-        weight = self._weight_of(tokens)
+        weight, finite = self._weight_of(tokens), bool(torch.isfinite(loss))
+        if self._sharding.mesh is not None:
+            loss, tokens, weight, finite = self._share(loss, tokens, weight, finite)
         progress = self._sums.progress
         progress.consumed += 1
         if tokens == 0:
             progress.empty += 1
-        elif not torch.isfinite(loss):
+        elif not finite:
             progress.dropped += 1
         else:
             progress.batches += 1
@@ -239,9 +258,28 @@ class GlobalGradientCollector:
             self._weight = weight
             loss.backward()
             self._weight = None
-            self._sums.commit(weight)
-        if self.snapshot_path is not None and progress.consumed % self.snapshot_every == 0:
-            self._sums.save(self.snapshot_path, self._identity())
+            if self._sharding.mesh is None:
+                self._sums.commit(weight)
+            else:
+                self._sums.add_rows([self._take_grad(param) for param in self._params.values()], weight)
+        self._snapshots.save_if_due(self._sums)
+
+    def _share(
+        self, loss: torch.Tensor, tokens: int | None, weight: float, finite: bool
+    ) -> tuple[torch.Tensor, int | None, float, bool]:
+        """Of the micro-batch that all ranks hold together: this rank's share of the loss, and what the ranks agree on.
+
+        FSDP2 divides the sum over N ranks by N, so the gradient of w_r · N / Σw · loss_r becomes Σ w_r g_r / Σw.
+        """
+        mesh, here = self._sharding.mesh, [weight, float(tokens or 0), float(not finite)]
+        sums = self._sharding.over_mesh_(torch.tensor(here, dtype=torch.float64, device=mesh.device_type))
+        all_weight, all_tokens, broken = sums.tolist()
+        share = weight * mesh.size() / all_weight if all_weight > 0 else 0.0
+        return loss * share, None if tokens is None else int(all_tokens), all_weight, broken == 0
+
+    def _take_grad(self, param: torch.Tensor) -> torch.Tensor | None:
+        grad, param.grad = param.grad, None
+        return None if grad is None else local(grad)
 
     def _check_usable(self) -> None:
         if self._finished:
@@ -274,8 +312,8 @@ class GlobalGradientCollector:
             if position < done:
                 if position == done - 1 and chain != progress.data_digest:
                     raise ValueError(
-                        f"{self.snapshot_path}: expected the {done} batches of the interrupted collection, got others; "
-                        "give the same data in the same order, or delete the snapshot"
+                        f"{self._snapshots.path}: expected the {done} batches of the interrupted collection, got "
+                        "others; give the same data in the same order, or delete the snapshot"
                     )
                 continue
             progress.data_digest = chain
@@ -284,8 +322,8 @@ class GlobalGradientCollector:
                 raise RuntimeError(f"batch {position}: expected one call of backward(), got {self.consumed - position}")
         if self.consumed > 0 and chain != progress.data_digest:
             raise ValueError(
-                f"{self.snapshot_path}: expected at least the {done} batches of the interrupted collection, got fewer; "
-                "give the same data, or delete the snapshot"
+                f"{self._snapshots.path}: expected at least the {done} batches of the interrupted collection, got "
+                "fewer; give the same data, or delete the snapshot"
             )
 
     # --- the result ---------------------------------------------------------------------------------------------------
@@ -295,29 +333,91 @@ class GlobalGradientCollector:
 
         Args:
             group: None for the default group.
-        """
-        self._check_usable()
-        self._sums.reduce(group)
-
-    def finish(self, format: str = "int8", rank: int | None = None) -> GlobalGradient:
-        """Divide, compress and describe; the sums are freed as they are consumed.
 
         Raises:
-            ValueError: no micro-batch, or none with a finite gradient for some tensor; see
-                :meth:`GlobalGradient.from_tensors` too.
+            RuntimeError: a second time.
+            ValueError: the model is sharded: its gradients are summed over the ranks already.
+        """
+        self._check_usable()
+        self._check_not_reduced("reduce()")
+        if self._sharding.mesh is not None:
+            raise ValueError(
+                "reduce(): expected a whole model on every rank, got one sharded by FSDP2, whose gradients have been "
+                "summed over the ranks; leave the call (or group=) out"
+            )
+        self._sums.reduce(group)
+        self._reduced = True
+
+    def _check_not_reduced(self, what: str) -> None:
+        if self._reduced:
+            raise RuntimeError(
+                f"{what}: expected before reduce(), got after it: sums of all ranks would be counted anew"
+            )
+
+    def finish(
+        self, format: str = "int8", rank: int | None = None, *, save_to: str | os.PathLike[str] | None = None
+    ) -> GlobalGradient:
+        """Divide, compress and describe; the sums are freed as they are consumed.
+
+        Of a sharded model one parameter is gathered at a time; the first rank compresses it and writes the file.
+
+        Args:
+            save_to: see :func:`collect_global_gradient`.
+
+        Raises:
+            ValueError: no micro-batch, or none with a finite gradient for some tensor; no ``save_to`` for a sharded
+                model; see :meth:`GlobalGradient.from_tensors` too.
+            OSError: the file cannot be written.
+            RuntimeError: the rank that writes failed; its error says why.
         """
         self._check_usable()
         check_name("format", format, STORAGE_FORMATS)
         shapes = {name: tuple(param.shape) for name, param in self._params.items()}
         if rank is not None:
             check_rank(rank, shapes)
+        if self._sharding.mesh is not None and save_to is None:
+            raise ValueError(
+                "save_to: expected the path of a file for a model sharded over ranks, got None; one of them writes the "
+                "whole, choose a folder that all ranks see"
+            )
         self._check_complete()
         self._warn_dropped()
         self._finished = True
-        progress = self._sums.progress
+        if self._sharding.mesh is not None:
+            self._sums.reduce_rows()
         statistics: dict[str, TensorStatistics] = {}
+        means = self._sums.means(statistics)
+        if self._sharding.mesh is None:
+            gg = self._describe(means, statistics, shapes, format, rank)
+            if save_to is None:
+                return gg
+            gg.save(save_to)
+            return GlobalGradient.load(save_to)
+        assert save_to is not None
+        failed: Exception | None = None
+        try:
+            if self._sharding.first:
+                self._describe(means, statistics, shapes, format, rank).save(save_to)
+        except Exception as error:
+            failed = error
+        for _ in means:  # gathering takes all ranks to the end, whatever became of the one that writes
+            pass
+        vote = torch.tensor(float(failed is not None), device=self._sharding.mesh.device_type)
+        if self._sharding.over_mesh_(vote):
+            raise failed or RuntimeError("finish(): the rank that writes the file failed; its error says why")
+        return GlobalGradient.load(save_to)
+
+    def _describe(
+        self,
+        means: Iterator[tuple[str, torch.Tensor]],
+        statistics: dict[str, TensorStatistics],
+        shapes: dict[str, tuple[int, ...]],
+        format: str,
+        rank: int | None,
+    ) -> GlobalGradient:
+        progress = self._sums.progress
         return GlobalGradient.from_tensors(
-            *(self._sums.means(statistics), format, rank),
+            *(means, format, rank),
             shapes=shapes,
             fingerprint=self._fingerprint,
             provenance=Provenance(
@@ -356,10 +456,6 @@ class GlobalGradientCollector:
             f"and the non-finite gradients of {int((dropped > 0).sum())} tensors{where}",
             stacklevel=3,
         )
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be equal for a snapshot to continue this collection."""
-        return {"weighting": self.weighting, "data": list(self.data), "fingerprint": self._fingerprint}
 
 
 def _restore(

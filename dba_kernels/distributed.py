@@ -90,9 +90,15 @@ class Sharding:
                     f"parameter {second!r}: expected the device mesh and the sharded dimensions of {first!r}, got "
                     "others; make one optimizer per mesh"
                 )
-        self.mesh: Any = next(iter(meshes), None)
-        self._dims = [dim for dim in next(iter(layouts), ()) if self.mesh.size(dim) > 1]
-        self.leads = all(self.mesh.get_local_rank(dim) == 0 for dim in self._dims)
+        mesh: Any = next(iter(meshes), None)
+        self.mesh = mesh
+        self._dims = [dim for dim in next(iter(layouts), ()) if mesh.size(dim) > 1]
+        self.leads = all(mesh.get_local_rank(dim) == 0 for dim in self._dims)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the mesh's first rank: the one that writes."""
+        return not any(self.mesh.get_coordinate())
 
     @property
     def communicates(self) -> bool:
@@ -148,6 +154,31 @@ def _refuse_flattened(name: str, param: torch.Tensor) -> None:
         f"parameter {name!r}: expected the model's own tensor or a DTensor, got a part of a tensor that {kind} has "
         f"flattened, in which rows and norms of single parameters are lost; {mend}"
     )
+
+
+def fsdp_sharding(model: torch.nn.Module) -> Sharding:
+    """How the parameters of a model lie on the ranks, for one who reads their gradients.
+
+    Raises:
+        ValueError: see :class:`Sharding`; or gradients that are not FSDP2's averages over the ranks.
+    """
+    named = list(model.named_parameters())
+    sharding = Sharding(named)
+    if sharding.mesh is None:
+        return sharding
+    from torch.distributed.fsdp import FSDPModule
+
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ValueError(
+            "model: expected DTensors of torch.distributed.fsdp.fully_shard, got others; shard it with that"
+        )
+    for name, param in named:
+        if param.requires_grad and not is_dtensor(param):
+            raise ValueError(
+                f"parameter {name!r}: expected a DTensor as others are, got a plain tensor, whose gradient FSDP2 does "
+                "not average; shard it too, or freeze it"
+            )
+    return sharding
 
 
 def gather(param: torch.Tensor, part: torch.Tensor) -> torch.Tensor:

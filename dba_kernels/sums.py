@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from . import ops
-from .distributed import all_reduce_, world_size
+from .distributed import Sharding, all_reduce_, gather, local, world_size
 from .files import SavedTensors, as_bytes, save_tensors
 from .records import TensorStatistics, squared_norm
 
@@ -38,17 +38,21 @@ class Progress:
 class GradientSums:
     """Σ w_i g_i of every tensor in fp32 (fp64 for fp64 parameters), and the scalars that go with it.
 
+    Of parameters cut by rows, each rank sums the rows that it has.
+
     Args:
-        params: what gradients belong to, by name; only shapes, dtypes and devices are taken from them.
+        params: what gradients belong to, by name.
     """
 
     def __init__(self, params: Mapping[str, torch.Tensor]) -> None:
         self.names = list(params)
+        self.params = list(params.values())
+        self.sharding = Sharding(params.items())
         self.totals = [
             torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-            for p in params.values()
+            for p in map(local, self.params)
         ]
-        # Per tensor: Σw, Σw², Σw²‖g‖², and how many gradients were dropped because they were not finite.
+        # Per tensor: Σw, Σw², Σw²‖g‖² (of the rows here), and how many gradients were dropped, not being finite.
         self.scalars = torch.zeros(len(params), 4, dtype=torch.float64)
         self.progress = Progress()
         # ‖g‖² of the micro-batch at hand, one vector per device so that nothing synchronises before commit().
@@ -60,10 +64,24 @@ class GradientSums:
         grad = grad.to_dense() if grad.is_sparse else grad.contiguous()
         ops.accumulate([total], [grad], weight, self._squared[total.device][index : index + 1])
 
-    def commit(self, weight: float) -> None:
+    def add_rows(self, grads: list[torch.Tensor | None], weight: float) -> None:
+        """Add and commit a whole micro-batch, of every gradient the rows that are here (None: zero).
+
+        What is not finite on one rank adds nothing on any, hence nothing is added before all is known.
+        """
+        bad = torch.stack(
+            [self.totals[0].new_zeros(()) if g is None else (~torch.isfinite(g)).any().float() for g in grads]
+        )
+        dropped = (self.sharding.sum_(bad) > 0).cpu()
+        for index, (grad, drop) in enumerate(zip(grads, dropped.tolist(), strict=True)):
+            if grad is not None and not drop:
+                self.add(index, grad, weight)
+        self.commit(weight, dropped)
+
+    def commit(self, weight: float, dropped: torch.Tensor | bool = False) -> None:
         """The micro-batch is complete: count its weight, except for tensors whose gradient was not finite."""
         norms = torch.stack([squared.cpu() for squared in self._squared.values()]).sum(dim=0)
-        finite = torch.isfinite(norms)
+        finite = torch.isfinite(norms) & ~torch.as_tensor(dropped)
         norms = norms.where(finite, 0.0)
         self.scalars += torch.stack((finite * weight, finite * weight**2, norms * weight**2, ~finite), dim=1)
         for squared in self._squared.values():
@@ -76,21 +94,43 @@ class GradientSums:
         for total in self.totals:
             all_reduce_(total, group)
         device, counts = self.totals[0].device, self.progress.counts()
-        digest = hashlib.sha256(self.progress.data_digest.encode()).digest()
-        shared = all_reduce_(torch.tensor([*counts, *digest], dtype=torch.int64, device=device), group).tolist()
-        consumed, batches, tokens, dropped, empty = shared[: len(counts)]
-        mixed = hashlib.sha256(repr(shared[len(counts) :]).encode()).hexdigest()
-        self.progress = Progress(consumed, batches, tokens, dropped, empty, mixed)
+        shared = torch.tensor([*counts, *self._digest_numbers()], dtype=torch.int64, device=device)
+        totals = all_reduce_(shared, group).tolist()
+        self.progress = Progress(*totals[: len(counts)])
+        self.progress.data_digest = _digest_of(totals[len(counts) :])
         self.scalars = all_reduce_(self.scalars.to(device), group).cpu()
+
+    def reduce_rows(self) -> None:
+        """Of parameters cut by rows: the norms of whole gradients, and one digest of what all ranks have seen.
+
+        Weights and counts are those of whole micro-batches already.
+        """
+        device = self.totals[0].device
+        self.scalars[:, 2] = self.sharding.sum_(self.scalars[:, 2].to(device)).cpu()
+        seen = torch.tensor(self._digest_numbers(), dtype=torch.int64, device=device)
+        self.progress.data_digest = _digest_of(self.sharding.over_mesh_(seen).tolist())
+
+    def _digest_numbers(self) -> list[int]:
+        """The data's digest as numbers that ranks may add up."""
+        return list(hashlib.sha256(self.progress.data_digest.encode()).digest())
 
     def means(self, statistics: dict[str, TensorStatistics]) -> Iterator[tuple[str, torch.Tensor]]:
         """Divide by the weights (eq. 1), one tensor at a time, each sum given up as it is taken.
 
+        Of parameters cut by rows one is gathered at a time: all ranks must exhaust the iterator, and the mesh's first
+        alone is given the means, on the CPU.
+
         Args:
             statistics: receives each tensor's entry before the tensor is yielded.
         """
-        for name, (weight, weight_sq, norms, dropped) in zip(self.names, self.scalars.tolist(), strict=True):
+        for name, param, scalars in zip(self.names, self.params, self.scalars.tolist(), strict=True):
+            weight, weight_sq, norms, dropped = scalars
             mean = self.totals.pop(0).div_(weight)
+            if self.sharding.mesh is not None:
+                mean = gather(param, mean)
+                if not self.sharding.first:
+                    continue
+                mean = mean.cpu()
             signal, noise = signal_and_noise(squared_norm(mean), weight, weight_sq, norms)
             statistics[name] = TensorStatistics(signal, noise, int(dropped))
             yield name, mean
@@ -138,6 +178,10 @@ class GradientSums:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {f"{n}/total": t for n, t in zip(self.names, self.totals, strict=True)} | {"/scalars": self.scalars}
+
+
+def _digest_of(numbers: list[int]) -> str:
+    return hashlib.sha256(repr(numbers).encode()).hexdigest()
 
 
 def _sha256(tensor: torch.Tensor) -> str:

@@ -1,0 +1,74 @@
+"""Snapshots of a running collection: which files, when, and where to go on from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .distributed import Sharding
+from .files import SavedTensors
+from .sums import GradientSums
+
+
+class Snapshots:
+    """Keeps the sums in a file, or, of a sharded model, in two files per rank by turns.
+
+    Two, because ranks are not killed at the same instant: one may have written its newest snapshot when another has
+    not. Ranks never are more than one snapshot apart (each micro-batch takes all of them), so of the newest two all
+    have one in common.
+
+    Args:
+        path: the file; None to keep none. Of a sharded model, the files are named after it and the rank.
+        every: micro-batches between snapshots.
+        identity: what must be equal for a snapshot to continue this collection.
+        sharding: of the model.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str] | None, every: int, identity: dict[str, Any], sharding: Sharding
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"snapshot_every: expected at least 1, got {every}")
+        self.path = None if path is None else Path(path)
+        self.every = every
+        self.sharding = sharding
+        self.identity = identity
+        self.files = [] if self.path is None else [self.path]
+        if self.path is not None and sharding.mesh is not None:
+            self.identity = identity | {"rows": [list(rows or ()) for rows in sharding.rows]}
+            place = "-".join(map(str, sharding.mesh.get_coordinate()))
+            stem = f"{self.path.stem}.rank{place}-of-{sharding.mesh.size()}"
+            self.files = [self.path.with_name(f"{stem}.{turn}{self.path.suffix}") for turn in "ab"]
+
+    def save_if_due(self, sums: GradientSums) -> None:
+        """Write ``sums`` where their count of micro-batches asks for it."""
+        turn, rest = divmod(sums.progress.consumed, self.every)
+        if self.files and rest == 0:
+            sums.save(self.files[turn % len(self.files)], self.identity)
+
+    def resume(self, sums: GradientSums) -> None:
+        """Load the newest snapshot, of a sharded model the newest that all ranks have, if there is one.
+
+        Raises:
+            ValueError: corrupt, or of another collection.
+        """
+        there = [file for file in self.files if file.exists()]
+        if self.sharding.mesh is None or not self.files:
+            for file in there:
+                sums.load(file, self.identity)
+            return
+        found = {SavedTensors(file).content.get("progress", {}).get("consumed", 0): file for file in there}
+        mine = torch.tensor(max(found, default=0), device=self.sharding.mesh.device_type)
+        newest = int(self.sharding.over_mesh_(mine, dist.ReduceOp.MIN))
+        if newest == 0:
+            return
+        if newest not in found:
+            raise ValueError(
+                f"{self.files[0]}: expected a snapshot of {newest} micro-batches, which is the newest of another rank, "
+                f"got those of {sorted(found)}; delete the snapshots of all ranks"
+            )
+        sums.load(found[newest], self.identity)
