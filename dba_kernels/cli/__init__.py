@@ -1,4 +1,4 @@
-"""The command line: ``dba-kernels env`` and ``dba-kernels demo``."""
+"""The command line: ``dba-kernels collect``, ``inspect``, ``plan``, ``finetune``, ``demo`` and ``env``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import click
 
 import dba_kernels
 
-from . import demo, env
+from . import collect, demo, env, finetune, inspect, plan
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -15,5 +15,5 @@ def main() -> None:
     """Dynamic Boosted Annealing: fine-tune on domain data alone, boosted by one stored gradient of the general data."""
 
 
-main.add_command(demo.command)
-main.add_command(env.command)
+for module in (collect, inspect, plan, finetune, demo, env):
+    main.add_command(module.command)

@@ -51,3 +51,29 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary folder inside ``folder``, then move its files out; ``config.json`` goes last, so
+    that a folder with one is a whole model.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
+            write(Path(scratch))
+            files = sorted(Path(scratch).iterdir(), key=lambda file: (file.name == "config.json", file.name))
+            for file in files:
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
+            for file in files:
+                os.replace(file, folder / file.name)
+    except OSError as error:
+        raise InputError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from error
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has left in ``folder``."""
+    for leftover in (*folder.glob(".*.partial"), *folder.glob(".partial-*")):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)

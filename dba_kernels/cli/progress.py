@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 15.0
+WIDTH = 160
 
 
 class _Rate(ProgressColumn):
@@ -84,6 +85,12 @@ def progress(console: Console) -> Bars:
         return Lines(console)
     columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     return Progress(*columns, console=console)
+
+
+def wide_console(quiet: bool = False) -> Console:
+    """A console whose tables are not squeezed to 80 columns where there is no terminal to ask for its width."""
+    console = Console(quiet=quiet)
+    return console if console.is_terminal else Console(quiet=quiet, width=WIDTH)
 
 
 def duration(seconds: float) -> str:
