@@ -13,7 +13,7 @@ import dba_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-MODULES = ("schedule", "backends", "base_model", "global_gradient", "collect", "optim")
+MODULES = ("schedule", "backends", "base_model", "global_gradient", "collect", "optim", "integrations.transformers")
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -39,6 +39,8 @@ def python_blocks() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.filterwarnings("ignore:boost. gamma starts at:UserWarning")
+@pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize("block", python_blocks(), ids=lambda block: block.splitlines()[0][:40])
 def test_readme_python_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Python block of the README runs as written, in an empty folder, on a small model that it is given."""
@@ -51,9 +53,14 @@ def test_readme_python_runs(block: str, tmp_path: Path, monkeypatch: pytest.Monk
         hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=128
     )
     text = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 128, (8, 2, 16))]
-    dba_kernels.collect_global_gradient(LlamaForCausalLM(config), text[:2]).save(tmp_path / "given.safetensors")
-    scope = {"model": LlamaForCausalLM(config), "general_batches": text, "domain_batches": text[:4]}
+    model = LlamaForCausalLM(config)
+    dba_kernels.collect_global_gradient(model, text[:2]).save(tmp_path / "global_gradient.safetensors")
+    scope = {"model": model, "general_batches": text, "domain_batches": text[:4]}
+    scope["dataset"] = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 128, (8, 16))]
+    before = [param.detach().clone() for param in model.parameters()]
     exec(compile(block, "README.md", "exec"), scope)
+    if "train()" in block or "step()" in block:
+        assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
 def test_ci_runs_the_readme_command() -> None:
