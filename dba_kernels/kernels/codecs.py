@@ -1,7 +1,7 @@
 """Codecs in registers: tiles of stored codes to fp32 and back. Grouped tiles are ``[groups, GROUP]``.
 
-Integers become floats, and floats integers, by adding 2²³-sized constants: rounding to nearest even without a
-conversion instruction, of which a GPU does a quarter as many per cycle, and without libdevice.
+Floats become integers by adding 1.5 · 2²³, which rounds to nearest even without a conversion instruction and without
+libdevice; 8- and 16-bit integers become floats by one conversion each.
 """
 
 from __future__ import annotations
@@ -18,21 +18,6 @@ EXP_AVG_SQ_STEP = tl.constexpr(1.0 / formats.EXP_AVG_SQ_CODE_MAX**4)
 
 TWO_23_BITS = tl.constexpr(0x4B000000)  # fp32 pattern of 2**23, whose ulp is 1
 ROUND = tl.constexpr(12582912.0)  # 1.5 · 2**23: adding it rounds |x| < 2**22 to an integer in the low mantissa bits
-
-
-@triton.jit
-def widen_int8(codes):
-    return ((codes.to(tl.int32) & 0xFF ^ 0x80) | TWO_23_BITS).to(tl.float32, bitcast=True) - 8388736.0
-
-
-@triton.jit
-def widen_int16(codes):
-    return ((codes.to(tl.int32) & 0xFFFF ^ 0x8000) | TWO_23_BITS).to(tl.float32, bitcast=True) - 8421376.0
-
-
-@triton.jit
-def widen_uint8(codes):
-    return (codes.to(tl.int32) | TWO_23_BITS).to(tl.float32, bitcast=True) - 8388608.0
 
 
 @triton.jit
@@ -80,7 +65,7 @@ def decode_quadratic(wide, scale):
 
 @triton.jit
 def decode_exp_avg(codes, scale):
-    return decode_quadratic(widen_int8(codes), scale)
+    return decode_quadratic(codes.to(tl.float32), scale)
 
 
 @triton.jit
@@ -94,7 +79,7 @@ def narrow_signed_root(value):
 @triton.jit
 def decode_exp_avg_sq(codes, scale):
     """v = scale · c⁴"""
-    wide = widen_uint8(codes)
+    wide = codes.to(tl.float32)
     square = wide * wide
     return square * square * scale
 
@@ -112,7 +97,7 @@ def encode_exp_avg_sq(exp_avg_sq):
     scale, inverse = scale_and_inverse(tl.max(exp_avg_sq, axis=1, keep_dims=True), EXP_AVG_SQ_STEP)
     root = tl.sqrt(tl.sqrt(exp_avg_sq * inverse))
     floor = tl.where(inverse > 0, 1.0, 0.0)  # [groups, 1]
-    return narrow_integer(tl.where(exp_avg_sq > 0, tl.maximum(root, floor), 0.0)).to(tl.uint8), scale
+    return narrow_integer(tl.where(exp_avg_sq > 0, tl.maximum(root, floor), root)).to(tl.uint8), scale
 
 
 @triton.jit
@@ -153,7 +138,7 @@ def load_global(codes_ptr, scale_ptr, weight, start, rows, cols, at, FORMAT: tl.
             )
     elif FORMAT == "int8":
         scale = weight * load(scale_ptr, group_offsets(start, rows, cols, MASKED), MASKED)
-        return decode_quadratic(widen_int8(load(codes_ptr, at, MASKED)), scale)
+        return decode_quadratic(load(codes_ptr, at, MASKED).to(tl.float32), scale)
     elif FORMAT == "fp8_e4m3":
         scale = weight * load(scale_ptr, group_offsets(start, rows, cols, MASKED), MASKED)
         return decode_fp8_e4m3(load(codes_ptr, at, MASKED), scale)

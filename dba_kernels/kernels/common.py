@@ -42,12 +42,17 @@ def pointer(pointers, column, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit
 def chunk_ranges(chunk, pointers, grad_address, rows, cols):
-    """(first position, end of the full tiles, end) of a chunk; masked tiles take what full ones leave."""
+    """(first position, end of the full tiles, end) of a chunk; masked tiles take what full ones leave.
+
+    They also take a chunk that straddles a multiple of 2³² of the whole parameter, as a row shard's may.
+    """
     first = tl.load(chunk + 1).to(tl.int64) * CHUNK
     end = tl.minimum(first + CHUNK, rows * tl.cdiv(cols, GROUP) * GROUP)
     aligned = (tl.load(pointers + col.FULL_TILES) != 0) & (tl.load(grad_address) % ALIGNMENT == 0)
+    element = tl.load(pointers + col.OFFSET) + first
+    within = ((element ^ (element + CHUNK - 1)) >> 32) == 0
     full = (tl.minimum(end, rows * cols) - first) // TILE * TILE
-    return first, first + tl.where(aligned, full, 0), end
+    return first, first + tl.where(aligned & within, full, 0), end
 
 
 @triton.jit

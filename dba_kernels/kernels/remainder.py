@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codecs import narrow_integer, widen_int8, widen_int16, widen_uint8
+from .codecs import narrow_integer
 
 
 @triton.jit
@@ -27,15 +27,17 @@ def random_key(seed, step, high):
 
 
 @triton.jit
-def random_words(seed, step, first, offsets):
+def random_words(seed, step, first, offsets, MASKED: tl.constexpr):
     """Counter-based random uint32 of the elements ``first + offsets`` of the whole parameter.
 
-    A tile may straddle one multiple of 2³², hence two keys.
+    A masked tile may straddle one multiple of 2³², hence two keys; full ones do not (:func:`chunk_ranges`).
     """
     low = (first & 0xFFFFFFFF).to(tl.uint32)
     high = (first >> 32).to(tl.uint32)
     index = low + offsets.to(tl.uint32)
-    key = tl.where(index < low, random_key(seed, step, high + 1), random_key(seed, step, high))
+    key = random_key(seed, step, high)
+    if MASKED:
+        key = tl.where(index < low, random_key(seed, step, high + 1), key)
     return mix32(index ^ key)
 
 
@@ -58,8 +60,7 @@ def join(weight, remainder, FORMAT: tl.constexpr):
     """The fp32 parameter."""
     if weight.dtype == tl.float16:
         wide = weight.to(tl.float32)
-        units = widen_int8(remainder) if FORMAT == "split8" else widen_int16(remainder)
-        return wide + units * fp16_unit_bits(wide, FORMAT).to(tl.float32, bitcast=True)
+        return wide + remainder.to(tl.float32) * fp16_unit_bits(wide, FORMAT).to(tl.float32, bitcast=True)
     else:
         low = remainder.to(tl.int32)
         if FORMAT == "split8":
@@ -74,8 +75,8 @@ def split_fp16(value, words, FORMAT: tl.constexpr):
     wide = weight.to(tl.float32)
     inverse_unit = (0x7F000000 - fp16_unit_bits(wide, FORMAT)).to(tl.float32, bitcast=True)
     units = (value - wide) * inverse_unit
-    if FORMAT == "split8":
-        return weight, narrow_integer(tl.floor(units + widen_uint8(words >> 24) * 0.00390625))
+    if FORMAT == "split8":  # stochastic rounding: add a random byte below the point, then cut
+        return weight, (narrow_integer(units * 256.0) + (words >> 24).to(tl.int32)) >> 8
     else:
         return weight, narrow_integer(units)
 

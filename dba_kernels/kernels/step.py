@@ -92,7 +92,7 @@ def update_tile(
 
     if PARAM_FORMAT == "split8" or STATE_FORMAT == "bf16":
         first, offsets, _ = at
-        words = random_words(seed, step, offset + first, offsets)
+        words = random_words(seed, step, offset + first, offsets, MASKED)
     else:
         words = 0
     if STATE_FORMAT == "int8":
