@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,20 @@ def test_a_forgotten_callback_is_said(stored: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"total_steps: expected the number .*DBACallback"):
         trainer.train()
+
+
+def test_training_again_with_a_used_optimizer_is_said(tmp_path: Path) -> None:
+    """As in a notebook: the Trainer keeps its optimizer, whose boost has decayed to nothing."""
+    gg = GlobalGradient.from_tensors({name: torch.ones_like(p) for name, p in make_model().named_parameters()})
+    trainer = train(tmp_path, gg, optimizer={"boost": 0.4})
+    with pytest.warns(UserWarning, match=r"got one that has done 6 steps.*set trainer.optimizer = None"):
+        trainer.train()
+    assert trainer.state.log_history[-2]["dba_gamma"] == 0.0
+    trainer.optimizer = None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="optimizer: expected a fresh one")
+        trainer.train()
+    assert trainer.state.log_history[-2]["dba_gamma"] == pytest.approx(0.4 / 6, rel=1e-6)
 
 
 class Reporter(TrainerCallback):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import fsdp2_switch_optimizer_parameters
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, get_scheduler
 
@@ -28,6 +29,20 @@ pytestmark = [
 # --- Accelerate -------------------------------------------------------------------------------------------------------
 
 
+def swap_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """What ``prepare`` does for FSDP2, which Accelerate has on GPUs only: placeholders, then new tensors in place."""
+    mapping = {}
+    for module in model.modules():
+        for name, param in list(module.named_parameters(recurse=False)):
+            mapping[param.data_ptr()] = torch.nn.Parameter(param.detach().clone())
+            setattr(module, name, mapping[param.data_ptr()])
+    for group in optimizer.param_groups:
+        for i, param in enumerate(group["params"]):
+            group["params"][i] = torch.empty(1)
+            group["params"][i].data_ptr = param.data_ptr()
+    fsdp2_switch_optimizer_parameters(optimizer, mapping)
+
+
 def accelerated(stored: Path, swap: bool, accumulation: int = ACCUMULATION) -> torch.nn.Module:
     """The loop that Accelerate's documentation shows: everything is called at every micro-batch."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
@@ -38,13 +53,8 @@ def accelerated(stored: Path, swap: bool, accumulation: int = ACCUMULATION) -> t
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=STEPS)
     loader = torch.utils.data.DataLoader(examples(STEPS * BATCH * ACCUMULATION), batch_size=BATCH)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
-    if swap:  # as `prepare` does where it shards or moves a model: other tensors under the same names
-        replaced = {}
-        for module in model.modules():
-            for name, param in list(module.named_parameters(recurse=False)):
-                replaced[param] = torch.nn.Parameter(param.detach().clone())
-                setattr(module, name, replaced[param])
-        optimizer._switch_parameters(replaced)
+    if swap:
+        swap_tensors(model, optimizer)
     model.train()
     for batch in loader:
         with accelerator.accumulate(model):

@@ -21,6 +21,7 @@ gradient's path and digest, not its data: the same file must be given again.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,6 +110,13 @@ class DBACallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         ours = _unwrapped(optimizer)
         _check_clipping(args, ours.settings.max_grad_norm)
+        done = ours.metrics().get("steps", 0)
+        if done and state.global_step == 0:
+            warnings.warn(
+                f"optimizer: expected a fresh one at step 0, got one that has done {done:.0f} steps, so gamma goes on "
+                "from there; set trainer.optimizer = None to start again",
+                stacklevel=2,
+            )
         ours.set_total_steps(state.max_steps)
 
     def on_log(
