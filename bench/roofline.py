@@ -4,7 +4,8 @@
     python -m bench.roofline --targets all        # compile for every target, spills and registers
     python -m bench.roofline --json --match int4  # machine-readable, some variants
 
-Times are *predicted*: bytes over measured copy bandwidth, instructions over the full issue rate, whichever is longer.
+Times are *predicted*: bytes over measured copy bandwidth, instructions over the rates of their units, whichever takes
+longest; the last table says where each rate comes from.
 
 Arithmetic that the interpreter does not model, with the relative errors that NVIDIA's PTX manual states: fma.rn (rounds
 once instead of twice), sqrt.approx.ftz 2⁻²³, rsqrt.approx.ftz 2⁻²²·⁹, div.full 2 ulp. Their effect in eq. 8, to first
@@ -31,12 +32,21 @@ from dba_kernels.kernels.common import CHUNK, THREADS, TILE
 from .sass import Profile, profile
 from .variants import BF16, FP32, TARGETS, VARIANTS, Variant, compile_variant, similarity_variant, step_variant
 
+SMS, CLOCK = 132, 66.9e12 / (132 * 128 * 2)
 BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}
-"""Bytes per second, read plus written, of a device-to-device copy, as measured on rented machines."""
-ISSUE_RATE = 132 * 4 * 32 * 1.755e9
-"""Thread instructions per second of an H100 or H200 SXM: 132 SMs, 4 warp schedulers each, 1.755 GHz boost clock."""
-MUFU_RATE = 132 * 16 * 1.755e9
-"""Special-function results per second: 16 per SM and clock."""
+PER_CLOCK = {"issue": 128, "integer": 64, "special": 16}
+"""Results per SM and clock of what an instruction may wait for."""
+SOURCES = {
+    f"{SMS} SMs at {CLOCK / 1e9:.2f} GHz": "white paper NVIDIA H100 Tensor Core GPU Architecture, table of the SXM5 "
+    "part: 132 SMs, 66.9 TFLOPS of fp32 = SMs × 128 lanes × 2 × clock; the H200 datasheet states the same compute",
+    "issue 128 thread instructions per SM and clock": "the same paper: four warp schedulers, 32 lanes each",
+    "integer 64 results per SM and clock": "CUDA C++ Programming Guide, throughput of arithmetic instructions, compute "
+    "capability 9.0: integer add, compare, minimum, maximum, shift, logic",
+    "special 16 results per SM and clock": "the same table: reciprocal, square root; integer-to-float conversions are "
+    "counted here too, which is pessimistic",
+    "copy 3.0 TB/s (H100), 4.3 TB/s (H200)": "device-to-device copies on rented machines, read plus written; the "
+    "datasheets' peaks are 3.35 and 4.8",
+}
 TILES_PER_CHUNK = CHUNK.value // TILE.value
 ELEMENTS = TILE.value // THREADS
 INEXACT = re.compile(r"\b(?:fma|sqrt|rsqrt|rcp|div|sin|cos|ex2|lg2|tanh)\.[a-z.]*f(?:16|32|64)\b")
@@ -47,24 +57,28 @@ def analyse(variant: Variant, target: str = "sm_90") -> dict[str, Any]:
     """Figures of one variant on one NVIDIA target."""
     compiled = compile_variant(variant, target)
     read = profile(compiled.asm["cubin"], target, THREADS)
-    sass, mufu = per_parameter(variant, read)
     return {
         "name": variant.name,
         "target": target,
         "bytes_per_parameter": variant.bytes_per_parameter,
-        "sass_per_parameter": sass,
-        "mufu_per_parameter": mufu,
+        **per_parameter(variant, read),
         "inexact": sorted(set(INEXACT.findall(compiled.asm["ptx"]))),
         **dataclasses.asdict(read),
     }
 
 
-def per_parameter(variant: Variant, read: Profile) -> tuple[float, float]:
-    """(instructions, MUFU) per parameter. A loop that the compiler unrolled handles several tiles in one turn."""
+def per_parameter(variant: Variant, read: Profile) -> dict[str, float]:
+    """Instructions per parameter. A loop that the compiler unrolled handles several tiles in one turn."""
     unrolled = max(1, int(sum(read.widths["LDG"]) // (ELEMENTS * variant.bytes_read))) if variant.bytes_read else 1
     turns = max(1, TILES_PER_CHUNK // unrolled)
     total = read.once_instructions + turns * read.tile_instructions
-    return total / (TILES_PER_CHUNK * ELEMENTS), read.tile_mufu / (unrolled * ELEMENTS)
+    tile = unrolled * ELEMENTS
+    return {
+        "sass_per_parameter": total / (TILES_PER_CHUNK * ELEMENTS),
+        "mufu_per_parameter": read.tile_mufu / tile,
+        "special_per_parameter": (read.tile_mufu + read.tile_conversions) / tile,
+        "integer_per_parameter": read.tile_integer / tile,
+    }
 
 
 def amd_figures(variant: Variant) -> dict[str, Any]:
@@ -93,58 +107,78 @@ OURS = {
     "bf16 split8, int8 m, v; no ĝ_G, no clip": (BF16, BF16, "split8", "int8", "none"),
 }
 OTHERS = {
-    "torch, fp32 gradients: fused AdamW 28 + clip_grad_norm_ 12 + boost by lerp 12 + dot 8": 60.0,
-    "torch, fp32 gradients: fused AdamW alone": 28.0,
-    "FlashOptim as published: bf16 + 8-bit correction, int8 m, v in groups of 32 with fp16 scales (no ĝ_G)": (
-        2 + 2 * (2 + 1) + 2 * (2 + 4 / 32)
+    "torch, fp32 gradients: fused AdamW 28 + clip_grad_norm_ 12 + boost by lerp 12 + dot 8": (60.0, "several"),
+    "torch, fp32 gradients: fused AdamW alone": (28.0, "several"),
+    "FlashOptim as published: bf16 + 8-bit correction, int8 m, v in groups of 32 with fp16 scales (no ĝ_G, no clip)": (
+        2 + 2 * (2 + 1) + 2 * (2 + 4 / 32),
+        "1 per tensor",
     ),
 }
+"""Bytes per parameter and launches; their kernels are elementwise and taken to run at copy bandwidth."""
+
+
+def kernels_of(param: torch.dtype, grad: torch.dtype, kind: str, state: str, stored: str) -> list[Variant]:
+    """The kernels of a whole step that touch every parameter: similarity and update; without ĝ_G the update alone."""
+    update = step_variant(param, grad, kind, state, stored)
+    return [update] if stored == "none" else [similarity_variant(grad, stored), update]
 
 
 def whole_step_bytes(param: torch.dtype, grad: torch.dtype, kind: str, state: str, stored: str) -> float:
-    """Bytes per parameter of similarity and step together, scales included; of the step alone without ĝ_G."""
-    update = step_variant(param, grad, kind, state, stored).bytes_per_parameter
-    return update + (similarity_variant(grad, stored).bytes_per_parameter if stored != "none" else 0.0)
+    """Bytes per parameter of :func:`kernels_of`, scales included."""
+    return sum(kernel.bytes_per_parameter for kernel in kernels_of(param, grad, kind, state, stored))
 
 
-def predicted(bytes_per_parameter: float, sass: float, mufu: float, gpu: str) -> tuple[float, str]:
-    """(µs per million parameters, the resource that binds)."""
-    times = {
-        "bandwidth": bytes_per_parameter / BANDWIDTH[gpu],
-        "issue": sass / ISSUE_RATE,
-        "MUFU": mufu / MUFU_RATE,
-    }
+def predicted(row: dict[str, Any], gpu: str) -> tuple[float, str]:
+    """(µs per million parameters, the resource that binds) of an analysed kernel."""
+    counts = {"issue": "sass", "integer": "integer", "special": "special"}
+    times = {what: row[f"{key}_per_parameter"] / (SMS * CLOCK * PER_CLOCK[what]) for what, key in counts.items()}
+    times["bandwidth"] = row["bytes_per_parameter"] / BANDWIDTH[gpu]
     binding = max(times, key=times.__getitem__)
     return times[binding] * 1e12, binding
 
 
 def print_variants(console: Console, rows: list[dict[str, Any]]) -> None:
     table = Table("variant", title=f"Compiled for {rows[0]['target']}; widths in bytes per thread and access")
-    for heading in ("B/param", "regs", "spill", "KB in flight/SM", "SASS/param", "MUFU/param", "widest", "narrowest"):
+    headings = ("B/param", "regs", "spill", "KB in flight/SM", "SASS/param", "integer", "MUFU", "special")
+    for heading in (*headings, "access, B"):
         table.add_column(heading, justify="right")
     for heading in ("H100 µs/M, predicted", "H200 µs/M, predicted"):
         table.add_column(heading)
     for r in rows:
+        if not r["bytes_per_parameter"]:  # scalars of a step: nothing here is per parameter
+            table.add_row(r["name"], "", str(r["registers"]), str(r["spill_bytes"]))
+            continue
         widths = r["widths"]["LDG"] + r["widths"]["STG"]
-        cost = (r["bytes_per_parameter"], r["sass_per_parameter"], r["mufu_per_parameter"])
-        times = [f"{time:.1f} ({why})" for time, why in (predicted(*cost, gpu) for gpu in BANDWIDTH)]
         figures = [f"{r['bytes_per_parameter']:.2f}", str(r["registers"]), str(r["spill_bytes"])]
         figures += [f"{r['bytes_in_flight'] / 1024:.0f}", f"{r['sass_per_parameter']:.1f}"]
-        figures += [f"{r['mufu_per_parameter']:.2f}", str(max(widths)), str(min(widths))]
-        if not r["bytes_per_parameter"]:  # scalars of a step: nothing here is per parameter
-            figures, times = ["", figures[1], figures[2], "", "", "", "", ""], ["", ""]
+        figures += [f"{r[f'{kind}_per_parameter']:.2f}" for kind in ("integer", "mufu", "special")]
+        figures += [f"{min(widths)}-{max(widths)}" if min(widths) < max(widths) else str(max(widths))]
+        times = [f"{time:.1f} ({why})" for time, why in (predicted(r, gpu) for gpu in BANDWIDTH)]
         table.add_row(r["name"], *figures, *times)
     console.print(table)
 
 
-def print_whole_steps(console: Console) -> None:
-    table = Table("whole step, bf16 gradients unless said", title="Bytes per parameter, scales included")
-    for heading in ("B/param", "H100 µs/M, predicted", "H200 µs/M, predicted"):
+def print_whole_steps(console: Console, known: dict[str, dict[str, Any]]) -> None:
+    """``known``: variants analysed for sm_90, by name."""
+    table = Table("whole step, bf16 gradients unless said", title="Bytes per parameter, scales included; launches")
+    for heading in ("B/param", "launches", "H100 µs/M, predicted", "H200 µs/M, predicted"):
         table.add_column(heading, justify="right")
-    rows = {name: whole_step_bytes(*formats) for name, formats in OURS.items()} | OTHERS
-    for name, count in rows.items():
-        table.add_row(name, f"{count:.2f}", *(f"{count / rate * 1e12:.1f}" for rate in BANDWIDTH.values()))
+    for name, formats in OURS.items():
+        kernels = [known.get(v.name) or analyse(v) for v in kernels_of(*formats)]
+        cells = []
+        for gpu in BANDWIDTH:
+            times = [predicted(kernel, gpu) for kernel in kernels]
+            cells.append(f"{sum(t for t, _ in times):.1f} ({', '.join(dict.fromkeys(why for _, why in times))})")
+        launches = len(kernels) + (2 if len(kernels) > 1 else 1)  # the sums' second stage, the coefficients
+        table.add_row(name, f"{whole_step_bytes(*formats):.2f}", str(launches), *cells)
+    for name, (count, launches) in OTHERS.items():
+        times = [f"{count / rate * 1e12:.1f} (bandwidth)" for rate in BANDWIDTH.values()]
+        table.add_row(name, f"{count:.2f}", launches, *times)
     console.print(table)
+    sources = Table("assumed", "source", title="What the predictions take for granted")
+    for what, source in SOURCES.items():
+        sources.add_row(what, source)
+    console.print(sources)
 
 
 def main() -> None:
@@ -156,7 +190,7 @@ def main() -> None:
     targets = list(TARGETS) if arguments.targets == "all" else arguments.targets.split(",")
     chosen = [variant for variant in VARIANTS if re.search(arguments.match, variant.name)]
     console = Console(width=200)
-    everything = []
+    everything: list[dict[str, Any]] = []
     for target in targets:
         print(f"{target}: {len(chosen)} kernels …", file=sys.stderr, flush=True)
         rows = [amd_figures(v) if target == "gfx942" else analyse(v, target) for v in chosen]
@@ -171,7 +205,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(everything, indent=1))
     else:
-        print_whole_steps(console)
+        print_whole_steps(console, {row["name"]: row for row in everything if row["target"] == "sm_90"})
 
 
 if __name__ == "__main__":

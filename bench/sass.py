@@ -21,6 +21,10 @@ THREADS_PER_SM = {"sm_80": 2048, "sm_86": 1536, "sm_89": 1536, "sm_90": 2048, "s
 BLOCKS_PER_SM = {"sm_80": 32, "sm_86": 16, "sm_89": 24, "sm_90": 32, "sm_100": 32, "sm_120": 24}
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\d+|@!?U?PT)\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;")
 LABEL = re.compile(r"^(\.L_x_\d+):")
+INTEGER = ("IADD", "VIADD", "LOP", "SHF", "PRMT", "LEA", "SGXT", "MOV", "SEL", "FSEL", "PLOP")
+INTEGER += ("ISETP", "FSETP", "FSET", "FMNMX", "IMNMX", "VIMNMX")
+"""Additions, logic, shifts, comparisons and selections, which share one unit; IMAD runs beside them."""
+CONVERSIONS = ("I2F.", "I2F ", "F2I", "F2F.", "FRND")
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, None: 4, "64": 8, "128": 16}
 
 
@@ -133,7 +137,8 @@ class Profile:
     Args:
         registers, spill_bytes, shared_bytes: as ptxas allocated them (shared: per block).
         resident_threads: per SM.
-        tile_instructions, tile_mufu, tile_conversions: issued for one full tile, the loop around it included.
+        tile_instructions: issued for one full tile, the loop around it included.
+        tile_mufu, tile_conversions, tile_integer: those of them that go to the special-function and integer units.
         once_instructions: before the first tile and after the last one.
         widths: bytes of the tile's accesses to global memory.
         bytes_in_flight: per SM: loads issued before the first use of any, times the resident threads.
@@ -146,6 +151,7 @@ class Profile:
     tile_instructions: int
     tile_mufu: int
     tile_conversions: int
+    tile_integer: int
     once_instructions: int
     widths: dict[str, list[int]]
     bytes_in_flight: int
@@ -179,7 +185,8 @@ def profile(cubin: bytes, target: str, threads: int) -> Profile:
         resident_threads=resident,
         tile_instructions=len(looped),
         tile_mufu=sum(i.opcode.startswith("MUFU") for i in looped),
-        tile_conversions=sum(i.opcode.startswith(("I2F", "F2I", "F2F.", "FRND")) for i in looped),
+        tile_conversions=sum(f"{i.opcode} ".startswith(CONVERSIONS) for i in looped),
+        tile_integer=sum(i.opcode.startswith(INTEGER) for i in looped),
         once_instructions=len(once),
         widths={kind: sorted(blocks[tile].widths(kind), reverse=True) for kind in ("LDG", "STG")},
         bytes_in_flight=bytes_before_first_use(blocks[tile].instructions) * resident,
