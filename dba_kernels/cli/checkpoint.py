@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,9 @@ class Checkpoints:
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
-        batch: Batch,
+        data_digest: str,
     ) -> None:
-        """Write the state after ``step`` steps, the last of which saw ``batch``; then drop all but the newest two.
+        """Write the state after ``step`` steps on the batches of ``data_digest``; then drop all but the newest two.
 
         Raises:
             InputError: it cannot be written; older ones are intact.
@@ -52,7 +51,7 @@ class Checkpoints:
             "scheduler": scheduler.state_dict(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "batch": digest(batch),
+            "data_digest": data_digest,
         }
         write_whole(self.folder / f"step-{step:08}.pt", lambda path: torch.save(content, path))
         for file in self.files()[:-KEPT]:
@@ -71,7 +70,7 @@ class Checkpoints:
         for file in reversed(self.files()):
             try:
                 found = torch.load(file, map_location="cpu", weights_only=True)
-            except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            except Exception as error:  # whatever a damaged file makes the unpickler throw
                 problem = problem or error
                 continue
             check_settings(found["settings"], self.settings, file)
@@ -104,9 +103,9 @@ def check_settings(saved: dict[str, Any], now: dict[str, Any], where: Path) -> N
         )
 
 
-def digest(batch: Batch) -> str:
-    """SHA-256 of what the model sees of a batch."""
-    sha = hashlib.sha256()
+def extend_digest(digest: str, batch: Batch) -> str:
+    """SHA-256 over the digest of the batches before, and what the model sees of this one."""
+    sha = hashlib.sha256(digest.encode())
     for key in sorted(batch):
         sha.update(batch[key].contiguous().numpy().data)
     return sha.hexdigest()

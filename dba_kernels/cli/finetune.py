@@ -147,6 +147,8 @@ def run(options: Options) -> None:
         raise InputError("finetune: expected one process, got several; use the Hugging Face Trainer with DBAAdamW")
     if options.warmup >= options.steps:
         raise InputError(f"--warmup: expected fewer than --steps {options.steps}, got {options.warmup}")
+    if options.boost != "auto" and not _is_number(options.boost):
+        raise InputError(f"--boost: expected a number or 'auto', got {options.boost!r}")
     console = wide_console()
     gradient = None
     if options.global_gradient is not None:
@@ -178,6 +180,14 @@ def run(options: Options) -> None:
 def _batches(options: Options, work: Workload, corpus: Corpus, size: int, repeat: bool) -> Batches:
     seed = options.seed if repeat else 0  # what is held out stays the same
     return work.batches(corpus, loss_on=options.loss_on, length=options.length, size=size, seed=seed, repeat=repeat)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def settings_of(options: Options, gradient: GlobalGradient | None) -> dict[str, Any]:

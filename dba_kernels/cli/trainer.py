@@ -15,7 +15,7 @@ from rich.console import Console
 
 from dba_kernels import DBAAdamW, GlobalGradient, annealing_schedule
 
-from .checkpoint import Checkpoints, digest
+from .checkpoint import Checkpoints, extend_digest
 from .files import InputError, write_folder, write_whole
 from .packing import Batch, Batches
 from .progress import progress
@@ -54,7 +54,7 @@ class Training:
         self.optimizer = self._optimizer(gradient)
         self.scheduler = annealing_schedule(self.optimizer, options.steps, options.warmup)
         self.done = 0
-        self._last_batch = ""
+        self._data_digest = ""
         if options.resume:
             self._resume()
 
@@ -95,7 +95,7 @@ class Training:
         torch.set_rng_state(found["random"])
         if found["random_cuda"]:
             torch.cuda.set_rng_state_all(found["random_cuda"])
-        self.done, self._last_batch = found["step"], found["batch"]
+        self.done, self._data_digest = found["step"], found["data_digest"]
         kept = [line for line in self.metrics() if line["step"] <= self.done]
         write_whole(self.metrics_file, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in kept)))
         self.console.print(f"going on after step {self.done:,} of {self.options.steps:,}")
@@ -124,19 +124,22 @@ class Training:
             for batch in islice(remaining, o.steps - self.done):
                 line = self.step(batch)
                 self.done += 1
+                self._data_digest = extend_digest(self._data_digest, batch)
                 last = self.done == o.steps
                 if evaluation and (last or self.done % o.eval_every == 0):
                     line["eval_loss"] = self.evaluate(evaluation)
                 self._write(file, line)
                 if last or self.done % o.save_every == 0:
-                    self.checkpoints.save(self.done, self.work.model, self.optimizer, self.scheduler, batch)
+                    self.checkpoints.save(self.done, self.work.model, self.optimizer, self.scheduler, self._data_digest)
                 bars.advance(task)
 
     def _remaining(self, batches: Batches) -> Iterator[Batch]:
         stream = iter(batches)
-        for i, batch in enumerate(islice(stream, self.done)):
-            if i == self.done - 1 and digest(batch) != self._last_batch:
-                raise InputError("--data: expected the data that the run was started with, got others; restore them")
+        digest = ""
+        for batch in islice(stream, self.done):
+            digest = extend_digest(digest, batch)
+        if digest != self._data_digest:
+            raise InputError("--data: expected the data that the run was started with, got others; restore them")
         return stream
 
     def step(self, batch: Batch) -> dict[str, Any]:
