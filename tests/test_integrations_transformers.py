@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -148,10 +147,21 @@ def test_clipping_twice_is_refused(stored: Path, tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_deepspeed_is_refused(stored: Path) -> None:
-    args = types.SimpleNamespace(max_grad_norm=0, deepspeed="zero.json")
-    with pytest.raises(ValueError, match=r"deepspeed: expected none .* ZeRO flattens .* use FSDP2 or DDP"):
+@pytest.mark.parametrize(
+    "name, sharding", [("ZeRO", {"deepspeed": "zero.json"}), ("FSDP1", {"fsdp_config": {"version": 1}})]
+)
+def test_flattened_parameters_are_refused(name: str, sharding: dict, stored: Path, tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    if "deepspeed" in sharding:
+        args.deepspeed = sharding["deepspeed"]  # the constructor would want DeepSpeed installed
+    else:
+        args = arguments(tmp_path, fsdp=True, **sharding)
+    with pytest.raises(
+        ValueError, match=rf"sharding: expected none that flattens parameters, got {name}; .* use DDP, or FSDP2"
+    ):
         dba_adamw(args, stored)
+    dba_adamw(args)  # plain AdamW has no names to fit
+    dba_adamw(arguments(tmp_path, fsdp=True), stored)  # FSDP2 is the default
 
 
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def dba_adamw(args: Any, global_gradient: Any = None, **options: Any) -> tuple[t
         options: any other argument of ``DBAAdamW``; they go before those of ``args``.
 
     Raises:
-        ValueError: both ``args`` and ``options`` clip, or DeepSpeed would flatten the parameters.
+        ValueError: both ``args`` and ``options`` clip, or DeepSpeed or FSDP1 would flatten the parameters.
 
     Example:
         >>> import types
@@ -54,11 +54,8 @@ def dba_adamw(args: Any, global_gradient: Any = None, **options: Any) -> tuple[t
         ('DBAAdamWFactory', 1e-05, 'int8')
     """
     _check_clipping(args, options.get("max_grad_norm"))
-    if global_gradient is not None and getattr(args, "deepspeed", None):
-        raise ValueError(
-            "deepspeed: expected none with a global gradient, got a configuration; ZeRO flattens parameters into one "
-            "tensor, which no stored gradient fits: use FSDP2 or DDP"
-        )
+    if global_gradient is not None:
+        _check_sharding(args)
     return DBAAdamWFactory, {**_from_arguments(args), "global_gradient": global_gradient, **options}
 
 
@@ -160,6 +157,16 @@ def _check_clipping(args: Any, fused: float | None) -> None:
         raise ValueError(
             f"max_grad_norm: expected clipping in one place, got TrainingArguments(max_grad_norm={args.max_grad_norm}) "
             f"(1.0 is its default) and DBAAdamW(max_grad_norm={fused}); drop the latter, or set the former to 0"
+        )
+
+
+def _check_sharding(args: Any) -> None:
+    fsdp = getattr(args, "fsdp_plugin_args", None) or {}
+    flattening = "ZeRO" if getattr(args, "deepspeed", None) else "FSDP1" if fsdp.get("fsdp_version") == 1 else None
+    if flattening is not None:
+        raise ValueError(
+            f"sharding: expected none that flattens parameters, got {flattening}; no stored gradient fits its flat "
+            "tensors: use DDP, or FSDP2 (fsdp=True, fsdp_config={'version': 2})"
         )
 
 
