@@ -22,6 +22,7 @@ from dba_kernels.formats import (
     Coefficient,
     Hyper,
     StepSettings,
+    StepTables,
     Summary,
     TensorBatch,
     is_compressible,
@@ -84,7 +85,7 @@ class NativeModel:
                 self._add(shapes, index, dtype, param_format, state, kept, grad_dtype)
         hyper = torch.zeros(1, Hyper.COUNT, dtype=wide)
         hyper[0] = torch.tensor([1e-5, 0.9, 0.999, 1e-8, 1e-2, 1.0])
-        self.tables = (
+        self.tables = StepTables(
             torch.zeros(n, 2, dtype=wide),
             torch.full((n,), 1.0 if stored else -1.0, dtype=wide),
             hyper,
@@ -130,7 +131,7 @@ class NativeModel:
         self.batches.append(batch)
 
     def step(self) -> None:
-        native.fused_step(self.batches, self.grads, *self.tables, self.settings)
+        native.fused_step(self.batches, self.grads, self.tables, self.settings)
 
 
 def torch_params(shapes: Shapes, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:

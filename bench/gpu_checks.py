@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dba_kernels.formats import TensorBatch
+from dba_kernels.formats import StepSettings, StepTables, TensorBatch
 from dba_kernels.kernels import accumulate, coefficients, quantize, similarity, step
 from tests import cases, test_accumulate, test_quantize, test_similarity, test_step
 
@@ -39,10 +39,10 @@ def sums_on_device(batch: TensorBatch, grads: list[torch.Tensor], sums: torch.Te
     sums.copy_(there)
 
 
-def coefficients_on_device(*, settings: Any, **tensors: torch.Tensor) -> None:
-    there = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
-    coefficients.coefficients(**there, settings=settings)
-    for name, tensor in tensors.items():
+def coefficients_on_device(tables: StepTables, settings: StepSettings) -> None:
+    there = {name: tensor.to(DEVICE) for name, tensor in vars(tables).items()}
+    coefficients.coefficients(StepTables(**there), settings)
+    for name, tensor in vars(tables).items():
         tensor.copy_(there[name])
 
 

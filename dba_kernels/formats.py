@@ -262,6 +262,38 @@ class StepSettings:
     reduce: bool = False
 
 
+@dataclass(frozen=True)
+class StepTables:
+    """Everything of a step that is not per element, on one device: n parameters, G groups, m ≤ n active parameters.
+
+    Args:
+        sums: float64 ``[n, 2]``, ⟨g_D, ĝ_G⟩ and ‖g_D‖² of the gradients as they are.
+        global_sq: float64 ``[n]``, ‖ĝ_G‖² of what is stored; −1 for a parameter without a global gradient, which is
+            updated by plain AdamW (a = α = 1, b = 0).
+        hyper: float64 ``[G, Hyper.COUNT]``.
+        group: int64 ``[n]``, each parameter's row of ``hyper``.
+        active: int64 ``[m]``, rows of the parameters that have a gradient in this step.
+        steps: fp32 ``[n]``, steps done per parameter.
+        bias_corrections: float64 ``[n, 2]``, 1 − β₁^k and 1 − β₂^k, kept as the EMA of 1: c ← βc + (1−β).
+        counters: int64 ``[2]``, optimizer steps done (the t of γ_t) and steps skipped.
+        table: float64 ``[n, Coefficient.COUNT]``.
+        report: float64 ``[n, 2]``, φ and α of each parameter (φ 0, α 1 without ĝ_G).
+        summary: float64 ``[Summary.COUNT]``.
+    """
+
+    sums: torch.Tensor
+    global_sq: torch.Tensor
+    hyper: torch.Tensor
+    group: torch.Tensor
+    active: torch.Tensor
+    steps: torch.Tensor
+    bias_corrections: torch.Tensor
+    counters: torch.Tensor
+    table: torch.Tensor
+    report: torch.Tensor
+    summary: torch.Tensor
+
+
 @dataclass
 class TensorBatch:
     """Parameters of one dtype and format combination on one device: what one launch updates.

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from .formats import (
     EncodedTensor,
     Hyper,
     StepSettings,
+    StepTables,
     Summary,
     TensorBatch,
     check_name,
@@ -385,17 +385,7 @@ class _CoefficientArguments(ctypes.Structure):
 
 
 def _coefficient_arguments(
-    sums: torch.Tensor,
-    global_sq: torch.Tensor,
-    hyper: torch.Tensor,
-    group: torch.Tensor,
-    active: torch.Tensor,
-    steps: torch.Tensor,
-    bias_corrections: torch.Tensor,
-    counters: torch.Tensor,
-    table: torch.Tensor,
-    report: torch.Tensor,
-    summary: torch.Tensor,
+    tables: StepTables,
     settings: StepSettings,
     *,
     loss_scale: torch.Tensor | None = None,
@@ -404,22 +394,22 @@ def _coefficient_arguments(
     alpha_override: torch.Tensor | None = None,
 ) -> tuple[_CoefficientArguments, list[torch.Tensor | None]]:
     """The struct to pass, and what must stay alive until the call is over."""
-    n, wide, index = len(steps), torch.float64, torch.int64
+    n, wide, index = len(tables.steps), torch.float64, torch.int64
     gamma = None if gamma_override is None else gamma_override.to(wide).reshape(())
     alpha = None if alpha_override is None else alpha_override.to(wide).contiguous()
     arguments = _CoefficientArguments(
-        sums=_address("sums", sums, wide, (n, 2)),
-        global_sq=_address("global_sq", global_sq, wide, (n,)),
-        hyper=_address("hyper", hyper, wide, (len(hyper), Hyper.COUNT)),
-        group=_address("group", group, index, (n,)),
-        active=_address("active", active, index, (len(active),)),
-        active_count=len(active),
-        steps=_address("steps", steps, torch.float32),
-        bias_corrections=_address("bias_corrections", bias_corrections, wide, (n, 2)),
-        counters=_address("counters", counters, index, (2,)),
-        table=_address("table", table, wide, (n, Coefficient.COUNT)),
-        report=_address("report", report, wide, (n, 2)),
-        summary=_address("summary", summary, wide, (Summary.COUNT,)),
+        sums=_address("sums", tables.sums, wide, (n, 2)),
+        global_sq=_address("global_sq", tables.global_sq, wide, (n,)),
+        hyper=_address("hyper", tables.hyper, wide, (len(tables.hyper), Hyper.COUNT)),
+        group=_address("group", tables.group, index, (n,)),
+        active=_address("active", tables.active, index, (len(tables.active),)),
+        active_count=len(tables.active),
+        steps=_address("steps", tables.steps, torch.float32),
+        bias_corrections=_address("bias_corrections", tables.bias_corrections, wide, (n, 2)),
+        counters=_address("counters", tables.counters, index, (2,)),
+        table=_address("table", tables.table, wide, (n, Coefficient.COUNT)),
+        report=_address("report", tables.report, wide, (n, 2)),
+        summary=_address("summary", tables.summary, wide, (Summary.COUNT,)),
         boost=settings.boost,
         total_steps=settings.total_steps,
         boost_max=settings.boost_max,
@@ -437,9 +427,9 @@ def _coefficient_arguments(
     return arguments, [gamma, alpha]
 
 
-def coefficients(*tables: Any, **overrides: Any) -> None:
+def coefficients(tables: StepTables, settings: StepSettings, **overrides: torch.Tensor | None) -> None:
     """Sums → coefficient table, skip flag and counters (eqs. 2, 4, 5); see ``reference.similarity.coefficients``."""
-    arguments, _kept = _coefficient_arguments(*tables, **overrides)
+    arguments, _kept = _coefficient_arguments(tables, settings, **overrides)
     load().dba_coefficients(ctypes.byref(arguments))
 
 
@@ -459,8 +449,9 @@ def step(batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor) -> 
 def fused_step(
     batches: list[TensorBatch],
     grads: list[list[torch.Tensor]],
-    *tables: Any,
-    **overrides: Any,
+    tables: StepTables,
+    settings: StepSettings,
+    **overrides: torch.Tensor | None,
 ) -> None:
     """:func:`similarity`, :func:`coefficients` and :func:`step` of a whole model in one call; the same bits.
 
@@ -471,9 +462,9 @@ def fused_step(
     Args:
         batches: all active parameters, each in exactly one batch.
         grads: as for :func:`step`, one list per batch.
-        tables, overrides: arguments of :func:`coefficients`.
+        tables, settings, overrides: arguments of :func:`coefficients`.
     """
     structs, kept = _structs(batches, grads, with_state=True)
-    arguments, kept_overrides = _coefficient_arguments(*tables, **overrides)
+    arguments, kept_overrides = _coefficient_arguments(tables, settings, **overrides)
     load().dba_fused_step(*_execution(), structs, len(kept), ctypes.byref(arguments))
     del kept_overrides

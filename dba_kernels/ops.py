@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -21,6 +20,7 @@ from .formats import (
     EncodedTensor,
     LowRankTensor,
     StepSettings,
+    StepTables,
     StoredTensor,
     TensorBatch,
     check_name,
@@ -226,17 +226,7 @@ def _(params, grads, codes, scales, index, sums, global_format, backend) -> None
 
 
 def coefficients(
-    sums: torch.Tensor,
-    global_sq: torch.Tensor,
-    hyper: torch.Tensor,
-    group: torch.Tensor,
-    active: torch.Tensor,
-    steps: torch.Tensor,
-    bias_corrections: torch.Tensor,
-    counters: torch.Tensor,
-    table: torch.Tensor,
-    report: torch.Tensor,
-    summary: torch.Tensor,
+    tables: StepTables,
     settings: StepSettings,
     *,
     loss_scale: torch.Tensor | None = None,
@@ -246,9 +236,9 @@ def coefficients(
     backend: str = "auto",
 ) -> None:
     """Sums → coefficient table, skip flag and counters (eqs. 2, 4, 5); see ``reference.similarity.coefficients``."""
-    tensors = (sums, global_sq, hyper, group, active, steps, bias_corrections, counters, table, report, summary)
     overrides = (loss_scale, found_inf, gamma_override, alpha_override)
-    if _traced(table):
+    if _traced(tables.table):
+        tensors = (getattr(tables, field.name) for field in fields(tables))
         scalars = (settings.boost, settings.total_steps, settings.boost_max, settings.correction, settings.scope)
         limit = float("inf") if settings.max_grad_norm is None else settings.max_grad_norm
         torch.ops.dba_kernels.coefficients(
@@ -256,8 +246,8 @@ def coefficients(
         )
         return
     names = ("loss_scale", "found_inf", "gamma_override", "alpha_override")
-    module = implementation(select(backend, table.device, torch.float32), "similarity")
-    module.coefficients(*tensors, settings, **dict(zip(names, overrides, strict=True)))
+    module = implementation(select(backend, tables.table.device, torch.float32), "similarity")
+    module.coefficients(tables, settings, **dict(zip(names, overrides, strict=True)))
 
 
 @torch.library.custom_op(
@@ -293,7 +283,7 @@ def _coefficients_op(
 ) -> None:
     bounds, limit = (alpha_min, alpha_max), None if math.isinf(max_grad_norm) else max_grad_norm
     coefficients(
-        *(sums, global_sq, hyper, group, active, steps, bias_corrections, counters, table, report, summary),
+        StepTables(sums, global_sq, hyper, group, active, steps, bias_corrections, counters, table, report, summary),
         StepSettings(boost, total_steps, boost_max, correction, scope, bounds, limit, reduce),
         loss_scale=loss_scale,
         found_inf=found_inf,
@@ -376,7 +366,12 @@ def fuses(batches: list[tuple[TensorBatch, list[torch.Tensor]]], backend: str) -
 
 
 def fused_step(
-    batches: list[tuple[TensorBatch, list[torch.Tensor]]], *, backend: str = "auto", **arguments: Any
+    batches: list[tuple[TensorBatch, list[torch.Tensor]]],
+    tables: StepTables,
+    settings: StepSettings,
+    *,
+    backend: str = "auto",
+    **overrides: torch.Tensor | None,
 ) -> None:
     """:func:`similarity`, :func:`coefficients` and :func:`step` of a whole model in one call, bit for bit the same.
 
@@ -384,10 +379,10 @@ def fused_step(
 
     Args:
         batches: all active parameters with their gradients; :func:`fuses` said yes to them.
-        arguments: those of :func:`coefficients`, by name.
+        tables, settings, overrides: those of :func:`coefficients`.
     """
     parts, grads = [batch for batch, _ in batches], [its_grads for _, its_grads in batches]
-    _implementation(parts[0], backend, "step").fused_step(parts, grads, **arguments)
+    _implementation(parts[0], backend, "step").fused_step(parts, grads, tables, settings, **overrides)
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------

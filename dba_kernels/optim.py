@@ -289,22 +289,22 @@ class DBAAdamW(Optimizer):
         plan.upload_hyper(self.param_groups)
         batches = active.batches(grads)
         loss_scale = getattr(self, "grad_scale", None)
-        scalars: dict[str, Any] = dict(
-            settings=self.settings,
+        tables = plan.tables(active)
+        scalars = dict(
             loss_scale=loss_scale,
             found_inf=getattr(self, "found_inf", None),
             gamma_override=self._scheduled_boost(plan),
         )
         sums_here = not (self.settings.reduce and plan.sharding.communicates)
         if sums_here and self.correction_function is None and ops.fuses(batches, self.backend):
-            ops.fused_step(batches, **plan.tables(active), **scalars, backend=self.backend)
+            ops.fused_step(batches, tables, self.settings, **scalars, backend=self.backend)
             return loss
         if self.settings.reduce:
             for batch, its_grads in batches:
                 ops.similarity(batch, its_grads, plan.sums_on(batch), self.backend)
             plan.gather_sums(active)
         alpha = self._custom_correction(plan, active, loss_scale)
-        ops.coefficients(**plan.tables(active), **scalars, alpha_override=alpha, backend=self.backend)
+        ops.coefficients(tables, self.settings, **scalars, alpha_override=alpha, backend=self.backend)
         for batch, its_grads in batches:
             ops.step(batch, its_grads, plan.table_on(batch), self.backend)
         return loss

@@ -13,7 +13,7 @@ import warnings
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import state
 from .distributed import PLAIN_TYPES, Sharding, layout_of, local
-from .formats import Coefficient, Hyper, StepSettings, Summary, TensorBatch, matrix_shape
+from .formats import Coefficient, Hyper, StepSettings, StepTables, Summary, TensorBatch, matrix_shape
 from .global_gradient import normalize_name
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _same_tensors(known: dict[str, torch.Tensor], now: dict[str, torch.Tensor] |
 class Plan:
     """Tables on one device (that of the first parameter), one row per parameter of the optimizer.
 
-    The tables are the arguments of :func:`dba_kernels.reference.similarity.coefficients`, documented there.
+    The tables are those of :class:`dba_kernels.formats.StepTables`, documented there.
 
     Raises:
         ValueError: the parameters do not fit the global gradient, or their state the optimizer's formats.
@@ -275,11 +275,10 @@ class Plan:
             self.bias_corrections.copy_(1.0 - powers)
         self._uploaded = rows
 
-    def tables(self, active: ActiveSet) -> dict[str, Any]:
-        """The tables that ``coefficients`` reads and writes, by the names of its arguments."""
-        names = ["sums", "global_sq", "hyper", "group", "steps", "bias_corrections"]
-        names += ["counters", "table", "report", "summary"]
-        return {"active": active.index, **{name: getattr(self, name) for name in names}}
+    def tables(self, active: ActiveSet) -> StepTables:
+        """The tables that ``coefficients`` reads and writes."""
+        own = (field.name for field in fields(StepTables) if field.name != "active")
+        return StepTables(active=active.index, **{name: getattr(self, name) for name in own})
 
     # Models spread over several devices: each device reduces into its own sums and reads its own copy of the table.
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dba_kernels.formats import Coefficient, Summary
+from dba_kernels.formats import Coefficient, StepSettings, StepTables, Summary
 from dba_kernels.reference import similarity
 from dba_kernels.reference import step as step_module
 from tests.oracle import BUSY, Case
@@ -26,8 +26,9 @@ def patched(function: str, wrong: Callable[..., Any], module: Any = similarity) 
 def edited(edit: Callable[[Arguments, torch.Tensor], None]) -> Callable[[pytest.MonkeyPatch], None]:
     """Coefficients changed after they were computed: ``edit(arguments, rows of the active parameters)``."""
 
-    def wrong(**arguments: Any) -> None:
-        _coefficients(**arguments)
+    def wrong(tables: StepTables, settings: StepSettings, **optional: Any) -> None:
+        _coefficients(tables, settings, **optional)
+        arguments = vars(tables) | {"settings": settings} | optional
         rows = arguments["table"][arguments["active"]]
         edit(arguments, rows)
         arguments["table"][arguments["active"]] = rows
@@ -37,9 +38,13 @@ def edited(edit: Callable[[Arguments, torch.Tensor], None]) -> Callable[[pytest.
 
 def given(**change: Callable[[Arguments], Any]) -> Callable[[pytest.MonkeyPatch], None]:
     """Coefficients computed from wrong arguments."""
-    return patched(
-        "coefficients", lambda **arguments: _coefficients(**arguments | {k: f(arguments) for k, f in change.items()})
-    )
+
+    def wrong(tables: StepTables, settings: StepSettings, **optional: Any) -> None:
+        arguments = vars(tables) | {"settings": settings} | optional
+        arguments |= {name: f(arguments) for name, f in change.items()}
+        _coefficients(StepTables(**{name: arguments.pop(name) for name in vars(tables)}), **arguments)
+
+    return patched("coefficients", wrong)
 
 
 def _grad_sq(arguments: Arguments) -> torch.Tensor:

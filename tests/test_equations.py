@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dba_kernels.formats import Coefficient, Hyper, StepSettings, Summary, TensorBatch
+from dba_kernels.formats import Coefficient, Hyper, StepSettings, StepTables, Summary, TensorBatch
 from dba_kernels.reference import accumulate as accumulate_module
 from dba_kernels.reference import quantize, similarity
 from dba_kernels.reference import step as step_module
@@ -83,7 +83,7 @@ def run_reference(case: Case) -> list[State]:
         hyper[:, Hyper.LR] = torch.tensor(rates(t), dtype=torch.float64)
         for batch, batch_grads in batches:
             similarity.similarity(batch, batch_grads, sums)
-        similarity.coefficients(
+        tables = StepTables(
             sums=sums,
             global_sq=global_sq,
             hyper=hyper,
@@ -95,7 +95,10 @@ def run_reference(case: Case) -> list[State]:
             table=table,
             report=report,
             summary=summary,
-            settings=settings,
+        )
+        similarity.coefficients(
+            tables,
+            settings,
             loss_scale=None if case.loss_scale is None else torch.tensor(case.loss_scale),
             found_inf=torch.tensor(float(t == FOUND_INF_STEP)),
             gamma_override=None if case.gamma is None else torch.tensor(case.gamma, dtype=torch.float64),
@@ -276,7 +279,7 @@ def coefficients_alone(n_steps: int, betas: tuple[float, float], found_inf: set[
     bias, table = torch.zeros(1, 2, dtype=torch.float64), torch.zeros(1, Coefficient.COUNT, dtype=torch.float64)
     steps, counters, first = torch.zeros(1), torch.zeros(2, dtype=torch.int64), torch.tensor([0])
     for t in range(n_steps):
-        similarity.coefficients(
+        tables = StepTables(
             sums=torch.full((1, 2), math.nan, dtype=torch.float64),
             global_sq=torch.full((1,), -1.0, dtype=torch.float64),
             hyper=hyper,
@@ -288,9 +291,8 @@ def coefficients_alone(n_steps: int, betas: tuple[float, float], found_inf: set[
             table=table,
             report=torch.zeros(1, 2, dtype=torch.float64),
             summary=torch.zeros(Summary.COUNT, dtype=torch.float64),
-            settings=StepSettings(),
-            found_inf=torch.tensor(float(t in found_inf)),
         )
+        similarity.coefficients(tables, StepSettings(), found_inf=torch.tensor(float(t in found_inf)))
     return table[0], bias[0], steps, counters
 
 

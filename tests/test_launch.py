@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 from dba_kernels import DBAAdamW, GlobalGradient
-from dba_kernels.formats import Coefficient, EncodedTensor, Hyper, StepSettings, Summary, TensorBatch
+from dba_kernels.formats import Coefficient, EncodedTensor, Hyper, StepSettings, StepTables, Summary, TensorBatch
 from dba_kernels.kernels import accumulate, common, quantize, similarity, step, tables
 
 from . import guard_pages
@@ -96,7 +96,7 @@ class Step:
 
     def run(self) -> None:
         similarity.similarity(self.batch, self.grads, self.tables["sums"])
-        similarity.coefficients(**self.tables, settings=SETTINGS)
+        similarity.coefficients(StepTables(**self.tables), SETTINGS)
         step.step(self.batch, self.grads, self.tables["table"])
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dba_kernels.formats import Coefficient, StepSettings, Summary
+from dba_kernels.formats import Coefficient, StepSettings, StepTables, Summary
 from dba_kernels.reference import similarity as reference_similarity
 from dba_kernels.reference import step as reference_step
 
@@ -229,12 +229,12 @@ def test_survives_fork():
 # --- the fused step ---------------------------------------------------------------------------------------------------
 
 
-def _tables(n: int, has_global: list[bool], generator: torch.Generator) -> list[torch.Tensor]:
-    """Arguments of ``coefficients`` for n parameters in two groups, up to ``settings``."""
+def _tables(n: int, has_global: list[bool], generator: torch.Generator) -> StepTables:
+    """n parameters in two groups."""
     wide = torch.float64
     hyper = torch.tensor([[1e-3, 0.9, 0.99, 1e-8, 1e-2, 1.0], [1e-4, 0.8, 0.999, 1e-6, 0.0, -1.0]], dtype=wide)
     global_sq = torch.where(torch.tensor(has_global), torch.rand(n, generator=generator, dtype=wide) + 10, -1.0)
-    return [
+    return StepTables(
         torch.zeros(n, 2, dtype=wide),
         global_sq,
         hyper,
@@ -246,10 +246,10 @@ def _tables(n: int, has_global: list[bool], generator: torch.Generator) -> list[
         torch.zeros(n, Coefficient.COUNT, dtype=wide),
         torch.zeros(n, 2, dtype=wide),
         torch.zeros(Summary.COUNT, dtype=wide),
-    ]
+    )
 
 
-def _model() -> tuple[list, list, list[torch.Tensor]]:
+def _model() -> tuple[list, list, StepTables]:
     """Three batches of different formats, one without a global gradient; one tensor too large to wait in the cache."""
     cases = (
         Case(torch.bfloat16, "split16", "int8", "int8", torch.bfloat16, (*LARGE, (1100, 1024)), seed=31),
@@ -267,9 +267,10 @@ def _model() -> tuple[list, list, list[torch.Tensor]]:
     return batches, grads, _tables(count, has_global, torch.Generator().manual_seed(5))
 
 
-def _everything(batches: list, tables: list[torch.Tensor]) -> list[torch.Tensor]:
+def _everything(batches: list, tables: StepTables | None) -> list[torch.Tensor]:
     parts = ("params", "remainders", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales")
-    return [*tables, *(tensor for batch in batches for part in parts for tensor in getattr(batch, part))]
+    own = [] if tables is None else vars(tables).values()
+    return [*own, *(tensor for batch in batches for part in parts for tensor in getattr(batch, part))]
 
 
 SETTINGS = {
@@ -288,12 +289,12 @@ def test_fused_step_equals_its_parts_bit_for_bit(settings):
     batches, grads, tables = _model()
     for batch, part in zip(batches, grads, strict=True):
         if settings.reduce:
-            native.similarity(batch, part, tables[0])
-    native.coefficients(*tables, settings)
+            native.similarity(batch, part, tables.sums)
+    native.coefficients(tables, settings)
     for batch, part in zip(batches, grads, strict=True):
-        native.step(batch, part, tables[8])
+        native.step(batch, part, tables.table)
     fused_batches, fused_grads, fused_tables = _model()
-    native.fused_step(fused_batches, fused_grads, *fused_tables, settings)
+    native.fused_step(fused_batches, fused_grads, fused_tables, settings)
     assert _same_bits(_everything(batches, tables), _everything(fused_batches, fused_tables))
 
 
@@ -303,22 +304,22 @@ def test_fused_step_with_a_non_finite_gradient_changes_nothing(where):
     batches, grads, tables = _model()
     flat = [grad for part in grads for grad in part]
     flat[where].view(-1)[-1] = float("nan")
-    before = [tensor.clone() for tensor in _everything(batches, [])]
-    native.fused_step(batches, grads, *tables, SETTINGS["cosine"])
-    assert _same_bits(before, _everything(batches, []))
-    assert tables[7].tolist() == [0, 1] and tables[5].sum() == 0
+    before = [tensor.clone() for tensor in _everything(batches, None)]
+    native.fused_step(batches, grads, tables, SETTINGS["cosine"])
+    assert _same_bits(before, _everything(batches, None))
+    assert tables.counters.tolist() == [0, 1] and tables.steps.sum() == 0
 
 
 def test_fused_step_agrees_with_the_reference():
     batches, grads, tables = _model()
     expected, expected_grads, expected_tables = _model()
-    native.fused_step(batches, grads, *tables, SETTINGS["cosine and clip"])
+    native.fused_step(batches, grads, tables, SETTINGS["cosine and clip"])
     for batch, part in zip(expected, expected_grads, strict=True):
-        reference_similarity.similarity(batch, part, expected_tables[0])
-    reference_similarity.coefficients(*expected_tables, SETTINGS["cosine and clip"])
-    torch.testing.assert_close(tables[8], expected_tables[8], rtol=1e-5, atol=1e-12)
+        reference_similarity.similarity(batch, part, expected_tables.sums)
+    reference_similarity.coefficients(expected_tables, SETTINGS["cosine and clip"])
+    torch.testing.assert_close(tables.table, expected_tables.table, rtol=1e-5, atol=1e-12)
     for batch, part in zip(expected, expected_grads, strict=True):
-        reference_step.step(batch, part, tables[8])
+        reference_step.step(batch, part, tables.table)
     for mine, theirs in zip(batches, expected, strict=True):
         for a, b in zip(mine.params, theirs.params, strict=True):
             step = 2**-7 if a.dtype == torch.bfloat16 else 1e-5

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from dba_kernels.formats import CORRECTIONS, Coefficient, Hyper, StepSettings, Summary
+from dba_kernels.formats import CORRECTIONS, Coefficient, Hyper, StepSettings, StepTables, Summary
 from dba_kernels.reference import quantize
 from dba_kernels.reference import similarity as reference
 
@@ -148,8 +148,8 @@ def assert_same_coefficients(
     optional = optional or {}
     expected = {name: tensor.clone() for name, tensor in inputs.items()}
     actual = {name: tensor.clone() for name, tensor in inputs.items()}
-    reference.coefficients(**expected, settings=settings, **optional)
-    coefficients(**actual, settings=dataclasses.replace(settings, **spoiled), **optional)
+    reference.coefficients(StepTables(**expected), settings, **optional)
+    coefficients(StepTables(**actual), dataclasses.replace(settings, **spoiled), **optional)
     for name in OUTPUTS:
         limit = TOLERANCES["table"].bound
         torch.testing.assert_close(
@@ -201,7 +201,7 @@ def test_non_finite_sum_skips(backend, poison):
     inputs = arguments()
     inputs["sums"][3, 1] = poison
     assert_same_coefficients(backend.coefficients, BASE, inputs)
-    backend.coefficients(**inputs, settings=BASE)
+    backend.coefficients(StepTables(**inputs), BASE)
     assert inputs["counters"].tolist() == [11, 3]
     assert inputs["table"][ACTIVE, Coefficient.SKIP].tolist() == [1.0] * len(ACTIVE)
 
@@ -209,7 +209,7 @@ def test_non_finite_sum_skips(backend, poison):
 def test_non_finite_sum_of_an_inactive_parameter_is_ignored(backend):
     inputs = arguments()
     inputs["sums"][1] = float("nan")
-    backend.coefficients(**inputs, settings=BASE)
+    backend.coefficients(StepTables(**inputs), BASE)
     assert inputs["counters"].tolist() == [12, 2]
 
 
@@ -227,7 +227,7 @@ def test_zero_norms_mean_no_correction(backend):
     inputs = arguments()
     inputs["sums"][5], inputs["global_sq"][0] = 0.0, 0.0
     inputs["sums"][0, 0] = 0.0
-    backend.coefficients(**inputs, settings=BASE)
+    backend.coefficients(StepTables(**inputs), BASE)
     assert inputs["report"][[5, 0]].tolist() == [[0.0, 1.0], [0.0, 1.0]]
 
 

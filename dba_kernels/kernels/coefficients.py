@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formats import StepSettings
+from ..formats import StepSettings, StepTables
 from . import columns as col
 from .tables import on_device
 
@@ -194,17 +194,7 @@ def coefficients_kernel(
 
 @torch.no_grad()
 def coefficients(
-    sums: torch.Tensor,
-    global_sq: torch.Tensor,
-    hyper: torch.Tensor,
-    group: torch.Tensor,
-    active: torch.Tensor,
-    steps: torch.Tensor,
-    bias_corrections: torch.Tensor,
-    counters: torch.Tensor,
-    table: torch.Tensor,
-    report: torch.Tensor,
-    summary: torch.Tensor,
+    tables: StepTables,
     settings: StepSettings,
     *,
     loss_scale: torch.Tensor | None = None,
@@ -212,47 +202,38 @@ def coefficients(
     gamma_override: torch.Tensor | None = None,
     alpha_override: torch.Tensor | None = None,
 ) -> None:
-    """Turn the sums into the coefficient table, and count the step. n parameters, G groups, m ≤ n active parameters.
+    """Turn the sums into the coefficient table, and count the step.
 
     Order: unscale → clip by ‖g_D‖ → boost → moments → corrected update. With a non-finite ‖g_D‖² among the active
     parameters, or ``found_inf`` not 0, the step is skipped: nothing is counted but the skip.
 
     Args:
-        sums: float64 ``[n, 2]``, ⟨g_D, ĝ_G⟩ and ‖g_D‖²; read where ``settings.reduce``.
-        global_sq: float64 ``[n]``, ‖ĝ_G‖² of what is stored; −1 for a parameter without a global gradient.
-        hyper: float64 ``[G, Hyper.COUNT]``.
-        group: int64 ``[n]``, each parameter's row of ``hyper``.
-        active: int64 ``[m]``, rows of the parameters that have a gradient in this step.
-        steps: fp32 ``[n]``, incremented where active.
-        bias_corrections: float64 ``[n, 2]``, 1 − β₁^k and 1 − β₂^k as the EMA of 1, advanced where active.
-        counters: int64 ``[2]``, optimizer steps done (the t of γ_t) and steps skipped.
-        table: float64 ``[n, Coefficient.COUNT]``, written where active.
-        report: float64 ``[n, 2]``, φ and α, written where active.
-        summary: float64 ``[Summary.COUNT]``, written.
+        tables: ``sums`` is read where ``settings.reduce``; ``table``, ``report``, ``steps`` and ``bias_corrections``
+            are written where active, ``counters`` and ``summary`` always.
         settings: compiled into the kernel: one compilation per run.
         loss_scale: scalar by which the gradients are too large; None for 1.
         found_inf: scalar, not 0 to skip.
         gamma_override: scalar γ_t in place of eq. 2.
         alpha_override: ``[n]`` α_t in place of eq. 5.
     """
-    with on_device(table):
+    with on_device(tables.table):
         coefficients_kernel[(1,)](
-            table,
-            steps,
-            bias_corrections,
-            counters,
-            report,
-            summary,
-            sums,
-            global_sq,
-            hyper,
-            group,
-            active,
+            tables.table,
+            tables.steps,
+            tables.bias_corrections,
+            tables.counters,
+            tables.report,
+            tables.summary,
+            tables.sums,
+            tables.global_sq,
+            tables.hyper,
+            tables.group,
+            tables.active,
             loss_scale,
             found_inf,
             gamma_override,
             alpha_override,
-            active.numel(),
+            tables.active.numel(),
             BOOST=float(settings.boost),
             TOTAL_STEPS=float(settings.total_steps),
             BOOST_MAX=float(settings.boost_max),

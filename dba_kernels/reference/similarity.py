@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from ..formats import Coefficient, Hyper, StepSettings, Summary, TensorBatch
+from ..formats import Coefficient, Hyper, StepSettings, StepTables, Summary, TensorBatch
 from .quantize import decode
 
 
@@ -72,17 +72,7 @@ def projection_weights(
 
 
 def coefficients(
-    sums: torch.Tensor,
-    global_sq: torch.Tensor,
-    hyper: torch.Tensor,
-    group: torch.Tensor,
-    active: torch.Tensor,
-    steps: torch.Tensor,
-    bias_corrections: torch.Tensor,
-    counters: torch.Tensor,
-    table: torch.Tensor,
-    report: torch.Tensor,
-    summary: torch.Tensor,
+    tables: StepTables,
     settings: StepSettings,
     *,
     loss_scale: torch.Tensor | None = None,
@@ -90,32 +80,23 @@ def coefficients(
     gamma_override: torch.Tensor | None = None,
     alpha_override: torch.Tensor | None = None,
 ) -> None:
-    """Turn the sums into the coefficient table, and count the step. n parameters, G groups, m ≤ n active parameters.
+    """Turn the sums into the coefficient table, and count the step.
 
     Order: unscale → clip by ‖g_D‖ → boost → moments → corrected update. With a non-finite ‖g_D‖² among the active
     parameters, or ``found_inf`` not 0, the step is skipped: nothing is counted but the skip.
 
     Args:
-        sums: float64 ``[n, 2]``, ⟨g_D, ĝ_G⟩ and ‖g_D‖²; read where ``settings.reduce``.
-        global_sq: float64 ``[n]``, ‖ĝ_G‖² of what is stored; −1 for a parameter without a global gradient, which is
-            updated by plain AdamW (a = α = 1, b = 0).
-        hyper: float64 ``[G, Hyper.COUNT]``.
-        group: int64 ``[n]``, each parameter's row of ``hyper``.
-        active: int64 ``[m]``, rows of the parameters that have a gradient in this step.
-        steps: fp32 ``[n]``, steps done per parameter; incremented where active.
-        bias_corrections: float64 ``[n, 2]``, 1 − β₁^k and 1 − β₂^k, kept as the EMA of 1: c ← βc + (1−β).
-        counters: int64 ``[2]``, optimizer steps done (the t of γ_t) and steps skipped.
-        table: float64 ``[n, Coefficient.COUNT]``, written where active.
-        report: float64 ``[n, 2]``, φ and α of each parameter, written where active (φ 0, α 1 without ĝ_G).
-        summary: float64 ``[Summary.COUNT]``, written.
+        tables: ``sums`` is read where ``settings.reduce``; ``table``, ``report``, ``steps`` and ``bias_corrections``
+            are written where active, ``counters`` and ``summary`` always.
         loss_scale: scalar by which the gradients are too large; None for 1.
         found_inf: scalar, not 0 to skip.
         gamma_override: scalar γ_t in place of eq. 2.
         alpha_override: ``[n]`` α_t in place of eq. 5.
     """
-    h = hyper[group[active]]
+    active, table = tables.active, tables.table
+    h = tables.hyper[tables.group[active]]
     inverse_scale = h[:, Hyper.SIGN] / (1.0 if loss_scale is None else loss_scale.double())
-    stored_sq = global_sq[active]
+    stored_sq = tables.global_sq[active]
     has_global = stored_sq >= 0
     stored_sq = stored_sq.clamp(min=0.0)
 
@@ -125,8 +106,8 @@ def coefficients(
     dot = grad_sq = torch.zeros_like(stored_sq)
     grad_norm = torch.zeros_like(factor)
     if settings.reduce:
-        skip = ~torch.isfinite(sums[active, 1]).all()
-        dot, grad_sq = sums[active, 0] * inverse_scale, sums[active, 1] * inverse_scale.square()
+        skip = ~torch.isfinite(tables.sums[active, 1]).all()
+        dot, grad_sq = tables.sums[active, 0] * inverse_scale, tables.sums[active, 1] * inverse_scale.square()
         grad_norm = grad_sq.sum().sqrt()
         factor = clip_factor(grad_norm, settings.max_grad_norm)
         dot, grad_sq = dot * factor, grad_sq * factor.square()
@@ -141,7 +122,7 @@ def coefficients(
     phi = cosine(dot, grad_sq, scope_sq)  # eq. 4
 
     # a, b and α of g' = a·g_D + b·ĝ_G.
-    gamma_t = gamma(counters[0], settings) if gamma_override is None else gamma_override.double()  # eq. 2
+    gamma_t = gamma(tables.counters[0], settings) if gamma_override is None else gamma_override.double()  # eq. 2
     a, b, alpha = 1.0 - gamma_t.expand_as(phi), gamma_t.expand_as(phi), torch.ones_like(phi)
     if settings.correction in ("agem", "pcgrad"):
         a, b = projection_weights(settings.correction, dot, grad_sq, scope_sq)
@@ -155,14 +136,14 @@ def coefficients(
 
     # A skipped step counts nowhere.
     advance = (~skip).to(torch.float64)
-    counters += torch.stack((~skip, skip)).to(counters.dtype)
-    steps[active] += advance.to(steps.dtype)
+    tables.counters.add_(torch.stack((~skip, skip)))
+    tables.steps[active] += advance.to(tables.steps.dtype)
     betas = h[:, [Hyper.BETA1, Hyper.BETA2]]
-    bias = bias_corrections[active]
-    bias_corrections[active] = torch.where(skip, bias, betas * bias + (1.0 - betas))
+    bias = tables.bias_corrections[active]
+    tables.bias_corrections[active] = torch.where(skip, bias, betas * bias + (1.0 - betas))
 
     row = torch.empty(len(active), Coefficient.COUNT, dtype=torch.float64, device=table.device)
-    bias = bias_corrections[active]
+    bias = tables.bias_corrections[active]
     row[:, Coefficient.GRAD_WEIGHT] = a * factor * inverse_scale
     row[:, Coefficient.GLOBAL_WEIGHT] = b
     row[:, Coefficient.BETA1] = h[:, Hyper.BETA1]
@@ -173,11 +154,11 @@ def coefficients(
     row[:, Coefficient.INV_SQRT_BIAS_CORRECTION2] = bias[:, 1].rsqrt()
     row[:, Coefficient.EPS] = h[:, Hyper.EPS]
     row[:, Coefficient.LR_WEIGHT_DECAY] = h[:, Hyper.LR] * h[:, Hyper.WEIGHT_DECAY]
-    row[:, Coefficient.STEP] = steps[active].double()
+    row[:, Coefficient.STEP] = tables.steps[active].double()
     row[:, Coefficient.SKIP] = skip.double()
     table[active] = row
-    report[active] = torch.stack((phi, alpha), dim=1)
-    summary[Summary.GAMMA] = gamma_t
-    summary[Summary.CLIP_FACTOR] = factor
-    summary[Summary.GRAD_NORM] = grad_norm
-    summary[Summary.GLOBAL_NORM] = stored_sq.sum().sqrt()
+    tables.report[active] = torch.stack((phi, alpha), dim=1)
+    tables.summary[Summary.GAMMA] = gamma_t
+    tables.summary[Summary.CLIP_FACTOR] = factor
+    tables.summary[Summary.GRAD_NORM] = grad_norm
+    tables.summary[Summary.GLOBAL_NORM] = stored_sq.sum().sqrt()
