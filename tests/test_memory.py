@@ -1,0 +1,80 @@
+"""The bytes that ``bench.memory`` counts, on a small model, and the limits by arithmetic on the demo model's shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from bench import memory  # noqa: E402
+from dba_kernels.cli.plan import Sizes  # noqa: E402
+
+OURS = list(memory.OURS)
+
+
+def llama(**sizes: int) -> torch.nn.Module:
+    config = transformers.LlamaConfig(**sizes, tie_word_embeddings=True)
+    return transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def counted(row: str, spoil: list[torch.Tensor] | None = None) -> tuple[memory.Held, Sizes]:
+    before = [place for tensor in memory.alive() if (place := memory.span(tensor)) is not None]
+    model = llama(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+    ids = torch.arange(16)[None]
+    if spoil is not None:
+        spoil.append(torch.zeros(10_000))
+    held = memory.measure(row, model, lambda: model(input_ids=ids, labels=ids, use_cache=False).loss, before)
+    return held, Sizes({name: tuple(p.shape) for name, p in model.named_parameters()}, torch.bfloat16)
+
+
+def by_shapes(row: str, sizes: Sizes) -> float:
+    formats = memory.OURS[row]
+    param_format, state_format = formats.get("param_format", "split16"), formats.get("state_format", "fp32")
+    return sizes.total(param_format, state_format, sizes.globals[row.split()[-1]]) / sizes.parameters
+
+
+@pytest.mark.parametrize("row", OURS)
+def test_live_storages_are_what_the_shapes_say(row: str) -> None:
+    held, sizes = counted(row)
+    assert held.weights == held.gradients == 2.0
+    assert held.total - held.other == pytest.approx(by_shapes(row, sizes), rel=1e-6)
+    assert 0 <= held.other < 0.1  # buffers of the model, tables of the step: small, and fixed in size
+
+
+def test_mixed_precision_holds_sixteen_bytes() -> None:
+    held, _ = counted("torch mixed")
+    assert held.total - held.other == pytest.approx(16, abs=1e-3)
+
+
+def test_a_forgotten_buffer_is_counted() -> None:
+    """Control: 40,000 bytes that nobody owns appear under "other"."""
+    clean, sizes = counted(OURS[0])
+    leaked, _ = counted(OURS[0], spoil=[])
+    assert leaked.other - clean.other == pytest.approx(40_000 / sizes.parameters, rel=0.05)
+
+
+def test_overlapping_views_are_counted_once() -> None:
+    whole = torch.zeros(100)
+    taken: list[tuple[int, int]] = []
+    assert memory.covered([whole, whole[10:20], whole.view(10, 10)], taken) == 400
+    assert memory.covered([whole[:5]], taken) == 0
+    assert memory.covered([torch.zeros(3, device="meta")], taken) == 0
+
+
+@pytest.mark.parametrize(("row", "limit"), memory.LIMITS.items())
+def test_the_limits_hold_for_the_shapes_of_the_demo_model(row: str, limit: float) -> None:
+    """SmolLM2-135M by its configuration alone."""
+    with torch.device("meta"):
+        model = llama(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+        )
+    sizes = Sizes({name: tuple(p.shape) for name, p in model.named_parameters()}, torch.bfloat16)
+    assert sizes.parameters == 134_515_008
+    assert by_shapes(row, sizes) <= limit
+    assert by_shapes("defaults int8", sizes) > limit  # control
