@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from dba_kernels import GlobalGradient, backends, cli
-from dba_kernels.cli import assets, demo, env, files, report, text, training
+from dba_kernels.cli import assets, demo, env, files, progress, report, text, training
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
@@ -91,6 +93,7 @@ def test_demo_prints_every_figure_and_says_where_the_files_are(finished: tuple[P
     for name in ("base", "AdamW", "DBA"):
         for corpus in ("domain", "general"):
             assert f"{torch.tensor(saved['outcomes'][name][corpus]).mean():.4f}" in result.output
+    assert "signal-to-noise" in result.output
     for file in ("global_gradient.safetensors", "results.json", "figure.png"):
         assert f"file: {out / file}" in result.output
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -162,6 +165,41 @@ def test_a_slow_machine_does_less_of_everything() -> None:
     plan = demo.Plan.within(540, slow, options)
     assert plan == demo.Plan(steps=14, global_batches=8, evaluation_blocks=17)
     assert 450 < plan.seconds(slow, options) <= 540
+
+
+def test_a_machine_that_becomes_slower_does_fewer_steps() -> None:
+    options = demo.Options(**demo.command.make_context("demo", []).params)
+    speed = training.Speed(batch=3, evaluation=1, adamw=0.5, dba=0.5)
+    plan = demo.Plan.within(demo.SECONDS, speed, options)
+    before = plan.seconds_before_runs(speed, options)
+    assert plan.seconds(speed, options) == before + plan.seconds_of_runs(speed, options)
+    assert plan.revised(before, speed, options) == plan == plan.revised(before / 2, speed, options)
+    slower = plan.revised(2 * before, speed, options)
+    assert 4 < slower.steps < plan.steps and slower.global_batches == plan.global_batches
+    assert 2 * before + 2 * slower.seconds_of_runs(speed, options) <= demo.SECONDS
+    one_more = demo.replace(slower, steps=slower.steps + 1)
+    assert 2 * before + 2 * one_more.seconds_of_runs(speed, options) > demo.SECONDS
+    assert plan.revised(10_000, speed, options).steps == 4
+    few = demo.replace(plan, steps=2)
+    assert few.revised(10_000, speed, options) == few
+
+
+def test_progress_without_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with progress.progress(console) as bars:
+        task = bars.add_task("work", total=8, tokens=30, completed=2)
+        for _ in range(6):
+            now[0] += 6
+            bars.advance(task)
+    assert console.file.getvalue().splitlines() == [
+        "work: 5/8, 5 tokens/s, 18 s left",
+        "work: 8/8, 5 tokens/s, took 36 s",
+    ]
+    terminal = Console(file=io.StringIO(), force_terminal=True)
+    assert isinstance(progress.progress(terminal), progress.Progress)
+    assert [progress.duration(s) for s in (8.4, 125, 11_220)] == ["8 s", "2 min 05 s", "3 h 07 min"]
 
 
 def test_measuring_the_speed_leaves_the_model_as_it_was(inputs: Path) -> None:

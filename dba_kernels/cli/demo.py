@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,9 @@ from dba_kernels.formats import STATE_FORMATS, STORAGE_FORMATS
 
 from .assets import Blocks, load_model, token_blocks
 from .files import InputError, prepare_folder, write_whole
-from .progress import Bars, progress
+from .progress import Bars, progress, wide_console
 from .report import Outcome, draw, losses_table, verdict
+from .signal import advice
 from .text import CORPORA, load_documents
 from .training import Run, Speed, autocast_dtype, evaluate, fine_tune, measure_speed
 
@@ -82,10 +83,28 @@ class Plan:
         return math.ceil(self.evaluation_blocks / options.batch_size)
 
     def seconds(self, speed: Speed, options: Options) -> float:
-        """Expected wall clock: three evaluations of two corpora, the collection, two runs."""
-        training = self.steps * (2 * speed.batch + speed.adamw + speed.dba)
-        evaluations = 6 * self.evaluation_batches(options) * speed.evaluation
-        return evaluations + self.global_batches * speed.batch + training
+        """Expected wall clock of everything."""
+        return self.seconds_before_runs(speed, options) + self.seconds_of_runs(speed, options)
+
+    def seconds_before_runs(self, speed: Speed, options: Options) -> float:
+        """The base model's evaluation on two corpora, and the collection."""
+        return 2 * self.evaluation_batches(options) * speed.evaluation + self.global_batches * speed.batch
+
+    def seconds_of_runs(self, speed: Speed, options: Options) -> float:
+        """Two runs, each evaluated on two corpora."""
+        evaluations = 4 * self.evaluation_batches(options) * speed.evaluation
+        return evaluations + self.steps * (2 * speed.batch + speed.adamw + speed.dba)
+
+    def revised(self, spent: float, speed: Speed, options: Options) -> Plan:
+        """Fewer steps, at least 4, where the part before the runs took ``spent`` seconds, longer than expected.
+
+        Whatever slowed it down is taken to go on. ĝ_G stays as it was collected, so ``--steps`` with what was settled
+        on gives the same losses together with ``--global-gradient``.
+        """
+        slowdown = spent / self.seconds_before_runs(speed, options)
+        plans = (replace(self, steps=steps) for steps in range(self.steps, 4, -1))
+        fits = (plan for plan in plans if spent + slowdown * plan.seconds_of_runs(speed, options) <= SECONDS)
+        return next(fits, replace(self, steps=min(self.steps, 4)))
 
 
 @click.command("demo")
@@ -123,7 +142,7 @@ def command(**options: Any) -> None:
     The gradient of general text is collected once and compressed to a file; it then boosts the fine-tuning on domain
     text. With the defaults this takes at most ten minutes on two idle cores: a slower machine does fewer steps.
     """
-    run_demo(Options(**options), Console())
+    run_demo(Options(**options), wide_console())
 
 
 def run_demo(options: Options, console: Console) -> dict[str, Outcome]:
@@ -139,13 +158,17 @@ def run_demo(options: Options, console: Console) -> dict[str, Outcome]:
     if stored is None:
         expected = STORAGE_FORMATS[options.storage].bytes_per_parameter * sum(p.numel() for p in model.parameters())
         prepare_folder(options.out, int(1.01 * expected) + (16 << 20))
-    plan = _plan(options, model, blocks, console)
+    plan, speed = _plan(options, model, blocks, console)
+    planned = time.perf_counter()
 
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     outcomes = {}
     with progress(console) as bar:
         outcomes["base"] = _outcome(model, blocks, options, plan, bar, "base", None)
         gradient = stored or _collect(model, blocks["general"], options, plan, bar)
+        if speed is not None and (fewer := plan.revised(time.perf_counter() - planned, speed, options)) != plan:
+            bar.console.print(f"slower than expected: {fewer.steps} steps in place of {plan.steps}, to stay within ten")
+            plan = fewer
         adamw = torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True)
         outcomes["AdamW"] = _fine_tuned(model, adamw, blocks, options, plan, bar, "AdamW")
         model.load_state_dict(base)
@@ -196,9 +219,12 @@ def _stored_gradient(options: Options, model: PreTrainedModel) -> GlobalGradient
     return gradient
 
 
-def _plan(options: Options, model: PreTrainedModel, blocks: dict[str, Blocks], console: Console) -> Plan:
+def _plan(
+    options: Options, model: PreTrainedModel, blocks: dict[str, Blocks], console: Console
+) -> tuple[Plan, Speed | None]:
+    """The plan, and the speed that decided it where ``--steps`` did not."""
     if options.steps is not None:
-        return Plan.of(options.steps, options)
+        return Plan.of(options.steps, options), None
     domain = blocks["domain"]
     with console.status("measuring the speed of this machine"):
         speed = measure_speed(model, domain.train[: options.batch_size], domain.held_out[: options.batch_size])
@@ -209,7 +235,7 @@ def _plan(options: Options, model: PreTrainedModel, blocks: dict[str, Blocks], c
         + (f" (fewer than {MAX_STEPS}, to stay within ten)" if plan.steps < MAX_STEPS else ""),
         soft_wrap=True,
     )
-    return plan
+    return plan, speed
 
 
 def _batches(blocks: torch.Tensor, size: int, count: int) -> Iterator[torch.Tensor]:
@@ -307,5 +333,6 @@ def _report(
         f"({gradient.nbytes / parameters:.2f} bytes per parameter). Took {seconds / 60:.1f} minutes.",
         soft_wrap=True,
     )
+    console.print(advice(gradient), soft_wrap=True)
     for path in (gradient.path, options.file("results.json"), options.file("figure.png")):
         console.print(f"file: {path}", soft_wrap=True)
