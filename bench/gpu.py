@@ -105,49 +105,62 @@ def ours(model: Model, state: str, param: str, stored: str | None) -> DBAAdamW:
     return DBAAdamW(model.named(), **options)
 
 
-def graph_replay() -> dict[str, Any]:
-    """Steps captured in a CUDA graph and replayed give the bits of the same steps taken one by one."""
-    if INTERPRETED:
-        return {"skipped": "a CUDA graph needs a GPU"}
-    models = [Model([(512, 512)] * 4, torch.bfloat16) for _ in range(2)]
-    optimizers = [ours(model, "int8", "split16", "int8") for model in models]
+def replayed(optimizer: DBAAdamW) -> Callable[[], Any]:
+    """Its step as a CUDA graph, captured after three ordinary steps; in the interpreter the step itself."""
     for _ in range(3):
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
+    if INTERPRETED:
+        return optimizer.step
     synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        optimizers[0].step()
+        optimizer.step()
+    return graph.replay
+
+
+def graph_replay(tiny: bool) -> dict[str, Any]:
+    """Steps captured in a CUDA graph and replayed give the bits of the same steps taken one by one."""
+    models = [Model(TINY["many small"] if tiny else [(512, 512)] * 4, torch.bfloat16) for _ in range(2)]
+    optimizers = [ours(model, "int8", "split16", "int8") for model in models]
+    replay = replayed(optimizers[0])
+    for _ in range(3):
+        optimizers[1].step()
+    before = [param.clone() for param in models[0].params]
     for _ in range(5):
-        graph.replay()
+        replay()
         optimizers[1].step()
     synchronize()
     same = all(torch.equal(x, y) for x, y in zip(models[0].params, models[1].params, strict=True))
-    return {"replays": 5, "same_bits": same}
+    moved = any(not torch.equal(x, y) for x, y in zip(before, models[0].params, strict=True))
+    return {"graph": not INTERPRETED, "replays": 5, "same_bits": same, "moved": moved}
 
 
 @dataclass(frozen=True)
 class Contender:
-    """dtype of the parameters and gradients, the optimizer of a model, and bytes per parameter where they are known."""
+    """dtype of the parameters and gradients, a model's step, and bytes per parameter where they are known."""
 
     dtype: torch.dtype
-    build: Callable[[Model], Any]
+    build: Callable[[Model], Callable[[], Any]]
     bytes_per_parameter: float | None = None
 
 
-def our_contender(dtype: torch.dtype, state: str, kind: str, stored: str | None) -> Contender:
-    count = whole_step_bytes(dtype, dtype, kind, state, stored or "none")
-    return Contender(dtype, lambda model: ours(model, state, kind, stored), count)
+def our_contender(dtype: torch.dtype, state: str, kind: str, stored: str | None, graph: bool = False) -> Contender:
+    def build(model: Model) -> Callable[[], Any]:
+        optimizer = ours(model, state, kind, stored)
+        return replayed(optimizer) if graph else optimizer.step
+
+    return Contender(dtype, build, whole_step_bytes(dtype, dtype, kind, state, stored or "none"))
 
 
 def contenders() -> dict[str, Contender]:
     """What is installed."""
     fp32, bf16 = torch.float32, torch.bfloat16
     found = {
-        "torch AdamW foreach, fp32": Contender(fp32, lambda m: torch.optim.AdamW(m.params, lr=LR, foreach=True)),
+        "torch AdamW foreach, fp32": Contender(fp32, lambda m: torch.optim.AdamW(m.params, lr=LR, foreach=True).step),
         "DBA fp32, int8 ĝ": our_contender(fp32, "fp32", "native", "int8"),
         "AdamW fp32 (dba_kernels)": our_contender(fp32, "fp32", "native", None),
         "DBA split16, int8 state, int8 ĝ": our_contender(bf16, "int8", "split16", "int8"),
+        "DBA split16, int8 state, int8 ĝ, CUDA graph": our_contender(bf16, "int8", "split16", "int8", graph=True),
         "DBA split8, int8 state, int4 ĝ": our_contender(bf16, "int8", "split8", "int4"),
         "8-bit AdamW split8 (dba_kernels)": our_contender(bf16, "int8", "split8", None),
     }
@@ -158,7 +171,7 @@ def contenders() -> dict[str, Contender]:
     }
     for name, (module, attribute) in peers.items():
         if not INTERPRETED and importlib.util.find_spec(module.split(".")[0]) is not None:
-            found[name] = Contender(bf16, lambda m, path=(module, attribute): _peer(*path)(m.params, lr=LR))
+            found[name] = Contender(bf16, lambda m, path=(module, attribute): _peer(*path)(m.params, lr=LR).step)
     return found
 
 
@@ -180,9 +193,11 @@ def copy_bandwidth(tiny: bool) -> float:
     return best
 
 
-def stepper(optimizer: Any) -> Callable[[], None]:
+def finished(step: Callable[[], Any]) -> Callable[[], None]:
+    """The step, and the wait for it."""
+
     def run() -> None:
-        optimizer.step()
+        step()
         synchronize()
 
     return run
@@ -191,11 +206,11 @@ def stepper(optimizer: Any) -> Callable[[], None]:
 def step_times(shapes: Shapes, bandwidth: float, tiny: bool) -> dict[str, Any]:
     """Every contender against torch's fused AdamW in fp32, alternating in one run."""
     baseline_model = Model(shapes, torch.float32)
-    baseline = stepper(torch.optim.AdamW(baseline_model.params, lr=LR, fused=True))
+    baseline = finished(torch.optim.AdamW(baseline_model.params, lr=LR, fused=True).step)
     rows: dict[str, Any] = {}
     for name, contender in contenders().items():
         try:
-            side = stepper(contender.build(Model(shapes, contender.dtype)))
+            side = finished(contender.build(Model(shapes, contender.dtype)))
             times = compare(baseline, side, rounds=2 if tiny else 50, warmup=1 if tiny else 10)
         except Exception as error:  # a peer that fails on this machine must not cost the rest of the report
             rows[name] = {"error": f"{type(error).__name__}: {error}"}
@@ -240,6 +255,9 @@ def fine_tuning(tiny: bool) -> dict[str, Any]:
     }
     rows = {}
     for name, make in makers.items():
+        if not INTERPRETED:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         model = language_model(tiny)
         optimizer = make(model)
         tokens = torch.randint(0, model.config.vocab_size, (batch, length), device=DEVICE)
@@ -255,9 +273,6 @@ def fine_tuning(tiny: bool) -> dict[str, Any]:
         peak = None if INTERPRETED else torch.cuda.max_memory_allocated() / 2**30
         rows[name] = {"tokens_per_second": batch * length * steps / seconds, "peak_memory_gb": peak}
         del model, optimizer
-        if not INTERPRETED:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
     return {"tokens_per_step": batch * length, "steps": steps, **rows}
 
 
@@ -271,7 +286,7 @@ def report(tiny: bool) -> dict[str, Any]:
     parts: dict[str, Callable[[], Any]] = {
         "environment": environment,
         "checks": lambda: checks(tiny),
-        "graph_replay": graph_replay,
+        "graph_replay": lambda: graph_replay(tiny),
         **{name: (lambda chosen=chosen: step_times(chosen, bandwidth, tiny)) for name, chosen in shapes.items()},
         "fine_tuning": lambda: fine_tuning(tiny),
     }
@@ -289,7 +304,8 @@ def problems(found: dict[str, Any]) -> list[str]:
     """Parts that raised, and checks that failed."""
     broken = [f"{name}: {part['error']}" for name, part in found.items() if isinstance(part, dict) and "error" in part]
     broken += [f"{name}: {why}" for name, why in found["checks"].get("failures", {}).items()]
-    return broken + ([] if found["graph_replay"].get("same_bits", True) else ["graph_replay: other bits"])
+    replay = found["graph_replay"]
+    return broken + [f"graph_replay: {key}" for key in ("same_bits", "moved") if not replay.get(key, True)]
 
 
 def print_times(console: Console, name: str, part: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from dba_kernels.formats import StepSettings, StepTables, TensorBatch
 from dba_kernels.kernels import accumulate, coefficients, quantize, similarity, step
+from dba_kernels.reference import quantize as reference
 from tests import cases, test_accumulate, test_quantize, test_similarity, test_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,9 +60,17 @@ def encode_on_device(tensor: torch.Tensor, format: str) -> Any:
     return quantize.encode(tensor.to(DEVICE), format).to("cpu")
 
 
+def assert_decodes_every_code(format: str) -> None:
+    encoded = test_quantize.every_code(format)
+    assert torch.equal(quantize.decode(encoded.to(DEVICE)).cpu(), reference.decode(encoded))
+
+
 def checks(tiny: bool) -> dict[str, Any]:
-    """Every kernel against the reference, with the comparisons and tolerances of the test suite."""
-    matrix = cases.size_cases()[1:2] if tiny else cases.full_matrix() + cases.size_cases()
+    """Every kernel against the reference, with the comparisons and tolerances of the test suite.
+
+    Every pair of formats, not every combination: each variant is compiled, and the report should take minutes.
+    """
+    matrix = cases.size_cases()[1:2] if tiny else cases.pairwise_matrix() + cases.size_cases()
     matrix_tensor = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     jobs: dict[str, Callable[[], object]] = {
         "coefficients": lambda: test_similarity.assert_same_coefficients(
@@ -76,6 +85,7 @@ def checks(tiny: bool) -> dict[str, Any]:
         jobs[f"encode {name}"] = functools.partial(
             test_quantize.assert_same_encoding, encode_on_device, matrix_tensor, name
         )
+        jobs[f"decode {name}"] = functools.partial(assert_decodes_every_code, name)
     failures = {}
     for name, job in jobs.items():
         try:

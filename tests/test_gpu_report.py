@@ -21,8 +21,9 @@ def test_tiny_report(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     found = json.loads(output.read_text())
-    assert found["checks"]["checked"] >= 7
+    assert found["checks"]["checked"] >= 10
     assert found["checks"]["failures"] == {}
+    assert found["graph_replay"] == {"graph": False, "replays": 5, "same_bits": True, "moved": True}
     assert "DBA split8, int8 state, int4 ĝ" in found["many small"]["against_torch_fused_fp32"]
     assert not any("error" in row for row in found["few large"]["against_torch_fused_fp32"].values())
     assert found["fine_tuning"]["DBA split16, int8 state, int8 ĝ"]["tokens_per_second"] > 0
