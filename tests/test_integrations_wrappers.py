@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import fsdp2_switch_optimizer_parameters
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, get_scheduler
@@ -179,7 +180,8 @@ def test_lora_in_the_trainer(stored: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lora_A.* are missing.*pass missing='adamw'"):
         lora_trainer().train()
     trainer = lora_trainer(missing="adamw")
-    trainer.train()
+    with pytest.warns(UserWarning, match="8 of 8 trainable parameters have none and get plain AdamW's update"):
+        trainer.train()
     model = make_lora()
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=LR, weight_decay=0.1)  # no adapter is a norm or a bias
     plain_loop(model, optimizer, [[b] for b in batches(examples(STEPS * BATCH), BATCH)], STEPS, max_grad_norm=1.0)
@@ -212,11 +214,18 @@ def test_compiled_model_is_bound_by_the_bare_names(stored: Path) -> None:
 # --- GradScaler -------------------------------------------------------------------------------------------------------
 
 
-def fp16_run(stored: Path, unscale_first: bool, poisoned_step: int | None = None, **options: Any) -> tuple:
+def fp16_run(
+    stored: Path, unscale_first: bool, poisoned_step: int | None = None, wrapped: bool = False, **options: Any
+) -> tuple[torch.nn.Module, DBAAdamW, torch.amp.GradScaler]:
+    """With ``wrapped``, Accelerate's optimizer calls the scaler, as the Trainer's does on a GPU under ``fp16=True``."""
     model = make_model()
     options = {"global_gradient": stored, "total_steps": STEPS, "max_grad_norm": 1.0} | options
     optimizer = DBAAdamW(model.named_parameters(), lr=LR, **options)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+    accelerate = None
+    if wrapped:
+        Accelerator(cpu=True)
+        accelerate = AcceleratedOptimizer(optimizer, scaler=scaler)
     for step, batch in enumerate(batches(examples(STEPS * BATCH), BATCH)):
         with torch.autocast("cpu", torch.float16):
             loss = model(**batch).loss
@@ -225,8 +234,11 @@ def fp16_run(stored: Path, unscale_first: bool, poisoned_step: int | None = None
             model.lm_head.weight.grad[0, 0] = torch.inf
         if unscale_first:
             scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-        scaler.update()
+        if accelerate is None:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            accelerate.step()
         optimizer.zero_grad()
     return model, optimizer, scaler
 
@@ -236,11 +248,14 @@ def test_fp16_with_a_scaler(stored: Path) -> None:
     inside, before = (fp16_run(stored, unscale_first)[0] for unscale_first in (False, True))
     assert torch.equal(weights(inside), weights(before))
     assert not torch.equal(weights(inside), weights(fp16_run(stored, False, max_grad_norm=0.9)[0]))
+    for unscale_first in (False, True):
+        assert torch.equal(weights(inside), weights(fp16_run(stored, unscale_first, wrapped=True)[0]))
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("unscale_first", [False, True])
-def test_an_overflow_skips_one_step(unscale_first: bool, stored: Path) -> None:
-    model, optimizer, scaler = fp16_run(stored, unscale_first, poisoned_step=2)
+def test_an_overflow_skips_one_step(unscale_first: bool, wrapped: bool, stored: Path) -> None:
+    model, optimizer, scaler = fp16_run(stored, unscale_first, poisoned_step=2, wrapped=wrapped)
     assert scaler.get_scale() == 2.0**9
     assert weights(model).isfinite().all()
     assert optimizer.metrics()["steps"] == STEPS - 1
