@@ -11,7 +11,7 @@ using namespace dba;
 
 namespace {
 
-constexpr int64_t ELEMENTS_PER_TASK = 32768;
+constexpr int64_t ELEMENTS_PER_TASK = 131072;  // long stretches: a thread that begins one finds no prefetched line
 constexpr int64_t ELEMENTS_PER_WAVE = 1 << 18;  // small tensors share a wave: its two barriers cost microseconds
 constexpr int64_t CACHE_ELEMENTS = 1 << 20;     // above, what similarity read has left the cache when the step asks for it
 
@@ -125,13 +125,15 @@ void dba_step(int64_t isa, int64_t threads, const Batch* batches, int64_t count,
 // |g_D|^2 of every tensor comes first, and costs one reading of the gradients whatever follows. The dot of a tensor is
 // only needed for its own row of the table: it is taken right before the tensor's step, which then finds gradient and
 // global gradient in the cache. Where the tensor is too large for that, or the scope is the whole model, the dot is taken
-// with the norm.
+// with the norm; so it is for int8 state, whose step is bound by arithmetic, so that reading g_D once more costs more than
+// the byte that it saves.
 void dba_fused_step(int64_t isa, int64_t threads, const Batch* batches, int64_t count,
                     const CoefficientArguments* arguments) {
     Model model(kernels_of(isa), batches, count);
     Coefficients coefficients(*arguments);
     auto dot_later = [&](int64_t tensor) {
-        return !arguments->global_scope && model.has_global(tensor) && model.elements(tensor) <= CACHE_ELEMENTS;
+        return !arguments->global_scope && model.has_global(tensor) && !model.int8_state(tensor) &&
+               model.elements(tensor) <= CACHE_ELEMENTS;
     };
     auto first = [&](int64_t tensor) { return dot_later(tensor) ? Reduce::SQUARES : Reduce::BOTH; };
     const Tasks::Run reduce = [&](int64_t tensor, int64_t unit) { model.reduce(tensor, unit, first(tensor)); };

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "formats.h"
+#include "simd_group.h"
 
 namespace dba {
 namespace {  // internal linkage: no instruction set may lend its code to another
@@ -13,12 +14,24 @@ using bytes_t = const uint8_t*;
 
 template <class S, int64_t D> struct Float;
 
-template <class S> struct Float<S, FP32> {
+// Sixty-four elements at once: one by one here, better for some formats below.
+template <class S, class Codec> struct GroupLoad {
+    static void load_group(bytes_t p, typename S::F* out) {
+        for (int k = 0; k < GROUP / S::W; ++k) out[k] = Codec::load(p, k * S::W);
+    }
+};
+
+template <class S> struct Float<S, FP32> : GroupLoad<S, Float<S, FP32>> {
     static typename S::F load(bytes_t p, int j) { return S::load(p + 4 * j); }
     static void store(uint8_t* p, int j, typename S::F x) { S::store(p + 4 * j, x); }
 };
 
 template <class S> struct Float<S, BF16> {
+    static void load_group(bytes_t p, typename S::F* out) {
+        typename S::U patterns[GROUP / S::W];
+        GroupOps<S>::load_high(p, patterns);
+        for (int k = 0; k < GROUP / S::W; ++k) out[k] = S::from_bits(patterns[k]);
+    }
     static typename S::F load(bytes_t p, int j) { return S::from_bits(S::load_u16(p + 2 * j) << 16); }
     static void store(uint8_t* p, int j, typename S::F x) {
         typename S::U u = S::bits(x);
@@ -27,7 +40,7 @@ template <class S> struct Float<S, BF16> {
     }
 };
 
-template <class S> struct Float<S, FP16> {
+template <class S> struct Float<S, FP16> : GroupLoad<S, Float<S, FP16>> {
     static typename S::F load(bytes_t p, int j) { return S::load_f16(p + 2 * j); }
     static void store(uint8_t* p, int j, typename S::F x) { S::store_f16(p + 2 * j, x); }
 };
@@ -87,16 +100,27 @@ template <class U> inline U mix32(U x) {
     return x ^ (x >> 16);
 }
 
+// Formats without a better way go element by element: Codec has load() and store().
+template <class S, class Codec> struct ParamGroup {
+    static constexpr int N = GROUP / S::W;
+    static void load_group(bytes_t weight, bytes_t remainder, typename S::F* out) {
+        for (int k = 0; k < N; ++k) out[k] = Codec::load(weight, remainder, k * S::W);
+    }
+    static void store_group(uint8_t* weight, uint8_t* remainder, const typename S::F* x, const typename S::U* random) {
+        for (int k = 0; k < N; ++k) Codec::store(weight, remainder, k * S::W, x[k], random[k]);
+    }
+};
+
 template <class S, int64_t Format, int64_t D> struct Param;
 
-template <class S, int64_t D> struct Param<S, NATIVE, D> {
+template <class S, int64_t D> struct Param<S, NATIVE, D> : ParamGroup<S, Param<S, NATIVE, D>> {
     static typename S::F load(bytes_t weight, bytes_t, int j) { return Float<S, D>::load(weight, j); }
     static void store(uint8_t* weight, uint8_t*, int j, typename S::F x, typename S::U) {
         Float<S, D>::store(weight, j, x);
     }
 };
 
-template <class S, int64_t D> struct Param<S, MASTER, D> {
+template <class S, int64_t D> struct Param<S, MASTER, D> : ParamGroup<S, Param<S, MASTER, D>> {
     static typename S::F load(bytes_t, bytes_t master, int j) { return S::load(master + 4 * j); }
     static void store(uint8_t* weight, uint8_t* master, int j, typename S::F x, typename S::U) {
         Float<S, D>::store(weight, j, x);
@@ -106,26 +130,31 @@ template <class S, int64_t D> struct Param<S, MASTER, D> {
 
 // bf16 + 16 bits: high = nearest bf16 (ties away from zero), low = pattern - (high << 16): the exact fp32 value.
 template <class S> struct Param<S, SPLIT16, BF16> {
-    static typename S::F load(bytes_t weight, bytes_t low, int j) {
-        return S::from_bits((S::load_u16(weight + 2 * j) << 16) + (typename S::U)S::load_i16(low + 2 * j));
+    static constexpr int N = GROUP / S::W;
+    static void load_group(bytes_t weight, bytes_t low, typename S::F* out) {
+        typename S::U patterns[N];
+        GroupOps<S>::join16(weight, low, patterns);
+        for (int k = 0; k < N; ++k) out[k] = S::from_bits(patterns[k]);
     }
-    static void store(uint8_t* weight, uint8_t* low, int j, typename S::F x, typename S::U) {
-        typename S::U u = S::bits(x);
-        S::store_low16(weight + 2 * j, (u + 0x8000u) >> 16);
-        S::store_low16(low + 2 * j, u);  // the low half, read back as signed, is the remainder
+    static void store_group(uint8_t* weight, uint8_t* low, const typename S::F* x, const typename S::U*) {
+        typename S::U patterns[N];
+        for (int k = 0; k < N; ++k) patterns[k] = S::bits(x[k]);
+        GroupOps<S>::split16(patterns, weight, low);
     }
 };
 
 // bf16 + 8 bits: the pattern rounded stochastically to a multiple of 256, then split as above.
 template <class S> struct Param<S, SPLIT8, BF16> {
-    static typename S::F load(bytes_t weight, bytes_t low, int j) {
-        typename S::U remainder = (typename S::U)S::load_i8(low + j);
-        return S::from_bits((S::load_u16(weight + 2 * j) << 16) + (remainder << 8));
+    static constexpr int N = GROUP / S::W;
+    static void load_group(bytes_t weight, bytes_t low, typename S::F* out) {
+        typename S::U patterns[N];
+        GroupOps<S>::join8(weight, low, patterns);
+        for (int k = 0; k < N; ++k) out[k] = S::from_bits(patterns[k]);
     }
-    static void store(uint8_t* weight, uint8_t* low, int j, typename S::F x, typename S::U random) {
-        typename S::U u = S::bits(x) + (random >> 24);
-        S::store_low16(weight + 2 * j, ((u & 0xFFFFFF00u) + 0x8000u) >> 16);
-        S::store_low8(low + j, u >> 8);
+    static void store_group(uint8_t* weight, uint8_t* low, const typename S::F* x, const typename S::U* random) {
+        typename S::U patterns[N];
+        for (int k = 0; k < N; ++k) patterns[k] = S::bits(x[k]) + (random[k] >> 24);
+        GroupOps<S>::split8(patterns, weight, low);
     }
 };
 
@@ -141,7 +170,7 @@ template <class S, int FractionBits> struct Fp16Unit {
     typename S::F inverse() const { return S::from_bits((254u - exponent) << 23); }
 };
 
-template <class S> struct Param<S, SPLIT16, FP16> {
+template <class S> struct Param<S, SPLIT16, FP16> : ParamGroup<S, Param<S, SPLIT16, FP16>> {
     using Unit = Fp16Unit<S, 15>;
     static typename S::F load(bytes_t weight, bytes_t low, int j) {
         typename S::F remainder = S::to_float(S::load_i16(low + 2 * j));
@@ -154,7 +183,7 @@ template <class S> struct Param<S, SPLIT16, FP16> {
     }
 };
 
-template <class S> struct Param<S, SPLIT8, FP16> {
+template <class S> struct Param<S, SPLIT8, FP16> : ParamGroup<S, Param<S, SPLIT8, FP16>> {
     using Unit = Fp16Unit<S, 7>;
     static typename S::F load(bytes_t weight, bytes_t low, int j) {
         typename S::F remainder = S::to_float(S::load_i8(low + j));
@@ -171,13 +200,14 @@ template <class S> struct Param<S, SPLIT8, FP16> {
 
 // --- scales of grouped codecs -----------------------------------------------------------------------------------------
 
-struct Scale {
-    float scale, inverse;  // value of code 1 and its reciprocal; both 0 where the scale would be subnormal
-    Scale(float absmax, double value_of_absmax) {
-        float wanted = absmax * static_cast<float>(1.0 / value_of_absmax);
-        bool usable = wanted >= SMALLEST_SCALE;
-        scale = usable ? wanted : 0.0f;
-        inverse = usable ? 1.0f / wanted : 0.0f;
+template <class S> struct Scale {
+    typename S::F scale, inverse;  // value of code 1 and its reciprocal; both 0 where the scale would be subnormal
+    // unit: reciprocal of the largest code's value.
+    Scale(typename S::F absmax, typename S::F unit) {
+        const typename S::F wanted = absmax * unit, zero = S::splat(0.0f);
+        const auto usable = wanted >= S::splat(SMALLEST_SCALE);
+        scale = usable ? wanted : zero;
+        inverse = usable ? S::splat(1.0f) / wanted : zero;
     }
 };
 

@@ -44,6 +44,7 @@ template <class S> constexpr Kernels make_kernels() {
     add_grad<S, FP32>(k);
     add_grad<S, BF16>(k);
     add_grad<S, FP16>(k);
+    k.encode_moments[STATE_INT8] = EncodeMoments<S>::run;
     add_param<S, NATIVE, FP32>(k);
     add_param<S, NATIVE, BF16>(k);
     add_param<S, NATIVE, FP16>(k);

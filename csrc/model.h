@@ -32,6 +32,7 @@ public:
     int64_t tensors() const { return units_.tensors(); }
     int64_t index(int64_t tensor) const { return entries_[tensor].tensor->index; }
     int64_t elements(int64_t tensor) const { return units_.cut(tensor).rows * units_.cut(tensor).cols; }
+    bool int8_state(int64_t tensor) const { return entries_[tensor].batch->state_format == STATE_INT8; }
     bool has_global(int64_t tensor) const { return entries_[tensor].batch->global_format != GLOBAL_NONE; }
 
     // body(begin, end) over consecutive runs of tensors with at least `elements` elements each.

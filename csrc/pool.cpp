@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -29,6 +30,11 @@ public:
 #endif
 };
 
+void run_here(const std::function<void()>& job) {
+    DefaultFloatingPoint mode;
+    job();
+}
+
 class Pool {
 public:
     void run(int threads, const std::function<void()>& job) {
@@ -50,11 +56,6 @@ public:
     }
 
 private:
-    static void run_here(const std::function<void()>& job) {
-        DefaultFloatingPoint mode;
-        job();
-    }
-
     void work() {
         std::unique_lock<std::mutex> lock(mutex_);
         for (unsigned long seen = 0;;) {
@@ -79,14 +80,30 @@ private:
 };
 
 std::atomic<Pool*> current{nullptr};
+std::atomic<bool> forked{false};
 
-// A child process has none of the workers and may have inherited locked mutexes: it forgets the pool and makes its own.
-void forget_pool() { current.store(nullptr); }
+// A child process has none of the threads and may have inherited locked mutexes: it forgets both pools and makes its own.
+void forget_pools() {
+    current.store(nullptr);
+    forked.store(true);
+}
+const int registered = pthread_atfork(nullptr, nullptr, forget_pools);
+
+// The entry point of the OpenMP runtime that torch has loaded; null without one. Its threads spin for milliseconds after
+// torch's last parallel loop, and threads of our own would share the cores with them. A region entered from several
+// threads at once has a team for each. ThreadSanitizer cannot see into the runtime.
+using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+Parallel openmp_parallel() {
+#if defined(__SANITIZE_THREAD__)
+    return nullptr;
+#else
+    static const Parallel found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return found;
+#endif
+}
 
 // Never deleted: workers sleep in it until the process ends.
 Pool& pool() {
-    static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
-    (void)registered;
     Pool* known = current.load();
     if (known) return *known;
     Pool* made = new Pool;
@@ -97,6 +114,11 @@ Pool& pool() {
 
 }  // namespace
 
-void run_on_threads(int threads, const std::function<void()>& job) { pool().run(threads, job); }
+void run_on_threads(int threads, const std::function<void()>& job) {
+    const Parallel openmp = forked.load() ? nullptr : openmp_parallel();
+    if (!openmp || threads <= 1) return pool().run(threads, job);
+    auto call = [](void* data) { run_here(*static_cast<const std::function<void()>*>(data)); };
+    openmp(call, const_cast<std::function<void()>*>(&job), static_cast<unsigned>(threads), 0);
+}
 
 }  // namespace dba

@@ -1,4 +1,5 @@
-// A thread pool that sleeps when idle, survives fork(), and leaves torch's OpenMP pool alone.
+// Threads to share one call's work: torch's own OpenMP pool where the process has one, otherwise a pool that sleeps when
+// idle and survives fork().
 #pragma once
 
 #include <functional>

@@ -25,12 +25,13 @@ template <class S, int64_t D, int64_t G> struct Encode {
     static void group(bytes_t x, uint8_t* out, float* scale) {
         typename S::F most = S::splat(0.0f);
         for (int j = 0; j < GROUP; j += S::W) most = S::max(most, S::abs(Float<S, D>::load(x, j)));
-        const Scale s(S::largest(most), G == GLOBAL_FP8    ? FP8_ABSMAX_VALUE
-                                        : G == GLOBAL_INT8 ? INT8_ABSMAX_VALUE
-                                                           : INT4_ABSMAX_VALUE);
-        *scale = s.scale;
+        constexpr double largest_value = G == GLOBAL_FP8 ? FP8_ABSMAX_VALUE : G == GLOBAL_INT8 ? INT8_ABSMAX_VALUE : INT4_ABSMAX_VALUE;
+        const Scale<S> s(S::splat(S::largest(most)), S::splat(static_cast<float>(1.0 / largest_value)));
+        float scales[S::W];
+        S::store(scales, s.scale);
+        *scale = scales[0];
         for (int j = 0; j < GROUP; j += S::W) {
-            typename S::F scaled = Float<S, D>::load(x, j) * S::splat(s.inverse);
+            typename S::F scaled = Float<S, D>::load(x, j) * s.inverse;
             if constexpr (G == GLOBAL_FP8) S::store_low8(out + j, Global<S, G>::encode(scaled));
             else S::store_low8(out + j, compress<S>(scaled, S::sqrt(S::abs(scaled))));
         }

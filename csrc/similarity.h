@@ -49,11 +49,12 @@ template <class S, int64_t D, int64_t G, bool Squares> struct Similarity {
 
     static void group(bytes_t grad, bytes_t codes, float scale, F& dots, F& squares) {
         F dot[2] = {S::splat(0.0f), S::splat(0.0f)}, square[2] = {S::splat(0.0f), S::splat(0.0f)};
-        for (int j = 0; j < GROUP; j += S::W) {
-            F g = Float<S, D>::load(grad, j);
-            int k = j / S::W % 2;
-            if constexpr (G != GLOBAL_NONE) dot[k] = S::fma(g, Global<S, G>::load(codes, j), dot[k]);
-            if constexpr (Squares) square[k] = S::fma(g, g, square[k]);
+        F grads[GROUP / S::W];
+        Float<S, D>::load_group(grad, grads);
+        for (int i = 0; i < GROUP / S::W; ++i) {
+            const F g = grads[i];
+            if constexpr (G != GLOBAL_NONE) dot[i % 2] = S::fma(g, Global<S, G>::load(codes, i * S::W), dot[i % 2]);
+            if constexpr (Squares) square[i % 2] = S::fma(g, g, square[i % 2]);
         }
         if constexpr (G != GLOBAL_NONE) dots = S::fma(dot[0] + dot[1], S::splat(scale), dots);
         if constexpr (Squares) squares = squares + (square[0] + square[1]);

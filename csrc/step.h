@@ -18,14 +18,16 @@ template <class S, int64_t D, int64_t G> struct Boost {
     // out: fp32, n elements and zeros up to the end of the last group.
     static void run(const GradSource& in, float a, float b, int n, float* out) {
         each_group<D, G>(in, n, [&](bytes_t grad, bytes_t codes, float scale, int at) {
-            for (int j = 0; j < GROUP; j += S::W) {
-                typename S::F boosted = S::splat(a) * Float<S, D>::load(grad, j);
+            typename S::F grads[GROUP / S::W];
+            Float<S, D>::load_group(grad, grads);
+            for (int k = 0; k < GROUP / S::W; ++k) {
+                typename S::F boosted = S::splat(a) * grads[k];
                 if constexpr (G != GLOBAL_NONE) {
-                    typename S::F stored = Global<S, G>::load(codes, j);
+                    typename S::F stored = Global<S, G>::load(codes, k * S::W);
                     if constexpr (global_is_grouped(G)) stored = stored * S::splat(scale);
                     boosted = S::fma(S::splat(b), stored, boosted);
                 }
-                S::store(out + at + j, boosted);
+                S::store(out + at + k * S::W, boosted);
             }
         });
         for (int i = n; i % GROUP; ++i) out[i] = 0.0f;
@@ -74,10 +76,9 @@ template <class S> struct State<S, STATE_INT8> {
         S::store_group_i8(p, codes);
     }
     // root: of v. (v / scale)^(1/4) = sqrt(sqrt(v) * sqrt(1 / scale)); at least 1 where v > 0.
-    static void store_exp_avg_sq(uint8_t* p, const float* root, float inverse) {
-        const F inverse_root = S::splat(__builtin_sqrtf(inverse));
+    static void store_exp_avg_sq(uint8_t* p, const float* root, float inverse_root) {
         typename S::U codes[GROUP / S::W];
-        for (int k = 0; k < GROUP / S::W; ++k) codes[k] = S::code_from_one(S::load(root + k * S::W) * inverse_root);
+        for (int k = 0; k < GROUP / S::W; ++k) codes[k] = S::code_from_one(S::load(root + k * S::W) * S::splat(inverse_root));
         S::store_group_u8(p, codes);
     }
 };
@@ -85,11 +86,10 @@ template <class S> struct State<S, STATE_INT8> {
 // --- eqs. 7 and 8 -----------------------------------------------------------------------------------------------------
 
 template <class S> struct Constants {
-    typename S::F beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bias_correction2, eps, decay;
+    typename S::F beta1, one_minus_beta1, beta2, one_minus_beta2, root_weight, eps, decay;
     explicit Constants(const StepScalars& s)
         : beta1(S::splat(s.beta1)), one_minus_beta1(S::splat(s.one_minus_beta1)), beta2(S::splat(s.beta2)),
-          one_minus_beta2(S::splat(s.one_minus_beta2)), step_size(S::splat(s.step_size)),
-          inv_sqrt_bias_correction2(S::splat(s.inv_sqrt_bias_correction2)), eps(S::splat(s.eps)),
+          one_minus_beta2(S::splat(s.one_minus_beta2)), root_weight(S::splat(s.step_size == 0.0f ? 0.0f : s.inv_sqrt_bias_correction2 / s.step_size)), eps(S::splat(s.step_size == 0.0f ? __builtin_inff() : s.eps / s.step_size)),
           decay(S::splat(s.lr_weight_decay)) {}
 };
 
@@ -120,6 +120,28 @@ template <class S> struct NoNoise {
     NoNoise(const StepScalars&, uint64_t) {}
 };
 
+// Reciprocals of the largest codes' values, as a block's scales lie side by side: exp_avg, then exp_avg_sq.
+struct StateUnits {
+    alignas(64) float unit[2 * Pending::GROUPS] = {};
+    constexpr StateUnits() {
+        for (int g = 0; g < Pending::GROUPS; ++g) {
+            unit[g] = static_cast<float>(1.0 / EXP_AVG_ABSMAX_VALUE);
+            unit[Pending::GROUPS + g] = static_cast<float>(1.0 / EXP_AVG_SQ_MAX_VALUE);
+        }
+    }
+};
+constexpr StateUnits STATE_UNITS;
+
+template <class S> struct EncodeMoments {
+    static void run(const StepTarget& at, const Pending& pending, int n) {
+        for (int i = 0; i + GROUP <= n; i += GROUP) {
+            const int g = i / GROUP;
+            State<S, STATE_INT8>::store_exp_avg(at.exp_avg + i, pending.exp_avg + i, pending.exp_avg_inverse[g]);
+            State<S, STATE_INT8>::store_exp_avg_sq(at.exp_avg_sq + i, pending.root + i, pending.root_inverse[g]);
+        }
+    }
+};
+
 template <class S, int64_t P, int64_t D, int64_t M> struct Update {
     using F = typename S::F;
     using Parameter = Param<S, P, D>;
@@ -132,43 +154,46 @@ template <class S, int64_t P, int64_t D, int64_t M> struct Update {
                 at.exp_avg_sq + i * state_bytes(M), at.exp_avg_scale + group, at.exp_avg_sq_scale + group};
     }
 
-    // What a block of int8 state holds back until the scales of its groups are known.
-    struct Pending {
-        alignas(64) float exp_avg[BLOCK], root[BLOCK];
-        float exp_avg_absmax[BLOCK / GROUP], exp_avg_sq_max[BLOCK / GROUP];
+    // The largest magnitudes of each group, lane by lane.
+    struct Most {
+        F exp_avg[Pending::GROUPS], exp_avg_sq[Pending::GROUPS];
+        Most() {
+            for (int i = 0; i < Pending::GROUPS; ++i) exp_avg[i] = exp_avg_sq[i] = S::splat(0.0f);
+        }
     };
 
-    // grad: boosted, n <= BLOCK elements and zeros up to the end of the last group.
-    static void run(const StepTarget& at, const float* grad, const StepScalars& scalars, uint64_t element, int n) {
+    static void run(const StepTarget& at, const float* grad, const StepScalars& scalars, uint64_t element, int n,
+                    Pending& pending) {
         const Constants<S> c(scalars);
-        Pending pending;
+        Most most;
         int i = 0;
-        for (; i + GROUP <= n; i += GROUP) group(advanced(at, i), grad + i, c, scalars, element + i, pending, i);
-        if constexpr (Moments::GROUPED) store_pending(at, pending, i);
+        for (; i + GROUP <= n; i += GROUP)
+            group(advanced(at, i), grad + i, c, scalars, element + i, pending, most, i / GROUP);
+        if constexpr (Moments::GROUPED) settle_scales(at, pending, most, i / GROUP);
         if (i < n) ragged(advanced(at, i), grad + i, c, scalars, element + i, n - i);
     }
 
     static void group(const StepTarget& at, const float* grad, const Constants<S>& c, const StepScalars& scalars,
-                      uint64_t element, Pending& pending, int i) {
+                      uint64_t element, Pending& pending, Most& most, int g_index) {
         std::conditional_t<P == SPLIT8 || M == STATE_BF16, Noise<S>, NoNoise<S>> noise(scalars, element);
-        F m_most = S::splat(0.0f), v_most = S::splat(0.0f), beta1 = c.beta1, beta2 = c.beta2;
+        F m_most = S::splat(0.0f), v_most = S::splat(0.0f), beta1 = c.beta1, beta2 = c.beta2, params[N];
         if constexpr (Moments::GROUPED) {
             beta1 = beta1 * S::splat(*at.exp_avg_scale);
             beta2 = beta2 * S::splat(*at.exp_avg_sq_scale);
         }
+        Parameter::load_group(at.param, at.remainder, params);
         for (int k = 0; k < N; ++k) {
             const int j = k * S::W;
             F g = S::load(grad + j);
             F m = S::fma(beta1, Moments::load_exp_avg(at.exp_avg, j), c.one_minus_beta1 * g);  // eq. 7
             F v = S::fma(beta2, Moments::load_exp_avg_sq(at.exp_avg_sq, j), c.one_minus_beta2 * (g * g));
             F root = S::sqrt(v);
-            F denominator = S::fma(root, c.inv_sqrt_bias_correction2, c.eps);
-            F param = Parameter::load(at.param, at.remainder, j);
-            F change = S::fma(c.decay, param, c.step_size * m / denominator);  // eq. 8
-            Parameter::store(at.param, at.remainder, j, param - change, noise.words[k]);
+            F denominator = S::fma(root, c.root_weight, c.eps);  // over the step size
+            F change = S::fma(c.decay, params[k], m / denominator);  // eq. 8
+            params[k] = params[k] - change;
             if constexpr (Moments::GROUPED) {
-                S::store(pending.exp_avg + i + j, m);
-                S::store(pending.root + i + j, root);
+                S::store(pending.exp_avg + g_index * GROUP + j, m);
+                S::store(pending.root + g_index * GROUP + j, root);
                 m_most = S::max(m_most, S::abs(m));
                 v_most = S::max(v_most, v);
             } else {
@@ -176,21 +201,30 @@ template <class S, int64_t P, int64_t D, int64_t M> struct Update {
                 Moments::store_exp_avg_sq(at.exp_avg_sq, j, v, noise.words[k]);
             }
         }
+        Parameter::store_group(at.param, at.remainder, params, noise.words);
         if constexpr (Moments::GROUPED) {
-            pending.exp_avg_absmax[i / GROUP] = S::largest(m_most);
-            pending.exp_avg_sq_max[i / GROUP] = S::largest(v_most);
+            most.exp_avg[g_index] = m_most;
+            most.exp_avg_sq[g_index] = v_most;
         }
     }
 
-    static void store_pending(const StepTarget& first, const Pending& pending, int n) {
-        for (int i = 0; i < n; i += GROUP) {
-            const StepTarget at = advanced(first, i);
-            const Scale m(pending.exp_avg_absmax[i / GROUP], EXP_AVG_ABSMAX_VALUE);
-            const Scale v(pending.exp_avg_sq_max[i / GROUP], EXP_AVG_SQ_MAX_VALUE);
-            *at.exp_avg_scale = m.scale;
-            *at.exp_avg_sq_scale = v.scale;
-            Moments::store_exp_avg(at.exp_avg, pending.exp_avg + i, m.inverse);
-            Moments::store_exp_avg_sq(at.exp_avg_sq, pending.root + i, v.inverse);
+    // New scales of the groups of a block, and in pending what encoding multiplies by.
+    static void settle_scales(const StepTarget& at, Pending& pending, const Most& most, int groups) {
+        constexpr int EACH = Pending::GROUPS, BOTH = 2 * EACH;  // those of exp_avg, then those of exp_avg_sq
+        alignas(64) float largest[BOTH], scale[BOTH], inverse[BOTH], inverse_root[BOTH];
+        GroupOps<S>::largest_of_each(most.exp_avg, largest);
+        GroupOps<S>::largest_of_each(most.exp_avg_sq, largest + EACH);
+        for (int i = 0; i < BOTH; i += S::W) {
+            const Scale<S> s(S::load(largest + i), S::load(STATE_UNITS.unit + i));
+            S::store(scale + i, s.scale);
+            S::store(inverse + i, s.inverse);
+            S::store(inverse_root + i, S::sqrt(s.inverse));
+        }
+        __builtin_memcpy(pending.exp_avg_inverse, inverse, sizeof pending.exp_avg_inverse);
+        __builtin_memcpy(pending.root_inverse, inverse_root + EACH, sizeof pending.root_inverse);
+        for (int g = 0; g < groups; ++g) {
+            at.exp_avg_scale[g] = scale[g];
+            at.exp_avg_sq_scale[g] = scale[EACH + g];
         }
     }
 
@@ -201,8 +235,12 @@ template <class S, int64_t P, int64_t D, int64_t M> struct Update {
         StepTarget copy = {param, remainder, m, v, at.exp_avg_scale, at.exp_avg_sq_scale};
         copy_elements(copy, at, n);
         Pending pending;
-        group(copy, grad, c, scalars, element, pending, 0);
-        if constexpr (Moments::GROUPED) store_pending(copy, pending, GROUP);
+        Most most;
+        group(copy, grad, c, scalars, element, pending, most, 0);
+        if constexpr (Moments::GROUPED) {
+            settle_scales(copy, pending, most, 1);
+            EncodeMoments<S>::run(copy, pending, GROUP);
+        }
         copy_elements(at, copy, n);
     }
     static void copy_elements(const StepTarget& to, const StepTarget& from, int n) {
