@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -113,7 +116,7 @@ def test_registered_operator_equals_the_eager_call() -> None:
     assert all(torch.equal(a, b) for a, b in zip(eager.params, traced.params, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 def test_low_rank_equals_its_dense_rebuild(backend: str) -> None:
     """A low-rank ĝ_G is rebuilt tensor by tensor into one buffer; similarity and step see the dense tensor."""
     exact = [torch.randn(ROWS, 8) @ torch.randn(8, COLS) for _ in range(2)]
@@ -133,6 +136,14 @@ def test_low_rank_equals_its_dense_rebuild(backend: str) -> None:
     worse, _ = make_batch([ops.factorize(tensor, 4, "fp32") for tensor in exact], "lowrank")
     ops.step(worse, grads, random_table(2), backend=backend)
     assert (worse.params[0] - two.params[0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("place", ["dba_kernels/reference", "dba_kernels/kernels", "csrc"])
+def test_every_equation_is_tagged_in_every_backend(place: str) -> None:
+    """A reader finds eq. 3 of the README at the same step of reference, Triton and C++."""
+    root = Path(__file__).resolve().parent.parent
+    text = "".join(path.read_text() for path in sorted((root / place).iterdir()) if path.is_file())
+    assert {int(n) for n in re.findall(r"\beq\. (\d)", text)} >= {1, 2, 3, 4, 5, 7, 8}
 
 
 def test_wrong_shapes_dtypes_and_ranks_are_named() -> None:

@@ -74,6 +74,22 @@ def correction_weights(
     return cosine, a, b, alpha
 
 
+@triton.jit
+def count_step(steps_ptr, bias_ptr, hyper, row, inside, skip):
+    """Advance k and 1 − β^k of every parameter, (k, β₁, β₂, 1 − β₁^k, 1 − β₂^k); a skipped step counts nowhere."""
+    k = tl.load(steps_ptr + row, mask=inside, other=0.0) + tl.where(skip, 0.0, 1.0)
+    tl.store(steps_ptr + row, k, mask=inside)
+    beta1 = tl.load(hyper + col.HYPER_BETA1, mask=inside, other=0.0)
+    beta2 = tl.load(hyper + col.HYPER_BETA2, mask=inside, other=0.0)
+    bias1 = tl.load(bias_ptr + 2 * row, mask=inside, other=1.0)
+    bias2 = tl.load(bias_ptr + 2 * row + 1, mask=inside, other=1.0)
+    bias1 = tl.where(skip, bias1, beta1 * bias1 + (1.0 - beta1))
+    bias2 = tl.where(skip, bias2, beta2 * bias2 + (1.0 - beta2))
+    tl.store(bias_ptr + 2 * row, bias1, mask=inside)
+    tl.store(bias_ptr + 2 * row + 1, bias2, mask=inside)
+    return k, beta1, beta2, bias1, bias2
+
+
 @triton.jit(do_not_specialize=["n_active"])
 def coefficients_kernel(
     table_ptr,
@@ -150,18 +166,7 @@ def coefficients_kernel(
         a, alpha = tl.where(has_global, a, 1.0), tl.where(has_global, alpha, 1.0)
         b, cosine = tl.where(has_global, b, 0.0), tl.where(has_global, cosine, 0.0)
 
-        # A skipped step counts nowhere.
-        k = tl.load(steps_ptr + row, mask=inside, other=0.0) + tl.where(skip, 0.0, 1.0)
-        tl.store(steps_ptr + row, k, mask=inside)
-        beta1 = tl.load(hyper + col.HYPER_BETA1, mask=inside, other=0.0)
-        beta2 = tl.load(hyper + col.HYPER_BETA2, mask=inside, other=0.0)
-        bias1 = tl.load(bias_ptr + 2 * row, mask=inside, other=1.0)
-        bias2 = tl.load(bias_ptr + 2 * row + 1, mask=inside, other=1.0)
-        bias1 = tl.where(skip, bias1, beta1 * bias1 + (1.0 - beta1))
-        bias2 = tl.where(skip, bias2, beta2 * bias2 + (1.0 - beta2))
-        tl.store(bias_ptr + 2 * row, bias1, mask=inside)
-        tl.store(bias_ptr + 2 * row + 1, bias2, mask=inside)
-
+        k, beta1, beta2, bias1, bias2 = count_step(steps_ptr, bias_ptr, hyper, row, inside, skip)
         lr = tl.load(hyper + col.HYPER_LR, mask=inside, other=0.0)
         entry = table_ptr + row * col.COEFFICIENTS
         tl.store(entry + col.GRAD_WEIGHT, a * factor * inverse_scale, mask=inside)
