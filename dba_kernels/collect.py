@@ -182,8 +182,7 @@ class GlobalGradientCollector:
     def __enter__(self) -> GlobalGradientCollector:
         modes = [(module, module.training) for module in self.model.modules()]
         grads = [(param, param.grad) for param in self._params.values()]
-        named = [(name, local(param.detach())) for name, param in self.model.named_parameters()]
-        self._versions = [(name, part, part._version) for name, part in named]
+        self._versions = [(name, param, param._version) for name, param in self.model.named_parameters()]
         self._active.callback(_restore, modes, grads)
         self._entered = True
         self.model.eval()

@@ -106,7 +106,7 @@ class GradientSums:
         Weights and counts are those of whole micro-batches already.
         """
         device = self.totals[0].device
-        self.scalars[:, 2] = self.sharding.sum_(self.scalars[:, 2].to(device)).cpu()
+        self.scalars[:, 2] = self.sharding.sum_(self.scalars[:, 2].contiguous().to(device)).cpu()
         seen = torch.tensor(self._digest_numbers(), dtype=torch.int64, device=device)
         self.progress.data_digest = _digest_of(self.sharding.over_mesh_(seen).tolist())
 

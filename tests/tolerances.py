@@ -31,6 +31,12 @@ TOLERANCES = {
     "scale": Tolerance(8, "ulps: a scale is a maximum of fp32 results, times one constant"),
     "random": Tolerance(4 / 256, "share of elements: 4 of the 256 fp32 ulps in a unit of split8 may cross its cut"),
     "sum": Tolerance(2.0**-18, "of the sum of absolute terms: products in fp32, summed by a tree over one block"),
+    "ranks": Tolerance(
+        1e-4, "of the displacement: gradients summed in another order; Adam divides small ones by themselves"
+    ),
+    "ranks, int8": Tolerance(
+        2e-3, "of the displacement: besides, a code on a boundary moves an element by some percent"
+    ),
     "table": Tolerance(1e-12, "relative: float64 arithmetic in another order"),
 }
 
