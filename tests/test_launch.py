@@ -124,10 +124,10 @@ LAUNCHES = ["reduce_kernel", "finish_kernel", "coefficients_kernel", "step_kerne
 
 
 class Training:
-    """``DBAAdamW.step()`` as fp16 training with a GradScaler and clipping asks for it, on ``n`` bf16 matrices."""
+    """``DBAAdamW.step()`` as training with a GradScaler and clipping asks for it, on ``n`` matrices."""
 
-    def __init__(self, n: int):
-        self.params = {f"{i}.weight": torch.nn.Parameter(torch.randn(64, 64).bfloat16()) for i in range(n)}
+    def __init__(self, n: int, dtype: torch.dtype = torch.bfloat16):
+        self.params = {f"{i}.weight": torch.nn.Parameter(torch.randn(64, 64).to(dtype)) for i in range(n)}
         gg = GlobalGradient.from_tensors({name: p.detach() for name, p in self.params.items()}, format="int8")
         options = {"state_format": "int8", "param_format": "split16", "max_grad_norm": 1.0, "backend": "triton"}
         self.optimizer = DBAAdamW(self.params.items(), lr=1e-5, global_gradient=gg, total_steps=1000, **options)
@@ -172,6 +172,27 @@ def test_optimizer_step_runs_no_operation_but_its_launches(monkeypatch):
         for param in training.params.values():
             param.grad = param.grad.clone()
         assert training.step() == UPLOAD
+
+
+def test_grad_scaler_reads_nothing_back(monkeypatch):
+    """``GradScaler.step`` with fp16 gradients leaves found_inf where it is; an ordinary optimizer makes it look."""
+
+    def operations(optimizer: torch.optim.Optimizer) -> list[str]:
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(torch.ones(()))
+        with CountedOperations() as counted:
+            scaler.step(optimizer)
+        return counted.names
+
+    training = Training(3, torch.float16)
+    with recorded_launches(monkeypatch) as launches:
+        training.step()
+        names = operations(training.optimizer)
+    assert [name for name, _, _ in launches] == 2 * LAUNCHES
+    assert "aten._amp_foreach_non_finite_check_and_unscale_.default" in names
+    assert "aten._local_scalar_dense.default" not in names
+    control = torch.optim.SGD(Training(1, torch.float32).params.values())
+    assert "aten._local_scalar_dense.default" in operations(control)
 
 
 def test_optimizer_step_compiles_nothing_new(monkeypatch):
