@@ -89,8 +89,14 @@ template <class S> struct Constants {
     typename S::F beta1, one_minus_beta1, beta2, one_minus_beta2, root_weight, eps, decay;
     explicit Constants(const StepScalars& s)
         : beta1(S::splat(s.beta1)), one_minus_beta1(S::splat(s.one_minus_beta1)), beta2(S::splat(s.beta2)),
-          one_minus_beta2(S::splat(s.one_minus_beta2)), root_weight(S::splat(s.step_size == 0.0f ? 0.0f : s.inv_sqrt_bias_correction2 / s.step_size)), eps(S::splat(s.step_size == 0.0f ? __builtin_inff() : s.eps / s.step_size)),
-          decay(S::splat(s.lr_weight_decay)) {}
+          one_minus_beta2(S::splat(s.one_minus_beta2)), root_weight(S::splat(s.inv_sqrt_bias_correction2)),
+          eps(S::splat(s.eps)), decay(S::splat(s.lr_weight_decay)) {
+        // The step size divides the denominator: one product less per element. One that moves no weight (a learning rate
+        // of 0) becomes an infinite denominator.
+        const bool moves = s.step_size > 0x1p-100f;
+        root_weight = moves ? root_weight / S::splat(s.step_size) : S::splat(0.0f);
+        eps = moves ? eps / S::splat(s.step_size) : S::splat(__builtin_inff());
+    }
 };
 
 // Random words: element i of the whole parameter draws mix32(low half of i ^ key), a function of (seed, step, i) alone.
@@ -154,7 +160,7 @@ template <class S, int64_t P, int64_t D, int64_t M> struct Update {
                 at.exp_avg_sq + i * state_bytes(M), at.exp_avg_scale + group, at.exp_avg_sq_scale + group};
     }
 
-    // The largest magnitudes of each group, lane by lane.
+    // The largest magnitudes of each group of a block, lane by lane.
     struct Most {
         F exp_avg[Pending::GROUPS], exp_avg_sq[Pending::GROUPS];
         Most() {
