@@ -76,9 +76,9 @@ def main() -> None:
         return
     # The core is there to be reproduced: it runs beside the committed results, which only choose its settings.
     folder = arguments.output or (data.cache_folder() / "core" if arguments.core else results.FOLDER)
-    stages = (
-        [arguments.stage] if arguments.stage else ["core"] if arguments.core else [] if arguments.report else grid.STAGES
-    )
+    stages = [arguments.stage] if arguments.stage else grid.STAGES
+    if arguments.core or arguments.report:
+        stages = ["core"] if arguments.core else []
     for stage in stages:
         execute(stage, grid.stage(stage), arguments.workers, arguments.minutes, folder)
     report.write(folder, folder)

@@ -67,9 +67,7 @@ ABLATION_LRS = (3e-4,)
 SENSITIVITY_LR = 3e-4
 
 SENSITIVITY: dict[str, list[Options]] = {
-    "k₀ and boost_max": [
-        {**DBA, "boost": m, "boost_max": m} for m in (0.02, 0.1, 0.25, 0.9)
-    ],
+    "k₀ and boost_max": [{**DBA, "boost": m, "boost_max": m} for m in (0.02, 0.1, 0.25, 0.9)],
     "bounds of α": [{**DBA, "lower": 0.5, "upper": 1.5}, {**DBA, "upper": 1.0}],
     "lagged φ": [{**DBA, "lagged": True}],
     "format": [{**DBA, "storage": s} for s in ("int8", "int4", "rank32")],

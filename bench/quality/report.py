@@ -77,6 +77,33 @@ def chosen_table(domain: str, records: dict[str, Record], weights: Weights) -> s
     return table(header, rows)
 
 
+def summary_table(domains: list[str], source: Path) -> str:
+    """The swept methods at their chosen settings on every domain: losses, and the joint score against vanilla."""
+    rows: list[list[object]] = []
+    loaded = {domain: (results.load(domain, source), Weights.of(domain)) for domain in domains}
+    for method in grid.SWEPT:
+        cells: list[object] = [method]
+        for domain, (records, weights) in loaded.items():
+            chosen, vanilla = choose.choice(method, domain), choose.choice("AdamW", domain)
+            own = analysis.point(chosen, records, weights) if chosen else None
+            other = analysis.point(vanilla, records, weights) if vanilla else None
+            start = analysis.point(grid.base(domain), records, weights)
+            if own is None or other is None or start is None:
+                cells += ["–", "–", "–"]
+                continue
+            seeds = min(len(own.joint), len(other.joint))
+            cells += [
+                spread(own.domain_loss, 2),
+                spread(own.general_loss - start.general_loss[0], 2, "+"),
+                spread(100 * (own.joint[:seeds] / other.joint[:seeds] - 1), 1, "+"),
+            ]
+        rows.append(cells)
+    header = ["method"] + [
+        f"{d}: {what}" for d in domains for what in ("domain loss", "general Δ", "joint vs AdamW, %")
+    ]
+    return table(header, rows)
+
+
 def targets(domain: str, records: dict[str, Record], weights: Weights) -> dict[str, float]:
     """The domain losses at which methods are compared: where AL stands at three learning rates."""
     found = {}
@@ -230,6 +257,8 @@ def write(folder: Path, source: Path = results.FOLDER) -> None:
         print("no results yet")
         return
     parts = ["# Small-model study\n"]
+    parts += ["Chosen settings, mean ± standard deviation over seeds; general Δ is the change from the base model:\n"]
+    parts += [summary_table(present, source), ""]
     for domain in present:
         records, weights = results.load(domain, source), Weights.of(domain)
         parts += [f"## {domain}: {len(records)} results\n", chosen_table(domain, records, weights), ""]
