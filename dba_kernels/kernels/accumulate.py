@@ -15,7 +15,7 @@ import triton.language as tl
 from . import columns as col
 from .common import GROUP, MASKED_TILE, NUM_WARPS, TILE, chunk_ranges, load, pointer, store, tile_offsets
 from .similarity import finish_kernel, reduce_kernel
-from .tables import TRITON_DTYPES, Entry, Tables, address_of, on_device, vector_elements
+from .tables import TRITON_DTYPES, Entry, GradTables, address_of, on_device, vector_elements
 
 
 @triton.jit
@@ -47,13 +47,13 @@ def add_kernel(
 
 
 @functools.lru_cache(maxsize=1024)  # a collector's hooks come with one sum each, again and again
-def _tables(addresses: tuple[int, ...], numels: tuple[int, ...], device: torch.device) -> Tables:
+def _tables(addresses: tuple[int, ...], numels: tuple[int, ...], device: torch.device) -> GradTables:
     """Tables of one list of sums; gradients come and go."""
     entries = [Entry((numel,), grouped=False) for numel in numels]
     for i, (entry, address) in enumerate(zip(entries, addresses, strict=True)):
         entry.stream(col.PARAM, address)
         entry[col.TABLE_ROW.value] = i
-    return Tables(entries, device)
+    return GradTables(entries, device)
 
 
 @torch.no_grad()

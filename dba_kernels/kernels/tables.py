@@ -65,7 +65,7 @@ class Addresses:
     """Device table of the addresses of tensors that may move between steps (gradients): copied only when they do."""
 
     def __init__(self, n: int, device: torch.device):
-        self.table = torch.zeros(n, dtype=torch.int64, device=device)
+        self.table = torch.empty(n, dtype=torch.int64, device=device)
         self._known: list[int] = []
 
     def refresh(self, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -121,8 +121,6 @@ class Tables:
     Args (attributes):
         pointers: int64 ``[n, POINTERS]``.
         chunks: int32 ``[n_chunks, 2]``.
-        grads: where this step's gradients are.
-        partials: fp32 ``[n_chunks, 2]``, scratch of the reduction.
     """
 
     def __init__(self, entries: list[Entry], device: torch.device):
@@ -133,17 +131,27 @@ class Tables:
             entry[col.N_CHUNKS.value] = -(-entry.positions // CHUNK.value)
             first_chunk += entry[col.N_CHUNKS.value]
         self.n_chunks = len(chunks)
+        pointers = torch.empty(len(entries), col.POINTERS.value, dtype=torch.int64, device=device)
+        self.pointers = copy_to(pointers, entries)
+        chunks = chunks or [(0, 0)]
+        self.chunks = copy_to(torch.empty(len(chunks), 2, dtype=torch.int32, device=device), chunks)
 
-        def table(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
 
-        self.pointers = copy_to(table(torch.int64, len(entries), col.POINTERS.value), entries)
-        self.chunks = copy_to(table(torch.int32, max(len(chunks), 1), 2), chunks or [(0, 0)])
-        self.partials = table(torch.float32, max(len(chunks), 1), 2)
+class GradTables(Tables):
+    """With what a launch that reads gradients needs beside.
+
+    Args (attributes):
+        grads: where this step's gradients are.
+        partials: fp32 ``[n_chunks, 2]``, scratch of the reduction.
+    """
+
+    def __init__(self, entries: list[Entry], device: torch.device):
+        super().__init__(entries, device)
         self.grads = Addresses(len(entries), device)
+        self.partials = torch.empty(self.n_chunks, 2, dtype=torch.float32, device=device)
 
 
-def tables_of(batch: TensorBatch) -> Tables:
+def tables_of(batch: TensorBatch) -> GradTables:
     """The batch's tables, built once."""
     if "triton" not in batch.cache:
         stored = formats.STORAGE_FORMATS.get(batch.global_format)
@@ -151,7 +159,7 @@ def tables_of(batch: TensorBatch) -> Tables:
         entries = [_batch_entry(batch, i, grouped) for i in range(len(batch.params))]
         for entry, table_row in zip(entries, batch.index.tolist(), strict=True):
             entry[col.TABLE_ROW.value] = table_row
-        batch.cache["triton"] = Tables(entries, batch.params[0].device)
+        batch.cache["triton"] = GradTables(entries, batch.params[0].device)
     return batch.cache["triton"]
 
 
