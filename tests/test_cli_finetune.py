@@ -120,8 +120,10 @@ def test_micro_batches_change_rounding_only(inputs: Path, finished: tuple[Path, 
     model.save_pretrained(tmp_path / "model")
     transformers.AutoTokenizer.from_pretrained(inputs / "model").save_pretrained(tmp_path / "model")
     first = []
-    for rows in (4, 3, 1):
-        result = run_finetune(inputs, tmp_path / str(rows), "--model", tmp_path / "model", "--micro-batch", rows)
+    for rows in (4, 3):
+        result = run_finetune(
+            inputs, tmp_path / str(rows), "--model", tmp_path / "model", "--micro-batch", rows, "--steps", 1
+        )
         assert result.exit_code == 0, result.output
         first.append(lines(tmp_path / str(rows))[1])
     for line in first[1:]:

@@ -220,6 +220,7 @@ def _collect(options: Options, ranks: Ranks, work: Workload, batches: Batches, c
         if collector.consumed < share:
             console.print(f"the data end after {collector.consumed * ranks.world:,} of {options.batches:,} batches")
         collector.reduce()
+        console.print(f"compressing to {options.storage} and measuring what that costs")
         return collector.finish(options.storage, options.rank)
     except (OSError, ValueError) as error:
         raise InputError(str(error)) from error

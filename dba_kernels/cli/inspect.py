@@ -152,6 +152,7 @@ def summary(gradient: GlobalGradient) -> list[str]:
 
 def draw(path: Path, gradient: GlobalGradient) -> None:
     """Norm per parameter, relative error, and the cosine that the signal-to-noise promises, over the tensors."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -163,12 +164,12 @@ def draw(path: Path, gradient: GlobalGradient) -> None:
     for i, (name, r) in enumerate(gradient.records.items()):
         parts = [part for part in name.split(".") if not part.isdigit()]
         kinds.setdefault(".".join(parts[-2:]), []).append((i, r))
-    for kind, members in kinds.items():
+    for colour, (kind, members) in enumerate(kinds.items()):
         at = [i for i, _ in members]
         rms = [math.sqrt(r.squared_norm / max(math.prod(r.shape), 1)) for _, r in members]
         cosines = [math.nan if r.signal_to_noise is None else expected_cosine(r.signal_to_noise) for _, r in members]
         for axis, values in zip(axes, (rms, [r.relative_error for _, r in members], cosines), strict=True):
-            axis.plot(at, values, ".", label=kind)
+            axis.plot(at, values, ".", label=kind, color=colormaps["tab20"](colour % 20))
     axes[0].set(yscale="log", title="root mean square of the stored gradient")
     axes[1].set(title="relative error of what is stored", ylim=(0, None))
     axes[2].set(
