@@ -28,7 +28,8 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
 
 def local(tensor: Any) -> torch.Tensor:
     """This rank's part of a DTensor, in the same memory; any other tensor itself."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor
+    # Not to_local(), which makes a new Parameter of a Parameter's part: as slow as all else that a step does with it.
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
 def layout_of(tensor: Any) -> str:
@@ -120,7 +121,7 @@ class Sharding:
 
 def _rows(name: str, param: Any) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
     """Rows of a DTensor that are here (None: all of them), and the mesh dimensions that it is cut over."""
-    mesh, part = param.device_mesh, param.to_local()
+    mesh, part = param.device_mesh, local(param)
     if part.device.type != mesh.device_type:
         raise ValueError(
             f"parameter {name!r}: expected its part on {mesh.device_type}, where its mesh is, got {part.device}; "

@@ -64,7 +64,9 @@ class DBAAdamW(Optimizer):
     Parameters that FSDP2 (``fully_shard``) has cut by rows work as they are, with replication (HSDP) too: formats
     follow from the global shape, the global gradient is cut along, state is DTensors of the parameter's layout, and
     rounding does not depend on the number of ranks. With a global gradient or a clip threshold all ranks must call
-    ``step()`` together: they share one all-reduce of two float64 per parameter. Without, they share nothing.
+    ``step()`` together: they share one all-reduce of two float64 per parameter. Without, they share nothing. State
+    dicts that gather whole tensors (``full_state_dict``) cannot hold ``split16``: no backend of torch.distributed
+    sends 16-bit integers.
 
     Args:
         params: parameters, or groups, as for ``torch.optim.AdamW``. With a global gradient they must carry names:

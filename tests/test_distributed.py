@@ -116,6 +116,7 @@ def train_everything(rank: int, world: int) -> dict[str, Any]:
     if world == 2:
         found["mixed"] = mixed_precision(rank, world)
         found["skipped"] = non_finite_rows(rank, world)
+        found["skipped by a scaler"] = non_finite_rows(rank, world, torch.amp.GradScaler("cpu", init_scale=1024.0))
         found["refused"] = refused_layouts(world)
     else:
         found["fsdp replicated twice"] = result(sharded(make_net(), world, replicas=2), "fp32", rank, world)
@@ -132,15 +133,16 @@ def mixed_precision(rank: int, world: int) -> tuple[Named, dict[str, float]]:
     return result(sharded(make_net(), world, mp_policy=policy), "int8", rank, world)
 
 
-def non_finite_rows(rank: int, world: int) -> tuple[bool, dict[str, float]]:
-    """Rank 1 alone sees an infinity: did any weight move anywhere?"""
+def non_finite_rows(rank: int, world: int, scaler: torch.amp.GradScaler | None = None) -> tuple[bool, dict[str, float]]:
+    """Rank 1 alone sees an infinity: did any weight move anywhere? With a scaler, plain AdamW, which sends nothing."""
     net = sharded(make_net(), world)
-    optimizer = make_optimizer(net)
+    optimizer = make_optimizer(net) if scaler is None else make_optimizer(net, global_gradient=None)
     before = weights(net)
-    loss_of(net, 0, rank, world).backward()
+    loss = loss_of(net, 0, rank, world)
+    (loss if scaler is None else scaler.scale(loss)).backward()
     if rank == 1:
         net.embed.weight.grad.to_local()[0, 0] = torch.inf
-    optimizer.step()
+    optimizer.step() if scaler is None else scaler.step(optimizer)
     after = weights(net)
     return all(torch.equal(before[name], after[name]) for name in before), optimizer.metrics()
 
@@ -187,8 +189,9 @@ def test_one_small_message_per_step(trained: dict) -> None:
 
 
 def test_non_finite_rows_skip_the_step_everywhere(trained: dict) -> None:
-    for unmoved, figures in (rank["skipped"] for rank in trained[2]):
-        assert unmoved and (figures["steps"], figures["skipped_steps"]) == (0, 1)
+    for how in ("skipped", "skipped by a scaler"):
+        for unmoved, figures in (rank[how] for rank in trained[2]):
+            assert unmoved and (figures["steps"], figures["skipped_steps"]) == (0, 1), how
 
 
 def test_mixed_precision_trains_like_autocast_would(trained: dict, expected: dict) -> None:
