@@ -78,12 +78,13 @@ void Tasks::parallel(const Units& units, int64_t begin, int64_t end, int64_t ele
             }
         }});
     }
+    widest_ = std::max(widest_, static_cast<int64_t>(tasks_.size()) - after);
 }
 
 void Tasks::execute(int threads) {
     const int64_t count = static_cast<int64_t>(tasks_.size());
     std::atomic<int64_t> next{0}, finished{0};
-    run_on_threads(static_cast<int>(std::min<int64_t>(threads, count)), [&] {
+    run_on_threads(static_cast<int>(std::min<int64_t>(threads, widest_)), [&] {
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
             for (int round = 0; finished.load(std::memory_order_acquire) < tasks_[i].after; ++round) relax(round);
             tasks_[i].work();

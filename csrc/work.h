@@ -58,6 +58,7 @@ private:
         std::function<void()> work;
     };
     std::vector<Task> tasks_;
+    int64_t widest_ = 1;  // tasks of the largest stage: more threads than that would only wait
 };
 
 }  // namespace dba
