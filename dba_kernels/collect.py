@@ -7,7 +7,8 @@ import functools
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ def collect_global_gradient(
     collector = GlobalGradientCollector(
         model, weighting=weighting, data=data, snapshot_path=snapshot_path, snapshot_every=snapshot_every
     )
+    collector.check_destination(save_to)
     device_type = next(iter(model.parameters())).device.type
     with collector:
         for batch in collector.remaining(batches):
@@ -227,7 +229,8 @@ class GlobalGradientCollector:
 
         Args:
             loss: scalar, the micro-batch's mean loss.
-            tokens: its number of target tokens; None counts the micro-batch as 1. 0 leaves it out.
+            tokens: its number of target tokens; None counts the micro-batch as 1. 0 leaves it out. Of a sharded model
+                it counts what this rank has; with 0 its loss must still be finite, or all ranks' are dropped.
 
         Raises:
             RuntimeError: outside of ``with``, after an earlier backward pass failed half-way, or the weights changed.
@@ -243,6 +246,7 @@ class GlobalGradientCollector:
         tokens = None if tokens is None else int(tokens)
         weight, finite = self._weight_of(tokens), bool(torch.isfinite(loss))
         if self._sharding.mesh is not None:
+            self._check_no_grads()
             loss, tokens, weight, finite = self._share(loss, tokens, weight, finite)
         progress = self._sums.progress
         progress.consumed += 1
@@ -275,6 +279,11 @@ class GlobalGradientCollector:
         all_weight, all_tokens, broken = sums.tolist()
         share = weight * mesh.size() / all_weight if all_weight > 0 else 0.0
         return loss * share, None if tokens is None else int(all_tokens), all_weight, broken == 0
+
+    def _check_no_grads(self) -> None:
+        for name, param in self._params.items():
+            if param.grad is not None:
+                raise RuntimeError(f"gradient of {name!r}: expected collector.backward(loss), got another backward()")
 
     def _take_grad(self, param: torch.Tensor) -> torch.Tensor | None:
         grad, param.grad = param.grad, None
@@ -374,11 +383,7 @@ class GlobalGradientCollector:
         shapes = {name: tuple(param.shape) for name, param in self._params.items()}
         if rank is not None:
             check_rank(rank, shapes)
-        if self._sharding.mesh is not None and save_to is None:
-            raise ValueError(
-                "save_to: expected the path of a file for a model sharded over ranks, got None; one of them writes the "
-                "whole, choose a folder that all ranks see"
-            )
+        self.check_destination(save_to)
         self._check_complete()
         self._warn_dropped()
         self._finished = True
@@ -386,25 +391,42 @@ class GlobalGradientCollector:
             self._sums.reduce_rows()
         statistics: dict[str, TensorStatistics] = {}
         means = self._sums.means(statistics)
+        describe = functools.partial(self._describe, means, statistics, shapes, format, rank)
+        if save_to is None:
+            return describe()
         if self._sharding.mesh is None:
-            gg = self._describe(means, statistics, shapes, format, rank)
-            if save_to is None:
-                return gg
-            gg.save(save_to)
-            return GlobalGradient.load(save_to)
-        assert save_to is not None
+            describe().save(save_to)
+        else:
+            self._write_on_first(lambda: describe().save(save_to), means)
+        return GlobalGradient.load(save_to)
+
+    def _write_on_first(self, write: Callable[[], object], means: Iterator[object]) -> None:
+        """``write`` on the mesh's first rank; all go on together, whatever became of it."""
         failed: Exception | None = None
         try:
             if self._sharding.first:
-                self._describe(means, statistics, shapes, format, rank).save(save_to)
+                write()
         except Exception as error:
             failed = error
-        for _ in means:  # gathering takes all ranks to the end, whatever became of the one that writes
+        for _ in means:  # gathering takes all ranks to the end
             pass
         vote = torch.tensor(float(failed is not None), device=self._sharding.mesh.device_type)
         if self._sharding.over_mesh_(vote):
             raise failed or RuntimeError("finish(): the rank that writes the file failed; its error says why")
-        return GlobalGradient.load(save_to)
+
+    def check_destination(self, save_to: str | os.PathLike[str] | None) -> None:
+        """Refuse, before the long part, what :meth:`finish` would refuse after it.
+
+        Raises:
+            ValueError: none for a sharded model, or a name that does not end in ``.safetensors``.
+        """
+        if save_to is None and self._sharding.mesh is not None:
+            raise ValueError(
+                "save_to: expected the path of a file for a model sharded over ranks, got None; one of them writes the "
+                "whole, choose a folder that all ranks see"
+            )
+        if save_to is not None and Path(save_to).suffix != ".safetensors":
+            raise ValueError(f"save_to: expected a name that ends in '.safetensors', got {str(save_to)!r}")
 
     def _describe(
         self,

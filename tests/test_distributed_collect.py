@@ -128,6 +128,7 @@ def refused(rank: int, world: int, net: nn.Module, folder: Path) -> dict[str, st
         return collector
 
     attempt("no path", lambda: run(net).finish())
+    attempt("no ending", lambda: collect_global_gradient(net, [], token_loss, save_to=folder / "gg"))
     attempt("no folder", lambda: run(net).finish(save_to=folder / "missing" / "gg.safetensors"))
     attempt("reduce", lambda: run(net).reduce())
     partly = make_net()
@@ -146,7 +147,14 @@ def refused(rank: int, world: int, net: nn.Module, folder: Path) -> dict[str, st
             loss_of(net, 0).backward()
             optimizer.step()
 
+    def another_backward() -> None:
+        collector = GlobalGradientCollector(net)
+        with collector:
+            token_loss(net, batch_of(0, rank))[0].backward()
+            collector.backward(*token_loss(net, batch_of(0, rank)))
+
     attempt("stepping", stepping)
+    attempt("another backward", another_backward)
     net.zero_grad()
     return found
 
@@ -215,6 +223,8 @@ def test_what_would_go_wrong_is_refused(collected: tuple) -> None:
         assert found["reduce twice"].startswith("RuntimeError: reduce(): expected before reduce()")
         assert found["backward after reduce"].startswith("RuntimeError: backward(): expected before reduce()")
         assert "expected untouched weights" in found["stepping"]
+        assert "expected collector.backward(loss), got another backward()" in found["another backward"]
+        assert "save_to: expected a name that ends in '.safetensors'" in found["no ending"]
 
 
 # --- killed -----------------------------------------------------------------------------------------------------------
