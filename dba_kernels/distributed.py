@@ -112,8 +112,9 @@ class Sharding:
             dist.all_reduce(tensor, group=self.mesh.get_group(dim))
         return tensor
 
-    def over_mesh_(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
-        """Reduce in place over all ranks of the mesh; with replication, ranks that hold the same rows count each."""
+    def over_mesh_(self, tensor: torch.Tensor, smallest: bool = False) -> torch.Tensor:
+        """Sum (or minimum) in place over all ranks of the mesh; those that hold the same rows (HSDP) count each."""
+        op = dist.ReduceOp.MIN if smallest else dist.ReduceOp.SUM
         for dim in range(self.mesh.ndim):
             dist.all_reduce(tensor, op, group=self.mesh.get_group(dim))
         return tensor
@@ -125,12 +126,13 @@ def _rows(name: str, param: Any) -> tuple[tuple[int, int] | None, tuple[int, ...
     if part.device.type != mesh.device_type:
         raise ValueError(
             f"parameter {name!r}: expected its part on {mesh.device_type}, where its mesh is, got {part.device}; "
-            "leave out CPUOffloadPolicy (int8 state and split16 weights save more than it moves)"
+            "leave out CPUOffloadPolicy"
         )
     start, size, dims = 0, param.shape[0] if param.dim() > 0 else 1, []
     for dim, placement in enumerate(param.placements):
         if placement.is_replicate():
             continue
+        # By name: the strided shards of FSDP over tensor parallelism are a subclass in some releases of torch.
         if type(placement).__name__ != "Shard" or placement.dim != 0:
             raise ValueError(
                 f"parameter {name!r}: expected Replicate() or Shard(0) on every dimension of its mesh, got "

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from .distributed import Sharding
 from .files import SavedTensors
@@ -63,7 +62,7 @@ class Snapshots:
             return
         found = {SavedTensors(file).content.get("progress", {}).get("consumed", 0): file for file in there}
         mine = torch.tensor(max(found, default=0), device=self.sharding.mesh.device_type)
-        newest = int(self.sharding.over_mesh_(mine, dist.ReduceOp.MIN))
+        newest = int(self.sharding.over_mesh_(mine, smallest=True))
         if newest == 0:
             return
         if newest not in found:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +24,8 @@ from dba_kernels import GlobalGradient
 from dba_kernels.collect import GlobalGradientCollector, collect_global_gradient
 from dba_kernels.files import as_bytes
 from dba_kernels.sums import GradientSums, signal_and_noise
+
+from .ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -581,27 +584,16 @@ def test_interrupted_in_process(tmp_path: Path) -> None:
 
 # --- ranks ------------------------------------------------------------------------------------------------------------
 
-RANK = """
-import sys
-import torch, torch.distributed as dist
-torch.set_num_threads(1)
-from tests.test_collect import Toy, batches_of, token_loss
-from dba_kernels.collect import collect_global_gradient
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-gg = collect_global_gradient(Toy(), batches_of()[rank::2], token_loss, "fp32", group=dist.group.WORLD)
-gg.save(f"{folder}/rank{rank}.safetensors")
-"""
+
+def half(rank: int, world: int, folder: Path) -> None:
+    gg = collect_global_gradient(Toy(), batches_of()[rank::world], token_loss, "fp32", group=dist.group.WORLD)
+    gg.save(folder / f"rank{rank}.safetensors")
 
 
 def test_ranks_accumulate_and_reduce_once(tmp_path: Path) -> None:
     """Protects linearity: two processes with half the data each hold the same file, which is the whole collection's
     mean, counts and noise estimate; one rank's own half is not."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(r), str(tmp_path)], cwd=ROOT, env=environment) for r in (0, 1)
-    ]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    run_ranks(half, 2, tmp_path)
     first, second = (tmp_path / f"rank{r}.safetensors" for r in (0, 1))
     assert first.read_bytes() == second.read_bytes()
     gg, whole = GlobalGradient.load(first), collect_global_gradient(Toy(), batches_of(), token_loss, "fp32")
@@ -610,8 +602,8 @@ def test_ranks_accumulate_and_reduce_once(tmp_path: Path) -> None:
     for name, record in gg.records.items():
         assert record.signal == pytest.approx(whole.records[name].signal, rel=1e-4)
         assert record.noise == pytest.approx(whole.records[name].noise, rel=1e-4)
-    half = collect_global_gradient(Toy(), batches_of()[::2], token_loss, "fp32")
-    assert worst_error(half, {n: whole[n].double() for n in whole}) > 1e-2
+    one_half = collect_global_gradient(Toy(), batches_of()[::2], token_loss, "fp32")
+    assert worst_error(one_half, {n: whole[n].double() for n in whole}) > 1e-2
 
 
 def test_reduce_alone_is_nothing() -> None:
