@@ -77,17 +77,18 @@ def collect_everywhere(rank: int, world: int, folder: Path) -> dict[str, str]:
         assert gg.path == folder / f"{name}.safetensors"
         assert all(param.grad is None for param in net.parameters())
     net = nets["sharded"]
+    with mock.patch.object(GlobalGradientCollector, "_share", lambda *args: args[1:]):
+        collect_global_gradient(net, batches_of(rank), token_loss, "fp32", save_to=folder / "wrong.safetensors")
+    not_finite(rank, net, folder)
+    if world == 4:
+        return {}
     collect_global_gradient(net, batches_of(rank), token_loss, "int8", 8, save_to=folder / "low rank.safetensors")
     options = {"weighting": "batch", "save_to": folder / "batch.safetensors"}
     collect_global_gradient(net, batches_of(rank), token_loss, "fp32", **options)
     collect_global_gradient(net, batches_of(rank), mean_loss, "fp32", save_to=folder / "mean loss.safetensors")
-    with mock.patch.object(GlobalGradientCollector, "_share", lambda *args: args[1:]):
-        collect_global_gradient(net, batches_of(rank), token_loss, "fp32", save_to=folder / "wrong.safetensors")
-
     gg = collect_global_gradient(make_net(), batches_of(rank), token_loss, "fp32", group=dist.group.WORLD)
     if rank == 0:
         gg.save(folder / "whole models.safetensors")
-    not_finite(rank, net, folder)
     return refused(rank, world, net, folder)
 
 
@@ -159,49 +160,59 @@ def refused(rank: int, world: int, net: nn.Module, folder: Path) -> dict[str, st
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def collected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path, list]:
-    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    return request.param, folder, run_ranks(collect_everywhere, request.param, folder)
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, list]]:
+    """By number of ranks: the folder of files, and what each rank found."""
+    folders = {world: tmp_path_factory.mktemp(f"ranks{world}") for world in (2, 4)}
+    return {world: (folder, run_ranks(collect_everywhere, world, folder)) for world, folder in folders.items()}
 
 
-def test_sharded_models_give_the_token_weighted_mean(collected: tuple) -> None:
+@pytest.mark.parametrize("world", [2, 4])
+def test_sharded_models_give_the_token_weighted_mean(world: int, collected: dict) -> None:
     """Protects the weights: FSDP2 averages over ranks, whose batches have one to four sequences; HSDP."""
-    world, folder, _ = collected
+    folder, _ = collected[world]
     exact = exact_mean(world)
-    files = ["sharded", "whole models"] + ["replicated twice"] * (world == 4)
+    files = ["sharded", "whole models" if world == 2 else "replicated twice"]
     loaded = {file: GlobalGradient.load(folder / f"{file}.safetensors") for file in files}
     for file, gg in loaded.items():
         assert worst_error(gg, exact) < 1e-6, file
         gg.check_model(make_net().named_parameters())
         assert gg.provenance.tokens == sum(6 * len(ids) for rank in range(world) for ids in batches_of(rank))
         assert gg.provenance.batches == MICRO_BATCHES * (world if file == "whole models" else 1)
-    unweighted = exact_mean(world, weighted=False)
+
+
+def test_other_weights_and_formats(collected: dict) -> None:
+    """Protects ``weighting="batch"``, losses that do not say their number of tokens, factors of gathered tensors."""
+    folder, _ = collected[2]
+    unweighted = exact_mean(2, weighted=False)
     for file in ("batch", "mean loss"):
         assert worst_error(GlobalGradient.load(folder / f"{file}.safetensors"), unweighted) < 1e-6
     low_rank = GlobalGradient.load(folder / "low rank.safetensors")
-    expected = GlobalGradient.from_tensors({n: t.float() for n, t in exact.items()}, "int8", 8)
+    expected = GlobalGradient.from_tensors({n: t.float() for n, t in exact_mean(2).items()}, "int8", 8)
     assert low_rank.record("embed.weight").rank == 8
     assert low_rank.record("embed.weight").energy == pytest.approx(expected.record("embed.weight").energy, rel=1e-3)
 
 
-def test_losses_without_their_weights_are_noticed(collected: tuple) -> None:
+@pytest.mark.parametrize("world", [2, 4])
+def test_losses_without_their_weights_are_noticed(world: int, collected: dict) -> None:
     """Negative control: FSDP2's own average over ranks, whatever their numbers of tokens."""
-    world, folder, _ = collected
+    folder, _ = collected[world]
     assert worst_error(GlobalGradient.load(folder / "wrong.safetensors"), exact_mean(world)) > 1e-2
 
 
-def test_the_noise_is_that_of_whole_micro_batches(collected: tuple) -> None:
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_noise_is_that_of_whole_micro_batches(world: int, collected: dict) -> None:
     """Protects ‖g‖², of which every rank sees its rows only: one process that is given the ranks' batches joined."""
-    world, folder, _ = collected
+    folder, _ = collected[world]
     joined = [torch.cat([batch_of(step, rank) for rank in range(world)]) for step in range(MICRO_BATCHES)]
     expected = collect_global_gradient(make_net(), joined, token_loss, "fp32").records
     for name, record in GlobalGradient.load(folder / "sharded.safetensors").records.items():
         assert (record.signal, record.noise) == pytest.approx((expected[name].signal, expected[name].noise), rel=1e-3)
 
 
-def test_what_is_not_finite_on_one_rank_is_dropped_on_all(collected: tuple) -> None:
-    world, folder, _ = collected
+@pytest.mark.parametrize("world", [2, 4])
+def test_what_is_not_finite_on_one_rank_is_dropped_on_all(world: int, collected: dict) -> None:
+    folder, _ = collected[world]
     gg = GlobalGradient.load(folder / "not finite.safetensors")
     assert (gg.provenance.batches, gg.provenance.dropped_batches) == (MICRO_BATCHES - 1, 1)
     assert [record.dropped for record in gg.records.values()] == [1] + [0] * (len(gg) - 1)
@@ -212,9 +223,8 @@ def test_what_is_not_finite_on_one_rank_is_dropped_on_all(collected: tuple) -> N
         assert ((gg[name] - expected[name]).norm() / expected[name].norm()).item() < 1e-5
 
 
-def test_what_would_go_wrong_is_refused(collected: tuple) -> None:
-    *_, ranks = collected
-    for rank, found in enumerate(ranks):
+def test_what_would_go_wrong_is_refused(collected: dict) -> None:
+    for rank, found in enumerate(collected[2][1]):
         assert found["no path"].startswith("ValueError: save_to: expected the path of a file for a model sharded")
         mine = "OSError: cannot write" if rank == 0 else "RuntimeError: finish(): the rank that writes the file failed"
         assert mine.split(":")[0][-5:] in found["no folder"] and mine.split(": ")[1] in found["no folder"]
