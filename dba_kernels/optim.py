@@ -300,15 +300,16 @@ class DBAAdamW(Optimizer):
         sums_here = not (self.settings.reduce and plan.sharding.communicates)
         if sums_here and self.correction_function is None and ops.fuses(batches, self.backend):
             ops.fused_step(batches, tables, self.settings, **scalars, backend=self.backend)
-            return loss
-        if self.settings.reduce:
+        else:
+            if self.settings.reduce:
+                for batch, its_grads in batches:
+                    ops.similarity(batch, its_grads, plan.sums_on(batch), self.backend)
+                plan.gather_sums(active)
+            alpha = self._custom_correction(plan, active, loss_scale)
+            ops.coefficients(tables, self.settings, **scalars, alpha_override=alpha, backend=self.backend)
             for batch, its_grads in batches:
-                ops.similarity(batch, its_grads, plan.sums_on(batch), self.backend)
-            plan.gather_sums(active)
-        alpha = self._custom_correction(plan, active, loss_scale)
-        ops.coefficients(tables, self.settings, **scalars, alpha_override=alpha, backend=self.backend)
-        for batch, its_grads in batches:
-            ops.step(batch, its_grads, plan.table_on(batch), self.backend)
+                ops.step(batch, its_grads, plan.table_on(batch), self.backend)
+        torch.autograd.graph.increment_version(params)  # kernels write through addresses, which torch does not see
         return loss
 
     def _activate(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> tuple[Plan, ActiveSet]:

@@ -248,3 +248,18 @@ def test_an_optimizer_over_a_loaded_gradient_can_be_copied(tmp_path: Path) -> No
         train(others, other, range(3, 5))
         assert all(torch.equal(others[name], params[name]) for name in SHAPES)
     assert isinstance(optimizer.global_gradient, GlobalGradient)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_step_counts_as_a_write(backend):
+    """torch's checks that weights did not change (autograd's saved tensors, the collector's) see every step."""
+    param = torch.nn.Parameter(torch.ones(64, 64))
+    optimizer = DBAAdamW([("weight", param)], lr=1e-3, backend=backend)
+    loss = (param.exp() * 2).sum()  # exp saves its result, * 2 nothing of param
+    saved = (param * param).sum()  # saves param
+    loss.backward()
+    before = param._version
+    optimizer.step()
+    assert param._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()
