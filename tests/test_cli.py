@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from rich.console import Console
+from safetensors import SafetensorError
 
 from dba_kernels import GlobalGradient, backends, cli
 from dba_kernels.cli import assets, demo, env, files, progress, report, text, training
@@ -319,6 +320,35 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     files.write_whole(path, lambda scratch: scratch.write_text("new"))
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_an_input_error_whoever_writes(tmp_path: Path) -> None:
+    """``torch.save`` and safetensors raise errors of their own, not OSError."""
+    (tmp_path / "model").mkdir()
+    for error in (RuntimeError("unexpected pos 704"), SafetensorError("No space left on device")):
+
+        def fail(_: Path, error: Exception = error) -> None:
+            raise error
+
+        for write in (files.write_whole, files.write_folder):
+            with pytest.raises(files.InputError, match=rf"cannot write .*{error}; free some space"):
+                write(tmp_path / "model", fail)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "model"]
+
+
+def test_a_folder_is_moved_with_its_subfolders(tmp_path: Path) -> None:
+    """As of a tokenizer with several chat templates; once more over an older one."""
+
+    def write(folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+
+    for _ in range(2):
+        files.write_folder(tmp_path, write)
+    found = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert found == {"config.json", "additional_chat_templates/tool_use.jinja"}
+    assert not list(tmp_path.glob(".partial-*"))
 
 
 def test_a_global_gradient_of_another_model_is_refused(inputs: Path, tmp_path: Path) -> None:

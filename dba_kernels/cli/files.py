@@ -9,6 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
+from safetensors import SafetensorError
+
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What writing to a full disk raises: OSError, but RuntimeError in torch.save, and safetensors' own."""
 
 
 class InputError(click.ClickException):
@@ -47,8 +51,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         with open(scratch, "rb") as file:
             os.fsync(file.fileno())
         os.replace(scratch, path)
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+    except WRITE_ERRORS as error:
+        raise InputError(f"cannot write {str(path)!r}: {_reason(error)}") from error
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -61,16 +65,23 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
         InputError: a file cannot be written.
     """
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
-            write(Path(scratch))
-            files = sorted(Path(scratch).iterdir(), key=lambda file: (file.name == "config.json", file.name))
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
+            scratch = Path(name)
+            write(scratch)
+            written = (file.relative_to(scratch) for file in scratch.rglob("*") if file.is_file())
+            files = sorted(written, key=lambda file: (str(file) == "config.json", file))
             for file in files:
-                with open(file, "rb") as opened:
+                with open(scratch / file, "rb") as opened:
                     os.fsync(opened.fileno())
             for file in files:
-                os.replace(file, folder / file.name)
-    except OSError as error:
-        raise InputError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from error
+                (folder / file).parent.mkdir(exist_ok=True, parents=True)
+                os.replace(scratch / file, folder / file)
+    except WRITE_ERRORS as error:
+        raise InputError(f"cannot write to {str(folder)!r}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{getattr(error, 'strerror', None) or error}; free some space, or choose another place"
 
 
 def remove_partial(folder: Path) -> None:
