@@ -151,6 +151,13 @@ def test_a_model_that_is_neither_here_nor_on_the_hub(inputs: Path, monkeypatch: 
     assert "(OSError: not found)" in result.output and "long story" not in result.output
 
 
+def test_plan_refuses_a_model_that_is_no_causal_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    result = run("plan", "--model", tmp_path)
+    assert result.exit_code == 1 and "--model: expected a causal language model, got" in result.output
+    assert "LlamaConfig" not in result.output  # not transformers' list of all there are
+
+
 # --- signal -----------------------------------------------------------------------------------------------------------
 
 

@@ -8,14 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 transformers = pytest.importorskip("transformers")
 
+from dba_kernels.cli import workload  # noqa: E402
 from dba_kernels.cli.files import InputError  # noqa: E402
 from dba_kernels.cli.packing import IGNORED, Batches, Encoder, Rows  # noqa: E402
 from dba_kernels.cli.text import CORPORA, LONGEST_DOCUMENT, Corpus  # noqa: E402
 
 from .cli_inputs import CHATML, MARKED, conversation, make_tokenizer, sentences, write_inputs, write_jsonl  # noqa: E402
+
+OPTIONS = {"Llama": {"intermediate_size": 64}, "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32}}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,11 @@ def test_long_plain_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path: Path)
     pieces = [str(corpus.document(i)) for i in range(len(corpus))]
     assert len(pieces) > 2 and max(map(len, pieces)) <= LONGEST_DOCUMENT
     assert "\n".join(pieces).splitlines() == lines
+    words = [f"word{i:07}" for i in range(5000)]
+    (tmp_path / "words.txt").write_text(" ".join(words))  # no line ends: cut between words, each time
+    corpus = Corpus([str(tmp_path / "words.txt")])
+    assert len(corpus) > 2
+    assert [word for i in range(len(corpus)) for word in str(corpus.document(i)).split()] == words
     (tmp_path / "one-line.txt").write_text("x" * (2 * LONGEST_DOCUMENT + 1))
     assert len(Corpus([str(tmp_path / "one-line.txt")])) == 3
 
@@ -175,6 +184,19 @@ def test_documents_of_a_row_do_not_see_each_other(inputs: Path) -> None:
         joined = model(input_ids=row["input_ids"][None]).logits[:, second:]
     assert torch.allclose(packed, alone, atol=1e-5)
     assert not torch.allclose(joined, alone, atol=1e-3)  # control: without positions they do
+
+
+@pytest.mark.parametrize("architecture, apart", [("Llama", True), ("OPT", False)])
+def test_a_model_that_mixes_documents_is_told(
+    architecture: str, apart: bool, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """OPT takes positions, and its attention mask ignores where they start again."""
+    make = getattr(transformers, f"{architecture}Config")
+    config = make(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **OPTIONS[architecture])
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(inputs / "model").save_pretrained(tmp_path)
+    workload.load(str(tmp_path), "fp32", "cpu", Console())
+    assert ("does not keep the documents of one row apart" in capsys.readouterr().out) != apart
 
 
 def test_batches_repeat_in_another_order(inputs: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> None:

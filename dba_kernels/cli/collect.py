@@ -56,8 +56,9 @@ Examples:
   torchrun --nproc-per-node 4 -m dba_kernels collect --model ./base --data *.jsonl --batches 200 --out g.safetensors
 
 {DATA_HELP}
-Texts are packed into rows of --length tokens, documents do not attend to each other, and neither prompts, padding nor
-the tokens between documents count in the loss. The same options give the same file.
+Texts are packed into rows of --length tokens. Documents do not attend to each other, and you are told where the model's
+architecture cannot keep them apart. Neither prompts, padding nor the tokens between documents count in the loss. The
+same options give the same file.
 
 A collection that was interrupted goes on where its last snapshot (beside --out) stands when the same command is given
 again; one that is finished says so. Under torchrun each process takes every n-th batch, the sums are added up once, and
@@ -217,9 +218,9 @@ def _collect(options: Options, ranks: Ranks, work: Workload, batches: Batches, c
             for batch in collector.remaining(mine):
                 collector.backward(*work.loss(batch))
                 bars.advance(task)
-        if collector.consumed < share:
-            console.print(f"the data end after {collector.consumed * ranks.world:,} of {options.batches:,} batches")
-        collector.reduce()
+        collector.reduce()  # from here on, consumed counts the batches of all processes
+        if collector.consumed < options.batches:
+            console.print(f"the data end after {collector.consumed:,} of {options.batches:,} batches")
         console.print(f"compressing to {options.storage} and measuring what that costs")
         return collector.finish(options.storage, options.rank)
     except (OSError, ValueError) as error:

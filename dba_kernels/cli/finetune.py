@@ -82,8 +82,9 @@ Examples:
   dba-kernels finetune … --out ./tuned --resume                                      goes on after an interruption
 
 {DATA_HELP}
-Texts are packed into rows of --length tokens, documents do not attend to each other, and neither prompts, padding nor
-the tokens between documents count in the loss. Data that are too short are repeated, in another order each time.
+Texts are packed into rows of --length tokens. Documents do not attend to each other, and you are told where the model's
+architecture cannot keep them apart. Neither prompts, padding nor the tokens between documents count in the loss. Data
+that are too short are repeated, in another order each time.
 
 \b
 --out holds, in the end:

@@ -25,6 +25,7 @@ from dba_kernels.formats import (
 )
 
 from .assets import import_transformers, load_config
+from .files import InputError
 from .inspect import open_gradient
 from .progress import wide_console
 from .signal import ENOUGH, batches_for, expected_cosine
@@ -96,7 +97,11 @@ def model_shapes(source: str) -> tuple[Shapes, str]:
     """
     config, where = load_config(source)
     with torch.device("meta"):
-        model = import_transformers().AutoModelForCausalLM.from_config(config)
+        try:
+            model = import_transformers().AutoModelForCausalLM.from_config(config)
+        except ValueError as error:
+            reason = str(error).partition("\n")[0]  # what follows lists every class that transformers has
+            raise InputError(f"--model: expected a causal language model, got {where!r}: {reason}") from error
     return {name: tuple(param.shape) for name, param in model.named_parameters()}, where
 
 
@@ -201,7 +206,7 @@ def parts_table(sizes: Sizes) -> Table:
 
 
 def totals_table(sizes: Sizes) -> Table:
-    """Bytes per parameter and GiB of every combination."""
+    """Bytes per parameter and MiB of every combination."""
     title = "All together, bytes per parameter (MiB), by format of the global gradient"
     table = Table("--param-format", "--state-format", title=title, title_justify="left")
     shown = {name: size for name, size in sizes.globals.items() if name not in ("fp32", "fp16", "fp8_e4m3")}

@@ -203,8 +203,8 @@ def _pieces(text: str) -> Iterator[str]:
     while start < len(text):
         stop = start + LONGEST_DOCUMENT
         if stop < len(text):
-            cut = max(text.rfind("\n", start, stop), start) or text.rfind(" ", start, stop)
-            stop = cut + 1 if cut > start else stop
+            cut = next((at for mark in "\n " if (at := text.rfind(mark, start, stop)) > start), stop - 1)
+            stop = cut + 1
         if piece := text[start:stop].strip():
             yield piece
         start = stop

@@ -121,6 +121,21 @@ class Workload:
         encoder = Encoder(self.tokenizer, loss_on)
         return Batches(corpus, encoder, length=length, size=size, seed=seed, repeat=repeat)
 
+    @torch.no_grad()
+    def separates_documents(self) -> bool:
+        """Whether what the model says of a row's second document is the same whatever the first one is.
+
+        Tried, not looked up: linear attention, state-space layers and older attention masks do not read positions.
+        """
+        first, second = torch.arange(8), torch.arange(8)
+        rows = torch.stack([torch.cat((first + shift, second)) for shift in (0, 8)])
+        inputs = {"input_ids": rows % self.model.get_input_embeddings().num_embeddings}
+        if self.takes_positions:
+            inputs["position_ids"] = torch.cat((first, second)).expand_as(rows)
+        said = self.model(**{k: v.to(self.device) for k, v in inputs.items()}).logits[:, len(first) :]
+        rounding = torch.finfo(said.dtype).eps * said.abs().max()  # of experts that batch their tokens otherwise
+        return bool((said[0] - said[1]).abs().max() <= rounding)
+
     def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
         """Mean loss per target token of a batch, fp32 scalar, and the number of targets."""
         targets = count_targets(batch)
@@ -150,6 +165,12 @@ def load(model: str | None, dtype: str, device: str | None, console: Console, lo
     takes_positions = "position_ids" in inspect.signature(loaded.forward).parameters
     workload = Workload(loaded, tokenizer, source, chosen, use_cache, takes_positions)
     console.print(f"model    {source} ({workload.parameters:,} parameters, {chosen}, {place})", soft_wrap=True)
+    if not workload.separates_documents():
+        console.print(
+            "note     this architecture does not keep the documents of one row apart: each sees those before it. "
+            "Documents of about --length tokens make that rare",
+            soft_wrap=True,
+        )
     return workload
 
 
