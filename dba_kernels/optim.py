@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from .formats import (
     check_name,
 )
 from .global_gradient import GlobalGradient, normalize_name
-from .plan import ActiveSet, Plan, metrics
+from .plan import ActiveSet, Plan, metrics, names_of
 from .schedule import auto_boost
 
 LARGE_LR = 3e-5
@@ -128,7 +128,7 @@ class DBAAdamW(Optimizer):
         global_gradient: GlobalGradient | str | os.PathLike | None = None,
         total_steps: int | str | None = None,
         boost: str | float | BoostSchedule = "auto",
-        boost_max: float = 0.5,
+        boost_max: float = 0.1,
         correction: str | Correction = "cosine",
         correction_scope: str = "tensor",
         correction_bounds: tuple[float, float] = (0.0, 2.0),
@@ -277,10 +277,11 @@ class DBAAdamW(Optimizer):
                     grads.append(grad)
         if not params:
             return loss
-        if self._only_allocates(params, grads):
-            for param in params:
-                formats = state.formats_of(param, self.param_format, self.state_format)
-                state.prepare(self.state[param], param, *formats, "parameter")
+        if self._only_allocates(grads):
+            for name, param in self._named():
+                if param.grad is not None:
+                    formats = state.formats_of(param, self.param_format, self.state_format)
+                    state.prepare(self.state[param], param, *formats, name)
             return loss
         if self.awaits_total_steps:
             raise ValueError(
@@ -327,12 +328,16 @@ class DBAAdamW(Optimizer):
         self._store_counters()
         self._plan = None
 
-    def _only_allocates(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> bool:
+    def _named(self) -> Iterator[tuple[str, torch.Tensor]]:
+        params = (param for group in self.param_groups for param in group["params"])
+        return zip(names_of(self.param_groups), params, strict=True)
+
+    def _only_allocates(self, grads: list[torch.Tensor]) -> bool:
         """Checkpoint libraries call ``step()`` on empty state with lr 0 and zero gradients to have state allocated."""
         if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
         zero = all(not torch.any(local(grad)) for grad in grads)
-        sharding = Sharding(("of param_groups", param) for param in params)
+        sharding = Sharding(self._named())
         if sharding.communicates:  # zeros in the rows here do not make a gradient zero: all ranks decide alike
             zero = not sharding.sum_(torch.tensor(float(not zero), device=sharding.mesh.device_type))
         return zero

@@ -106,7 +106,7 @@ class Plan:
         groups = optimizer.param_groups
         self.params = [p for group in groups for p in group["params"]]
         self._row = {id(p): i for i, p in enumerate(self.params)}  # the plan keeps p alive: its id stays its own
-        full_names = _names(groups)
+        full_names = names_of(groups)
         self.names = [normalize_name(name) for name in full_names]
         self.sharding = Sharding(zip(full_names, self.params, strict=True))
         self.device = self.params[0].device
@@ -305,7 +305,12 @@ class Plan:
         return self.table.to(batch.params[0].device, non_blocking=True)
 
 
-def _names(groups: list[dict[str, Any]]) -> list[str]:
+def names_of(groups: list[dict[str, Any]]) -> list[str]:
+    """The parameters' names as they were given, wrappers' prefixes included.
+
+    Raises:
+        ValueError: a group holds other parameters than were named.
+    """
     names: list[str] = []
     for i, group in enumerate(groups):
         unnamed = [f"param_groups[{i}][{j}]" for j in range(len(group["params"]))]

@@ -27,17 +27,18 @@ def formats_of(param: torch.Tensor, param_format: str, state_format: str) -> tup
     return param_format if has_remainder else "native", state_format if is_compressible(tuple(param.shape)) else "fp32"
 
 
-def _new_moments(param: torch.Tensor, state_format: str) -> dict[str, torch.Tensor]:
+def _moments(param: torch.Tensor, state_format: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """(Global) shape and dtype of each tensor that holds the moments."""
     shape = tuple(param.shape)
     if state_format != "int8":
         narrow = torch.float64 if param.dtype == torch.float64 else torch.float32
         dtype = torch.bfloat16 if state_format == "bf16" else narrow
-        return {key: zeros(param, shape, dtype) for key in ("exp_avg", "exp_avg_sq")}
+        return {key: (shape, dtype) for key in ("exp_avg", "exp_avg_sq")}
     return {
-        "exp_avg": zeros(param, matrix_shape(shape), torch.int8),
-        "exp_avg_sq": zeros(param, matrix_shape(shape), torch.uint8),
-        "exp_avg_scale": zeros(param, scales_shape(shape), torch.float32),
-        "exp_avg_sq_scale": zeros(param, scales_shape(shape), torch.float32),
+        "exp_avg": (matrix_shape(shape), torch.int8),
+        "exp_avg_sq": (matrix_shape(shape), torch.uint8),
+        "exp_avg_scale": (scales_shape(shape), torch.float32),
+        "exp_avg_sq_scale": (scales_shape(shape), torch.float32),
     }
 
 
@@ -49,16 +50,15 @@ def _new_remainder(param: torch.Tensor, param_format: str) -> torch.Tensor:
 
 def _convert_moments(state: dict[str, Any], param: torch.Tensor, state_format: str, name: str) -> None:
     """Bring loaded moments into ``state_format``: torch's own state dicts, or one saved with another format."""
-    template = _new_moments(param, state_format)
+    wanted = _moments(param, state_format)
     compressed = state["exp_avg"].dtype == torch.int8 if "exp_avg" in state else False
-    expected = _new_moments(param, "int8") if compressed else _new_moments(param, "fp32")
-    for key, value in expected.items():
+    for key, (expected, _) in _moments(param, "int8" if compressed else "fp32").items():
         got = tuple(state[key].shape) if key in state else None
-        if got != tuple(value.shape):
+        if got != expected:
             raise ValueError(
-                f"{key} of {name!r}: expected shape {tuple(value.shape)}, got {got}; the state belongs to another model"
+                f"{key} of {name!r}: expected shape {expected}, got {got}; the state belongs to another model"
             )
-    if all(key in state and state[key].dtype == value.dtype for key, value in template.items()):
+    if all(key in state and state[key].dtype == dtype for key, (_, dtype) in wanted.items()):
         return
     codec, shape = implementation("reference", "quantize"), tuple(local(param).shape)
     exp_avg, exp_avg_sq = local(state["exp_avg"]), local(state["exp_avg_sq"])
@@ -70,8 +70,8 @@ def _convert_moments(state: dict[str, Any], param: torch.Tensor, state_format: s
         parts["exp_avg"], parts["exp_avg_scale"] = codec.encode_exp_avg(exp_avg)
         parts["exp_avg_sq"], parts["exp_avg_sq_scale"] = codec.encode_exp_avg_sq(exp_avg_sq)
     for key, part in parts.items():
-        empty = template[key]
-        state[key] = like(param, part.to(empty.dtype).contiguous(), tuple(empty.shape))
+        whole, dtype = wanted[key]
+        state[key] = like(param, part.to(dtype).contiguous(), whole)
 
 
 def prepare(state: dict[str, Any], param: torch.Tensor, param_format: str, state_format: str, name: str) -> None:
@@ -95,7 +95,7 @@ def prepare(state: dict[str, Any], param: torch.Tensor, param_format: str, state
             )
     if "exp_avg" not in state and "exp_avg_sq" not in state:
         state.setdefault("step", torch.zeros((), dtype=torch.float32, device=param.device))
-        state.update(_new_moments(param, state_format))
+        state.update({key: zeros(param, *kind) for key, kind in _moments(param, state_format).items()})
     else:
         _convert_moments(state, param, state_format, name)
     expected = REMAINDER_DTYPES.get(param_format)

@@ -15,6 +15,7 @@ import torch
 from torch.optim.lr_scheduler import OneCycleLR
 
 from dba_kernels import DBAAdamW, GlobalGradient
+from dba_kernels.plan import CACHED_ACTIVE_SETS
 
 from .test_optim import COMPRESSED, SHAPES, dba, gradient, make_global, make_params, train
 
@@ -97,6 +98,31 @@ def test_schedules_of_beta_follow_adamw() -> None:
         trajectories.append(params)
     for name in SHAPES:
         torch.testing.assert_close(trajectories[0][name], trajectories[1][name], rtol=0, atol=1e-12)
+
+
+def test_a_changing_set_of_gradients_allocates_no_state_anew() -> None:
+    """Experts come and go, in more sets than are kept: their state exists, and is not made again to be compared."""
+    params = {f"{i}.weight": torch.nn.Parameter(torch.randn(64, 64)) for i in range(CACHED_ACTIVE_SETS + 2)}
+    optimizer = DBAAdamW(params.items(), lr=1e-5, state_format="int8")
+
+    def zeros_in_a_step(without: int) -> int:
+        for i, param in enumerate(params.values()):
+            param.grad = None if i == without else torch.ones_like(param)
+        with torch.profiler.profile(record_shapes=True) as profile:
+            optimizer.step()
+        made = [event.input_shapes for event in profile.events() if event.name == "aten::zero_"]
+        return sum(shapes[:1] == [[64, 64]] for shapes in made)
+
+    assert zeros_in_a_step(-1) == 2 * len(params)  # control: the first step makes both moments
+    assert [zeros_in_a_step(i) for i in range(len(params))] == [0] * len(params)
+
+
+def test_errors_at_a_learning_rate_of_zero_have_names() -> None:
+    """A warm-up's first step passes by what only allocates."""
+    param = torch.nn.Parameter(torch.zeros(4, 4))
+    param.ds_id, param.grad = 0, torch.ones(4, 4)
+    with pytest.raises(ValueError, match=r"parameter 'layer.weight': expected the model's own tensor"):
+        DBAAdamW([("layer.weight", param)], lr=0.0).step()
 
 
 def test_state_of_swapped_names_is_refused() -> None:
