@@ -36,6 +36,7 @@ class Snapshots:
         self.every = every
         self.sharding = sharding
         self.identity = identity
+        self._kept: Path | None = None  # written last, or gone on from: the next is another, where there are two
         self.files = [] if self.path is None else [self.path]
         if self.path is not None and sharding.mesh is not None:
             self.identity = identity | {"rows": [list(rows or ()) for rows in sharding.rows]}
@@ -45,9 +46,10 @@ class Snapshots:
 
     def save_if_due(self, sums: GradientSums) -> None:
         """Write ``sums`` where their count of micro-batches asks for it."""
-        turn, rest = divmod(sums.progress.consumed, self.every)
-        if self.files and rest == 0:
-            sums.save(self.files[turn % len(self.files)], self.identity)
+        if self.files and sums.progress.consumed % self.every == 0:
+            file = next((file for file in self.files if file != self._kept), self.files[0])
+            sums.save(file, self.identity)
+            self._kept = file
 
     def resume(self, sums: GradientSums) -> None:
         """Load the newest snapshot, of a sharded model the newest that all ranks have, if there is one.
@@ -70,4 +72,5 @@ class Snapshots:
                 f"{self.files[0]}: expected a snapshot of {newest} micro-batches, which is the newest of another rank, "
                 f"got those of {sorted(found)}; delete the snapshots of all ranks"
             )
-        sums.load(found[newest], self.identity)
+        self._kept = found[newest]
+        sums.load(self._kept, self.identity)

@@ -19,6 +19,8 @@ from torch.distributed.fsdp import fully_shard
 
 from dba_kernels import GlobalGradient, GlobalGradientCollector
 from dba_kernels.collect import collect_global_gradient
+from dba_kernels.files import SavedTensors
+from dba_kernels.snapshots import Snapshots
 from dba_kernels.sums import GradientSums
 
 from .distributed_model import WORDS, loss_of, make_net, sharded
@@ -278,6 +280,24 @@ def test_killed_and_resumed_gives_the_same_bytes(how: str, tmp_path: Path) -> No
     assert starts[1] == 2 and (starts[0] == 2 or how == "whole")
     once, again = ((tmp_path / folder / f"{how}.safetensors").read_bytes() for folder in ("once", "again"))
     assert once == again
+
+
+def test_the_snapshot_gone_on_from_is_overwritten_last(tmp_path: Path) -> None:
+    """Whatever ``snapshot_every`` was before: until a newer one is whole, it is the one that all ranks have."""
+    sums, taken = GradientSums({"w": torch.zeros(2)}), []
+    sharding = mock.Mock(rows=[(0, 2)], over_mesh_=lambda tensor, smallest: tensor)
+    sharding.mesh.configure_mock(device_type="cpu", **{"get_coordinate.return_value": [0], "size.return_value": 1})
+    for every, until in ((1, 4), (4, 8), (2, 10)):
+        snapshots = Snapshots(tmp_path / "s.safetensors", every, {}, sharding)
+        snapshots.resume(sums)
+        before = sums.progress.consumed
+        while sums.progress.consumed < until:
+            sums.progress.consumed += 1
+            snapshots.save_if_due(sums)
+            if sums.progress.consumed == before + every:  # the first that was written
+                there = [SavedTensors(file).content for file in snapshots.files if file.exists()]
+                taken.append(sorted(content["progress"]["consumed"] for content in there))
+    assert taken == [[1], [4, 8], [8, 10]]
 
 
 def test_ranks_without_a_common_snapshot_say_so(tmp_path: Path) -> None:
