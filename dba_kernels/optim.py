@@ -128,7 +128,7 @@ class DBAAdamW(Optimizer):
         global_gradient: GlobalGradient | str | os.PathLike | None = None,
         total_steps: int | str | None = None,
         boost: str | float | BoostSchedule = "auto",
-        boost_max: float = 0.1,
+        boost_max: float = 0.5,
         correction: str | Correction = "cosine",
         correction_scope: str = "tensor",
         correction_bounds: tuple[float, float] = (0.0, 2.0),
