@@ -17,7 +17,8 @@ from torch import nn
 
 from .base_model import Fingerprint, fingerprint, named_once
 from .batches import LossFunction, digest_batch, loss_and_tokens
-from .distributed import fsdp_sharding, local
+from .distributed import fsdp_sharding, local, same_on_ranks
+from .files import to_json
 from .formats import STORAGE_FORMATS, check_name
 from .global_gradient import GlobalGradient, Provenance, TensorStatistics
 from .records import check_rank
@@ -344,7 +345,8 @@ class GlobalGradientCollector:
 
         Raises:
             RuntimeError: a second time.
-            ValueError: the model is sharded: its gradients are summed over the ranks already.
+            ValueError: the model is sharded: its gradients are summed over the ranks already; or the ranks have
+                different weights.
         """
         self._check_usable()
         self._check_not_reduced("reduce()")
@@ -352,6 +354,12 @@ class GlobalGradientCollector:
             raise ValueError(
                 "reduce(): expected a whole model on every rank, got one sharded by FSDP2, whose gradients have been "
                 "summed over the ranks; leave the call (or group=) out"
+            )
+        digest = hashlib.sha256(to_json(self._fingerprint).encode()).digest()
+        if not same_on_ranks(digest, next(iter(self._params.values())).device, group):
+            raise ValueError(
+                "reduce(): expected the same weights on every rank, got different ones; load the same checkpoint on "
+                "all of them, or seed them alike"
             )
         self._sums.reduce(group)
         self._reduced = True

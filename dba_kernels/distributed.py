@@ -195,6 +195,16 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
+def same_on_ranks(digest: bytes, device: torch.device, group: dist.ProcessGroup | None = None) -> bool:
+    """Whether all ranks of ``group`` gave the same ``digest``; the answer is the same on all of them."""
+    if world_size(group) == 1:
+        return True
+    numbers = torch.tensor(list(digest), dtype=torch.int64, device=device)
+    extremes = torch.stack((numbers, -numbers))
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    return bool((extremes[0] == -extremes[1]).all())
+
+
 def all_reduce_(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """Sum ``tensor`` over the ranks of ``group`` in place; with one process nothing happens."""
     if world_size(group) > 1:

@@ -138,6 +138,10 @@ def refused(rank: int, world: int, net: nn.Module, folder: Path) -> dict[str, st
     left_out = set(partly.body.norm.parameters())
     fully_shard(partly, mesh=init_device_mesh("cpu", (world,)), ignored_params=left_out)
     attempt("partly", lambda: GlobalGradientCollector(partly))
+    another = make_net()
+    with torch.no_grad():
+        next(another.parameters()).add_(rank)
+    attempt("other weights", run(another).reduce)
     whole = run(make_net())
     whole.reduce()
     attempt("reduce twice", whole.reduce)
@@ -232,6 +236,7 @@ def test_what_would_go_wrong_is_refused(collected: dict) -> None:
         assert mine.split(":")[0][-5:] in found["no folder"] and mine.split(": ")[1] in found["no folder"]
         assert "ValueError: reduce(): expected a whole model on every rank" in found["reduce"]
         assert "parameter 'body.norm.weight': expected a DTensor as others are" in found["partly"]
+        assert "reduce(): expected the same weights on every rank, got different ones" in found["other weights"]
         assert found["reduce twice"].startswith("RuntimeError: reduce(): expected before reduce()")
         assert found["backward after reduce"].startswith("RuntimeError: backward(): expected before reduce()")
         assert "expected untouched weights" in found["stepping"]
