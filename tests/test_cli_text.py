@@ -54,6 +54,13 @@ def test_every_kind_of_data_is_read(tmp_path: Path) -> None:
     assert found == ["one", "two", conversation("q", "a"), "three", "four", "five", "six", "seven"]
 
 
+def test_a_folder_in_a_folder_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "year").mkdir()
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(InputError, match=r"expected a folder of files, found the folder 'year' in it; give .*/year"):
+        Corpus([str(tmp_path)])
+
+
 def test_the_order_depends_on_the_seed_alone(inputs: Path) -> None:
     corpus = Corpus([str(inputs / "general.jsonl")])
     first, again, other = (list(corpus.in_order(seed)) for seed in (0, 0, 1))

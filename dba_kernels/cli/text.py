@@ -158,7 +158,12 @@ def _open(name: str) -> Iterator[tuple[str, Sequence[Any]]]:
     elif (path / "state.json").exists():
         yield name, _dataset(path)
     else:
-        files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+        files = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+        if folders := [p for p in files if p.is_dir()]:
+            raise InputError(
+                f"data {name!r}: expected a folder of files, found the folder {folders[0].name!r} in it; give "
+                f"{folders[0]} by itself, and the files beside it one by one"
+            )
         if not files:
             raise InputError(f"data {name!r}: expected a folder of files or one that datasets saved; it holds no file")
         yield from ((str(file), _records(file)) for file in files)
