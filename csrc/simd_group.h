@@ -39,7 +39,7 @@ template <class S> struct GroupOps {
             S::store_low8(at(low, k, 1), x[k] >> 8);
         }
     }
-    // The largest lane of each of eight vectors.
+    // The largest lane of each of eight vectors: as many as a block has groups.
     static void largest_of_each(const typename S::F* x, float* out) {
         for (int i = 0; i < 8; ++i) out[i] = S::largest(x[i]);
     }

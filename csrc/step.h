@@ -94,7 +94,7 @@ template <class S> struct Constants {
         // The step size divides the denominator: one product less per element. One that moves no weight (a learning rate
         // of 0) becomes an infinite denominator.
         const bool moves = s.step_size > 0x1p-100f;
-        root_weight = moves ? root_weight / S::splat(s.step_size) : S::splat(0.0f);
+        if (moves) root_weight = root_weight / S::splat(s.step_size);
         eps = moves ? eps / S::splat(s.step_size) : S::splat(__builtin_inff());
     }
 };
@@ -137,6 +137,8 @@ struct StateUnits {
     }
 };
 constexpr StateUnits STATE_UNITS;
+
+static_assert(Pending::GROUPS == 8, "GroupOps::largest_of_each takes eight");
 
 template <class S> struct EncodeMoments {
     static void run(const StepTarget& at, const Pending& pending, int n) {

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dba_kernels import DBAAdamW
 from dba_kernels.formats import Coefficient, StepSettings, StepTables, Summary
 from dba_kernels.reference import similarity as reference_similarity
 from dba_kernels.reference import step as reference_step
@@ -368,3 +369,11 @@ def test_library_is_plain_c():
         pytest.skip("ldd is not installed")
     needed = subprocess.run(["ldd", native.load()._name], capture_output=True, text=True).stdout
     assert "torch" not in needed and "python" not in needed and isinstance(native.load(), ctypes.CDLL)
+
+
+def test_nothing_moves_at_learning_rate_zero():
+    """lr 0 with an infinite second moment: the reference leaves the weight alone, and so must the folded step size."""
+    param = torch.nn.Parameter(torch.ones(64, 64))
+    param.grad = torch.full_like(param, 1e20)
+    DBAAdamW([param], lr=0.0, weight_decay=0.1, backend="native").step()
+    assert torch.equal(param, torch.ones(64, 64))

@@ -84,7 +84,7 @@ def tile_offsets(start, rows, cols, LANES: tl.constexpr, MASKED: tl.constexpr, C
         inside = (item < tl.where(in_first, rest, length)) & (in_first | (passed + 1 < rows_left))
         return row * cols + column, tl.where(in_first, 0, rest + passed * length) + item, inside
     else:
-        return start // GROUP * LANES, group * LANES + lane, None
+        return start // GROUP * LANES, group * LANES + lane, group >= 0  # no mask is read; Triton 3.6 returns no None
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def group_offsets(start, rows, cols, MASKED: tl.constexpr):
     if MASKED:
         return start // GROUP, group, start // GROUP + group < rows * tl.cdiv(cols, GROUP)
     else:
-        return start // GROUP, group, None
+        return start // GROUP, group, group >= 0
 
 
 @triton.jit
