@@ -553,9 +553,7 @@ def test_one_fused_call_equals_three(scope: str, state_format: str, monkeypatch:
     results = []
     for fuses in (True, False):
         params = make_params(torch.bfloat16)
-        optimizer = dba(
-            params, backend="native", state_format=state_format, correction_scope=scope, max_grad_norm=1.0
-        )
+        optimizer = dba(params, backend="native", state_format=state_format, correction_scope=scope, max_grad_norm=1.0)
         with monkeypatch.context() as patch:
             if not fuses:
                 patch.setattr(ops, "fuses", lambda *_: False)
