@@ -1,8 +1,8 @@
 """Which setting stands for a method: the same rule for all, on validation documents only.
 
 On a tuning domain a method stands with the setting of its family that has the best joint score (harmonic mean of the
-domain and general next-token accuracies) on that domain's validation documents, first seed. On the confirming domain
-it stands with the setting that is best on average over the tuning domains: nothing is chosen there.
+domain and general next-token accuracies) on that domain's validation documents, first seed. On a confirming domain it
+stands with the setting that is best on average over the tuning domains: nothing is chosen there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def valid_score(record: Record) -> float:
 
 def choice(method: str, domain: str) -> Setting | None:
     """The setting that stands for ``method`` on ``domain``; None while its family has no result."""
-    sources = [d for d in data.DOMAINS if d != data.CONFIRMING] if domain == data.CONFIRMING else [domain]
+    sources = grid.TUNED if domain in data.CONFIRMING else [domain]
     scores: dict[Setting, list[float]] = defaultdict(list)
     for source in sources:
         records = results.load(source)

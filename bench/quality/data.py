@@ -101,7 +101,7 @@ DOMAINS: dict[str, Callable[[], Iterator[Document]]] = {
     "licences": licences,
     "code": code,
 }
-CONFIRMING = "code"  # no setting is chosen on it
+CONFIRMING = ("licences", "code")  # no setting is chosen on them
 CORPORA = {"general": general, **DOMAINS}
 
 

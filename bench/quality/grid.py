@@ -96,7 +96,7 @@ def base(domain: str) -> Setting:
 
 
 STAGES = ("first", "sweep", "seeds", "confirm", "ablations", "sensitivity")
-TUNED = [d for d in data.DOMAINS if d != data.CONFIRMING]
+TUNED = [d for d in data.DOMAINS if d not in data.CONFIRMING]
 
 
 def stage(name: str) -> list[Setting]:
@@ -111,7 +111,7 @@ def stage(name: str) -> list[Setting]:
         case "seeds":
             return [s for d in TUNED for s in chosen_settings(d, SWEPT)]
         case "confirm":
-            return [base(data.CONFIRMING), *chosen_settings(data.CONFIRMING, SWEPT)]
+            return [s for d in data.CONFIRMING for s in (base(d), *chosen_settings(d, SWEPT))]
         case "ablations":
             rest = [m for m in FAMILIES if m not in SWEPT]
             return [s for lr in ABLATION_LRS for m in rest for s in family(m, ABLATION_DOMAIN, (lr,))]
