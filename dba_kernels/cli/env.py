@@ -15,7 +15,7 @@ from rich.table import Table
 import dba_kernels
 from dba_kernels import DBAAdamW, GlobalGradient, backends
 
-PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "accelerate", "gguf", "matplotlib")
+PACKAGES = ("triton", "numpy", "safetensors", "transformers", "accelerate", "gguf", "matplotlib")
 CPU_FLAGS = (
     "avx2",
     "fma",
@@ -57,6 +57,7 @@ def command() -> None:
 def _facts() -> list[tuple[str, str]]:
     facts = [("dba-kernels", dba_kernels.__version__), ("from", str(Path(dba_kernels.__file__).parent))]
     facts += [("python", platform.python_version()), ("system", f"{platform.system()} {platform.machine()}")]
+    facts += [("torch", torch.__version__)]  # which says for what it was built, as its package's metadata may not
     facts += [(name, _version(name)) for name in PACKAGES]
     facts += [
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} CPUs"),
