@@ -175,15 +175,14 @@ class Side:
 SCALES = 4 / GROUP  # one fp32 scale per group
 NATIVE = {
     "native plain AdamW, fp32": (28, (torch.float32, "native", "fp32", "none", torch.float32)),
-    "native DBA, fp32, bf16 g, int8 gG": (29 + SCALES, (torch.float32, "native", "fp32", "int8")),
-    "native DBA, fp32, bf16 g, int8 gG, clip": (29 + SCALES, (torch.float32, "native", "fp32", "int8", BF16, 1e9)),
-    "native DBA, bf16 split16, int8 states, int8 gG": (17 + 5 * SCALES, (BF16, "split16", "int8", "int8")),
-    "native DBA, bf16 split8, int8 states, int8 gG": (15 + 5 * SCALES, (BF16, "split8", "int8", "int8")),
-    "native DBA, bf16 split8, int8 states, int4 gG": (14.5 + 5 * SCALES, (BF16, "split8", "int8", "int4")),
+    "native DBA, fp32, bf16 g, int8 gG": (30 + 2 * SCALES, (torch.float32, "native", "fp32", "int8")),
+    "native DBA, fp32, bf16 g, int8 gG, clip": (30 + 2 * SCALES, (torch.float32, "native", "fp32", "int8", BF16, 1e9)),
+    "native DBA, bf16 split16, int8 states, int8 gG": (18 + 6 * SCALES, (BF16, "split16", "int8", "int8")),
+    "native DBA, bf16 split8, int8 states, int8 gG": (16 + 6 * SCALES, (BF16, "split8", "int8", "int8")),
+    "native DBA, bf16 split8, int8 states, int4 gG": (15 + 6 * SCALES, (BF16, "split8", "int8", "int4")),
     "native plain 8-bit AdamW, bf16 split8": (12 + 4 * SCALES, (BF16, "split8", "int8", "none")),
 }
-"""Bytes: where similarity leaves a tensor in the cache for its step; the stored global gradient is read once more where
-it does not."""
+"""Bytes of the whole step: the sums' pass over gradients and global gradients, and the update."""
 
 
 def native_sides(shapes: Shapes, only: Iterable[str] = ()) -> Iterator[Side]:

@@ -11,9 +11,8 @@ using namespace dba;
 
 namespace {
 
-constexpr int64_t ELEMENTS_PER_TASK = 131072;  // long stretches: a thread that begins one finds no prefetched line
+constexpr int64_t ELEMENTS_PER_TASK = 262144;  // long stretches: a thread that begins one finds no prefetched line
 constexpr int64_t ELEMENTS_PER_WAVE = 1 << 18;  // small tensors share a wave: its two barriers cost microseconds
-constexpr int64_t CACHE_ELEMENTS = 1 << 20;     // above, what similarity read has left the cache when the step asks for it
 
 const Kernels& kernels_of(int64_t isa) {
 #if defined(__x86_64__)
@@ -45,7 +44,7 @@ void dba_accumulate(int64_t isa, int64_t threads, const Tensor* tensors, int64_t
     const Kernels& kernels = kernels_of(isa);
     const Batch batch{count, FP32, NATIVE, STATE_FP32, GLOBAL_NONE, tensors};
     Model model(kernels, &batch, 1);
-    const Tasks::Run square = [&](int64_t tensor, int64_t unit) { model.reduce(tensor, unit, Reduce::SQUARES); };
+    const Tasks::Run square = [&](int64_t tensor, int64_t unit) { model.reduce(tensor, unit); };
     const Tasks::Run add = [&](int64_t tensor, int64_t unit) {
         if (!std::isfinite(squared_norms[tensor])) return;
         model.each_row(tensor, unit, [&](int64_t start, int64_t n) {
@@ -100,11 +99,11 @@ void dba_decode(int64_t isa, int64_t threads, int64_t dtype, int64_t format, int
 
 void dba_similarity(int64_t isa, int64_t threads, const Batch* batches, int64_t count, double* sums) {
     Model model(kernels_of(isa), batches, count);
-    const Tasks::Run run = [&](int64_t tensor, int64_t unit) { model.reduce(tensor, unit, Reduce::BOTH); };
+    const Tasks::Run run = [&](int64_t tensor, int64_t unit) { model.reduce(tensor, unit); };
     Tasks tasks;
     tasks.parallel(model.units(), 0, model.tensors(), ELEMENTS_PER_TASK, run);
     tasks.execute(static_cast<int>(threads));
-    for (int64_t i = 0; i < model.tensors(); ++i) model.write_sums(i, Reduce::BOTH, sums);
+    for (int64_t i = 0; i < model.tensors(); ++i) model.write_sums(i, sums);
 }
 
 void dba_coefficients(const CoefficientArguments* arguments) {
@@ -121,44 +120,24 @@ void dba_step(int64_t isa, int64_t threads, const Batch* batches, int64_t count,
     tasks.execute(static_cast<int>(threads));
 }
 
-// A non-finite gradient anywhere must leave everything untouched, and clipping needs the norm of the whole gradient: so
-// |g_D|^2 of every tensor comes first, and costs one reading of the gradients whatever follows. The dot of a tensor is
-// only needed for its own row of the table: it is taken right before the tensor's step, which then finds gradient and
-// global gradient in the cache. Where the tensor is too large for that, or the scope is the whole model, the dot is taken
-// with the norm; so it is for int8 state, whose step is bound by arithmetic, so that reading g_D once more costs more than
-// the byte that it saves.
+// A non-finite gradient anywhere must leave everything untouched, and clipping needs the norm of the whole gradient: so the
+// sums of every tensor come first. Taking <g_D, g_G> of a tensor only right before its step, from the cache, would save a
+// byte per parameter; measured, its barriers and shorter stretches cost more.
 void dba_fused_step(int64_t isa, int64_t threads, const Batch* batches, int64_t count,
                     const CoefficientArguments* arguments) {
     Model model(kernels_of(isa), batches, count);
     Coefficients coefficients(*arguments);
-    auto dot_later = [&](int64_t tensor) {
-        return !arguments->global_scope && model.has_global(tensor) && !model.int8_state(tensor) &&
-               model.elements(tensor) <= CACHE_ELEMENTS;
-    };
-    auto first = [&](int64_t tensor) { return dot_later(tensor) ? Reduce::SQUARES : Reduce::BOTH; };
-    const Tasks::Run reduce = [&](int64_t tensor, int64_t unit) { model.reduce(tensor, unit, first(tensor)); };
-    const Tasks::Run dot = [&](int64_t tensor, int64_t unit) {
-        if (dot_later(tensor)) model.reduce(tensor, unit, Reduce::DOT);
-    };
+    const Tasks::Run reduce = [&](int64_t tensor, int64_t unit) { model.reduce(tensor, unit); };
     const Tasks::Run step = [&](int64_t tensor, int64_t unit) { model.step(tensor, unit, arguments->table); };
 
     Tasks tasks;
     if (arguments->reduce) tasks.parallel(model.units(), 0, model.tensors(), ELEMENTS_PER_TASK, reduce);
     tasks.serial([&] {
         if (arguments->reduce)
-            for (int64_t i = 0; i < model.tensors(); ++i) model.write_sums(i, first(i), arguments->sums);
+            for (int64_t i = 0; i < model.tensors(); ++i) model.write_sums(i, arguments->sums);
         coefficients.begin();
+        for (int64_t i = 0; i < model.tensors(); ++i) coefficients.row(model.index(i));
     });
-    auto rows = [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            if (arguments->reduce && dot_later(i)) model.write_sums(i, Reduce::DOT, arguments->sums);
-            coefficients.row(model.index(i));
-        }
-    };
-    model.each_wave(ELEMENTS_PER_WAVE, [&](int64_t begin, int64_t end) {
-        if (arguments->reduce) tasks.parallel(model.units(), begin, end, ELEMENTS_PER_TASK, dot);
-        tasks.serial([&, begin, end] { rows(begin, end); });
-        tasks.parallel(model.units(), begin, end, ELEMENTS_PER_TASK, step);
-    });
+    tasks.parallel(model.units(), 0, model.tensors(), ELEMENTS_PER_TASK, step);
     tasks.execute(static_cast<int>(threads));
 }

@@ -14,11 +14,8 @@ namespace {  // internal linkage: no instruction set may lend its code to anothe
 
 template <class S, int64_t D, int64_t G> constexpr void add_global(Kernels& k) {
     k.boost[D][G] = Boost<S, D, G>::run;
-    k.similarity[D][G] = Similarity<S, D, G, true>::run;
-    if constexpr (G != GLOBAL_NONE) {
-        k.dot[D][G] = Similarity<S, D, G, false>::run;
-        k.decode[G][D] = Decode<S, G, D>::run;
-    }
+    k.similarity[D][G] = Similarity<S, D, G>::run;
+    if constexpr (G != GLOBAL_NONE) k.decode[G][D] = Decode<S, G, D>::run;
     if constexpr (global_is_grouped(G)) k.encode[D][G] = Encode<S, D, G>::run;
 }
 

@@ -54,8 +54,7 @@ struct Kernels {
     Boost* boost[DTYPES][GLOBAL_FORMATS];
     Update* update[PARAM_FORMATS][DTYPES][STATE_FORMATS];  // grad: boosted, zeros up to the end of the last group
     EncodeMoments* encode_moments[STATE_FORMATS];          // what update() has left pending; null: nothing
-    Similarity* similarity[DTYPES][GLOBAL_FORMATS];  // dot and squares
-    Similarity* dot[DTYPES][GLOBAL_FORMATS];         // dot alone
+    Similarity* similarity[DTYPES][GLOBAL_FORMATS];
     Accumulate* accumulate[DTYPES];
     Encode* encode[DTYPES][GLOBAL_FORMATS];
     Decode* decode[GLOBAL_FORMATS][DTYPES];

@@ -46,12 +46,10 @@ StepTarget Model::target(const Entry& entry, const Rows& layout, int64_t row, in
             t.exp_avg_scales + group, t.exp_avg_sq_scales + group};
 }
 
-void Model::reduce(int64_t tensor, int64_t unit, Reduce what) {
+void Model::reduce(int64_t tensor, int64_t unit) {
     const Entry& entry = entries_[tensor];
     const Rows layout{units_.cut(tensor).cols};
-    const int64_t dtype = entry.tensor->grad_dtype;
-    const int64_t format = what == Reduce::SQUARES ? int64_t{GLOBAL_NONE} : entry.batch->global_format;
-    Kernels::Similarity* kernel = (what == Reduce::DOT ? kernels_.dot : kernels_.similarity)[dtype][format];
+    Kernels::Similarity* kernel = kernels_.similarity[entry.tensor->grad_dtype][entry.batch->global_format];
     Sums sums{};
     layout.each(piece(tensor, unit), [&](int64_t row, int64_t col, int64_t n) {
         kernel(source(entry, layout, row, col), n, sums);
@@ -96,11 +94,10 @@ Sums Model::total(int64_t tensor) const {
     return sum;
 }
 
-void Model::write_sums(int64_t tensor, Reduce what, double* sums) const {
+void Model::write_sums(int64_t tensor, double* sums) const {
     const Sums sum = total(tensor);
-    double* row = sums + 2 * index(tensor);
-    if (what != Reduce::SQUARES) row[0] = sum.dot;
-    if (what != Reduce::DOT) row[1] = sum.grad_sq;
+    sums[2 * index(tensor)] = sum.dot;
+    sums[2 * index(tensor) + 1] = sum.grad_sq;
 }
 
 }  // namespace dba

@@ -22,8 +22,6 @@ struct Rows {
     }
 };
 
-enum class Reduce { DOT, SQUARES, BOTH };
-
 class Model {
 public:
     Model(const Kernels& kernels, const Batch* batches, int64_t count);
@@ -32,8 +30,6 @@ public:
     int64_t tensors() const { return units_.tensors(); }
     int64_t index(int64_t tensor) const { return entries_[tensor].tensor->index; }
     int64_t elements(int64_t tensor) const { return units_.cut(tensor).rows * units_.cut(tensor).cols; }
-    bool int8_state(int64_t tensor) const { return entries_[tensor].batch->state_format == STATE_INT8; }
-    bool has_global(int64_t tensor) const { return entries_[tensor].batch->global_format != GLOBAL_NONE; }
 
     // body(begin, end) over consecutive runs of tensors with at least `elements` elements each.
     template <class Body> void each_wave(int64_t elements_per_wave, Body&& body) const {
@@ -48,10 +44,10 @@ public:
         layout.each(piece(tensor, unit), [&](int64_t row, int64_t col, int64_t n) { body(row * layout.cols + col, n); });
     }
 
-    void reduce(int64_t tensor, int64_t unit, Reduce what);  // keeps the unit's sums
+    void reduce(int64_t tensor, int64_t unit);  // keeps the unit's sums
     void step(int64_t tensor, int64_t unit, const double* table) const;
     Sums total(int64_t tensor) const;  // the sums of its units, in their order
-    void write_sums(int64_t tensor, Reduce what, double* sums) const;
+    void write_sums(int64_t tensor, double* sums) const;
 
 private:
     struct Entry {

@@ -27,7 +27,7 @@ inline double exact_dot(const float* x, const float* y, int n) {
 }
 
 // Dot and square of every group of one block in fp32.
-template <class S, int64_t D, int64_t G, bool Squares> struct Similarity {
+template <class S, int64_t D, int64_t G> struct Similarity {
     using F = typename S::F;
 
     static void run(const GradSource& in, int64_t n, Sums& sums) {
@@ -41,7 +41,7 @@ template <class S, int64_t D, int64_t G, bool Squares> struct Similarity {
             group(grad, codes, scale, dots, squares);
         });
         float dot = S::sum(dots), square = S::sum(squares);
-        bool safe = (!Squares || in_safe_range(square)) && (G == GLOBAL_NONE || in_safe_range(__builtin_fabsf(dot)));
+        bool safe = in_safe_range(square) && (G == GLOBAL_NONE || in_safe_range(__builtin_fabsf(dot)));
         if (!safe) return again(in, n, sums);
         sums.dot += dot;
         sums.grad_sq += square;
@@ -54,10 +54,10 @@ template <class S, int64_t D, int64_t G, bool Squares> struct Similarity {
         for (int i = 0; i < GROUP / S::W; ++i) {
             const F g = grads[i];
             if constexpr (G != GLOBAL_NONE) dot[i % 2] = S::fma(g, Global<S, G>::load(codes, i * S::W), dot[i % 2]);
-            if constexpr (Squares) square[i % 2] = S::fma(g, g, square[i % 2]);
+            square[i % 2] = S::fma(g, g, square[i % 2]);
         }
         if constexpr (G != GLOBAL_NONE) dots = S::fma(dot[0] + dot[1], S::splat(scale), dots);
-        if constexpr (Squares) squares = squares + (square[0] + square[1]);
+        squares = squares + (square[0] + square[1]);
     }
 
     __attribute__((noinline)) static void again(const GradSource& in, int n, Sums& sums) {
@@ -69,7 +69,7 @@ template <class S, int64_t D, int64_t G, bool Squares> struct Similarity {
             }
         });
         if (G != GLOBAL_NONE) sums.dot += exact_dot(g, h, n);
-        if (Squares) sums.grad_sq += exact_dot(g, g, n);
+        sums.grad_sq += exact_dot(g, g, n);
     }
 };
 
