@@ -47,8 +47,7 @@ DBA_EXPORT void dba_decode(int64_t isa, int64_t threads, int64_t dtype, int64_t 
 DBA_EXPORT void dba_similarity(int64_t isa, int64_t threads, const dba::Batch* batches, int64_t count, double* sums);
 DBA_EXPORT void dba_coefficients(const dba::CoefficientArguments* arguments);
 DBA_EXPORT void dba_step(int64_t isa, int64_t threads, const dba::Batch* batches, int64_t count, const double* table);
-// Similarity, coefficients and step of a whole model in the order that reads least; the tensors of all batches are the
-// active parameters.
+// Similarity, coefficients and step of a whole model in one call; the tensors of all batches are the active parameters.
 DBA_EXPORT void dba_fused_step(int64_t isa, int64_t threads, const dba::Batch* batches, int64_t count,
                     const dba::CoefficientArguments* arguments);
 }

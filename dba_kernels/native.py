@@ -455,9 +455,8 @@ def fused_step(
 ) -> None:
     """:func:`similarity`, :func:`coefficients` and :func:`step` of a whole model in one call; the same bits.
 
-    ‖g_D‖² of every gradient is read first, because one non-finite value anywhere must leave everything untouched; the
-    dot of a tensor is taken right before its step, which then finds g_D and ĝ_G in the cache. With bf16 gradients and
-    int8 ĝ_G that is 2 + 1 B/param before the update's 24 (fp32), where similarity before the step costs 3 before 27.
+    The sums of all tensors come first, because one non-finite value anywhere must leave everything untouched: with bf16
+    gradients and int8 ĝ_G 3 B/param before the update's 27 (fp32 state).
 
     Args:
         batches: all active parameters, each in exactly one batch.

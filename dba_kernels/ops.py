@@ -375,8 +375,6 @@ def fused_step(
 ) -> None:
     """:func:`similarity`, :func:`coefficients` and :func:`step` of a whole model in one call, bit for bit the same.
 
-    Where a tensor fits in the cache, its step finds there what its similarity has read.
-
     Args:
         batches: all active parameters with their gradients; :func:`fuses` said yes to them.
         tables, settings, overrides: those of :func:`coefficients`.
