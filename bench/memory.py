@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dba_kernels import DBAAdamW, GlobalGradient
 
@@ -55,11 +56,10 @@ class Held:
 
 def span(tensor: torch.Tensor) -> tuple[int, int] | None:
     """Addresses of the tensor's storage; None for one without memory of its own (meta, fake, wrapper subclasses)."""
-    try:
-        storage = tensor.untyped_storage()
-        start = storage.data_ptr()
-    except (RuntimeError, NotImplementedError):
+    if tensor.is_meta or isinstance(tensor, FakeTensor) or hasattr(tensor, "__tensor_flatten__"):
         return None
+    storage = tensor.untyped_storage()
+    start = storage.data_ptr()
     return (start, start + storage.nbytes()) if start else None
 
 
