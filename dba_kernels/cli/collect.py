@@ -20,11 +20,11 @@ from .progress import progress, wide_console
 from .ranks import Ranks
 from .signal import advice
 from .text import Corpus
-from .workload import DATA_HELP, PathsCommand, Workload, data_options, load, model_option, paths_option
+from .workload import DATA_HELP, DataOptions, PathsCommand, Workload, data_options, load, model_option, paths_option
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(DataOptions):
     """The command's options; their meaning stands in its ``--help``."""
 
     model: str
@@ -36,12 +36,6 @@ class Options:
     batch: int
     snapshot_every: int
     keep_snapshot: bool
-    field: str
-    loss_on: str
-    length: int
-    seed: int
-    dtype: str
-    device: str | None
 
 
 HELP = f"""Average the gradient of general text, at learning rate zero, into one file.

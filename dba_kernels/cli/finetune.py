@@ -25,6 +25,7 @@ from .text import Corpus
 from .trainer import Training
 from .workload import (
     DATA_HELP,
+    DataOptions,
     PathsCommand,
     Workload,
     data_options,
@@ -38,7 +39,7 @@ NOT_SETTINGS = ("out", "resume", "eval_data", "eval_every", "eval_batches", "sav
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(DataOptions):
     """The command's options; their meaning stands in its ``--help``."""
 
     model: str
@@ -62,12 +63,6 @@ class Options:
     eval_batches: int
     save_every: int
     resume: bool
-    field: str
-    loss_on: str
-    length: int
-    seed: int
-    dtype: str
-    device: str | None
 
 
 HELP = f"""Fine-tune a causal language model on domain text, boosted by a stored global gradient.

@@ -38,8 +38,20 @@ def model_option(required: bool = True) -> Callable[[Any], Any]:
     )
 
 
+@dataclass(frozen=True)
+class DataOptions:
+    """What :func:`data_options` gives a command."""
+
+    field: str
+    loss_on: str
+    length: int
+    seed: int
+    dtype: str
+    device: str | None
+
+
 def data_options(command: Any) -> Any:
-    """The options that say which text is read, and how it becomes batches."""
+    """The options that say which text is read, and how it becomes batches: :class:`DataOptions`."""
     for option in reversed(
         (
             click.option("--field", default="text", show_default=True, help="Where a record keeps its text."),
