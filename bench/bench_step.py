@@ -56,6 +56,24 @@ def numel(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
+def fresh_tables(hyper: torch.Tensor, group: torch.Tensor, global_sq: torch.Tensor) -> StepTables:
+    """Tables as before the first step, every parameter active."""
+    n, wide = len(group), torch.float64
+    return StepTables(
+        sums=torch.zeros(n, 2, dtype=wide),
+        global_sq=global_sq,
+        hyper=hyper,
+        group=group,
+        active=torch.arange(n),
+        steps=torch.zeros(n),
+        bias_corrections=torch.zeros(n, 2, dtype=wide),
+        counters=torch.zeros(2, dtype=torch.int64),
+        table=torch.zeros(n, Coefficient.COUNT, dtype=wide),
+        report=torch.zeros(n, 2, dtype=wide),
+        summary=torch.zeros(Summary.COUNT, dtype=wide),
+    )
+
+
 class NativeModel:
     """Random parameters, state, gradients and stored global gradients, stepped by the native backend in one call."""
 
@@ -85,18 +103,8 @@ class NativeModel:
                 self._add(shapes, index, dtype, param_format, state, kept, grad_dtype)
         hyper = torch.zeros(1, Hyper.COUNT, dtype=wide)
         hyper[0] = torch.tensor([1e-5, 0.9, 0.999, 1e-8, 1e-2, 1.0])
-        self.tables = StepTables(
-            torch.zeros(n, 2, dtype=wide),
-            torch.full((n,), 1.0 if stored else -1.0, dtype=wide),
-            hyper,
-            torch.zeros(n, dtype=torch.int64),
-            torch.arange(n),
-            torch.zeros(n),
-            torch.zeros(n, 2, dtype=wide),
-            torch.zeros(2, dtype=torch.int64),
-            torch.zeros(n, Coefficient.COUNT, dtype=wide),
-            torch.zeros(n, 2, dtype=wide),
-            torch.zeros(Summary.COUNT, dtype=wide),
+        self.tables = fresh_tables(
+            hyper, torch.zeros(n, dtype=torch.int64), torch.full((n,), 1.0 if stored else -1.0, dtype=wide)
         )
 
     def _add(

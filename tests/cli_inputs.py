@@ -49,10 +49,9 @@ def write_jsonl(path: Path, records: list) -> Path:
     return path
 
 
-def write_inputs(folder: Path) -> Path:
-    """``model/``, ``general.jsonl``, ``chat.jsonl``, ``domain.txt``, ``held-out.txt`` in ``folder``."""
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(folder / "model")
+def save_model(folder: Path, tokenizer: transformers.PreTrainedTokenizerFast, **more: float) -> None:
+    """Two layers of random weights and the tokenizer, saved as users save theirs."""
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
@@ -61,10 +60,15 @@ def write_inputs(folder: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        attention_dropout=0.1,  # so that the state of the random generator matters
         tie_word_embeddings=True,
+        **more,
     )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def write_inputs(folder: Path) -> Path:
+    """``model/``, ``general.jsonl``, ``chat.jsonl``, ``domain.txt``, ``held-out.txt`` in ``folder``."""
+    save_model(folder / "model", make_tokenizer(), attention_dropout=0.1)  # so that the random state matters
     write_jsonl(folder / "general.jsonl", [{"text": text} for text in sentences(60, 1)])
     pairs = zip(sentences(20, 2, words=5), sentences(20, 3, words=8), strict=True)
     write_jsonl(folder / "chat.jsonl", [{"messages": conversation(q, a)} for q, a in pairs])

@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from rich.console import Console
 from safetensors import SafetensorError
 
-from dba_kernels import GlobalGradient, backends, cli
+from dba_kernels import GlobalGradient, backends
 from dba_kernels.cli import assets, demo, env, files, progress, report, text, training
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
+
+from .cli_inputs import run, save_model  # noqa: E402
 
 TEXT = "stir the butter into the flour and bake it until a skewer comes out clean while the oven cools"
 WORDS = TEXT.split()
@@ -41,28 +43,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocabulary = {word: i for i, word in enumerate(["<end>", "<unk>", *sorted(set(WORDS))])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>"
-    ).save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")
+    save_model(folder / "model", wrapped)
     records = {f"article {i}": {"title": f"title {i}", "extract": text} for i, text in enumerate(sentences(40, 0))}
     (folder / "general.json").write_text(json.dumps(records))
     (folder / "domain.txt").write_text("\n".join(sentences(40, 1)))
     return folder
-
-
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
 
 
 def run_demo(inputs: Path, out: Path, *more: str | Path) -> Result:

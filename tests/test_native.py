@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.bench_step import fresh_tables
 from dba_kernels import DBAAdamW
-from dba_kernels.formats import Coefficient, StepSettings, StepTables, Summary
+from dba_kernels.formats import Coefficient, StepSettings, StepTables
 from dba_kernels.reference import similarity as reference_similarity
 from dba_kernels.reference import step as reference_step
 
@@ -235,23 +236,11 @@ def _tables(n: int, has_global: list[bool], generator: torch.Generator) -> StepT
     wide = torch.float64
     hyper = torch.tensor([[1e-3, 0.9, 0.99, 1e-8, 1e-2, 1.0], [1e-4, 0.8, 0.999, 1e-6, 0.0, -1.0]], dtype=wide)
     global_sq = torch.where(torch.tensor(has_global), torch.rand(n, generator=generator, dtype=wide) + 10, -1.0)
-    return StepTables(
-        torch.zeros(n, 2, dtype=wide),
-        global_sq,
-        hyper,
-        torch.arange(n) % 2,
-        torch.arange(n),
-        torch.zeros(n),
-        torch.zeros(n, 2, dtype=wide),
-        torch.zeros(2, dtype=torch.int64),
-        torch.zeros(n, Coefficient.COUNT, dtype=wide),
-        torch.zeros(n, 2, dtype=wide),
-        torch.zeros(Summary.COUNT, dtype=wide),
-    )
+    return fresh_tables(hyper, torch.arange(n) % 2, global_sq)
 
 
 def _model() -> tuple[list, list, StepTables]:
-    """Three batches of different formats, one without a global gradient; one tensor too large to wait in the cache."""
+    """Three batches of different formats, one without a global gradient; one tensor of several tasks."""
     cases = (
         Case(torch.bfloat16, "split16", "int8", "int8", torch.bfloat16, (*LARGE, (1100, 1024)), seed=31),
         Case(torch.float32, "native", "fp32", "fp32", torch.float32, ((64,), (5000,)), seed=32),
