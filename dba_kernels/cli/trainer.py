@@ -104,8 +104,7 @@ class Training:
         """The lines written so far; one that a killed process has left half is not there."""
         if not self.metrics_file.exists():
             return []
-        whole = [line for line in self.metrics_file.read_text().split("\n")[:-1]]
-        return [json.loads(line) for line in whole]
+        return [json.loads(line) for line in self.metrics_file.read_text().split("\n")[:-1]]
 
     # --- the steps ----------------------------------------------------------------------------------------------------
 
