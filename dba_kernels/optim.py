@@ -30,7 +30,7 @@ from .formats import (
 )
 from .global_gradient import GlobalGradient, normalize_name
 from .plan import ActiveSet, Plan, metrics, names_of
-from .schedule import auto_boost
+from .schedule import BOOSTS, initial_boost
 
 LARGE_LR = 3e-5
 """Highest learning rate at which the boost did no harm (``python -m bench.quality``); above it, a warning."""
@@ -80,8 +80,9 @@ class DBAAdamW(Optimizer):
         total_steps: T, optimizer steps of the run (not micro-batches); needed with a global gradient. ``"later"``:
             :meth:`set_total_steps` will give it before the first step, as a framework does that counts its steps only
             when it has started.
-        boost: ``"auto"`` (k₀ = 200/T), k₀ as a number, or ``f(step, total_steps) → γ`` where ``step`` is an int64
-            scalar tensor on the parameters' device: steps done, skipped ones not counted. 0 switches the boost off.
+        boost: ``"auto"`` (k₀ = 200/T, at most 0.05: what the README's study supports), ``"paper"`` (k₀ = 200/T), k₀ as
+            a number, or ``f(step, total_steps) → γ`` where ``step``, an int64 scalar tensor on the parameters' device,
+            counts the steps done without skipped ones. 0 switches the boost off.
         boost_max: upper clamp of γ, in [0, 1].
         correction: ``"cosine"`` (eq. 5), ``"none"`` (α = 1), ``"agem"`` or ``"pcgrad"`` (projections in place of the
             boost, against the *stored* global gradient, where the originals recompute it at every step), or
@@ -155,7 +156,7 @@ class DBAAdamW(Optimizer):
         self.global_gradient = global_gradient
         self.boost_schedule: BoostSchedule | None = boost if callable(boost) else None
         self.correction_function: Correction | None = correction if callable(correction) else None
-        self.auto_boost = boost == "auto"
+        self.boost_rule: str | None = boost if isinstance(boost, str) else None
         method = _method(total_steps, boost, boost_max, correction, correction_scope, correction_bounds)
         if global_gradient is None:
             if total_steps is not None:
@@ -229,7 +230,7 @@ class DBAAdamW(Optimizer):
         return needed and self.settings.total_steps == 0
 
     def set_total_steps(self, total_steps: int) -> None:
-        """Set T of eq. 2, before the first step or to change a run's length; ``boost="auto"`` follows it.
+        """Set T of eq. 2, before the first step or to change a run's length; a named boost follows it.
 
         Without effect where nothing depends on T: no global gradient, or ``"agem"`` and ``"pcgrad"``. A loaded state
         sets the T it was saved with where this optimizer still awaits one; another T after that is warned about.
@@ -245,7 +246,7 @@ class DBAAdamW(Optimizer):
             return
         if known:
             warnings.warn(f"total_steps: changed from {known} to {steps}; gamma follows the new one", stacklevel=2)
-        boost = auto_boost(steps) if self.auto_boost else self.settings.boost
+        boost = initial_boost(self.boost_rule, steps) if self.boost_rule else self.settings.boost
         self.settings = replace(self.settings, total_steps=steps, boost=boost)
         for group in self.param_groups:
             group["global_gradient"] = self._identity()
@@ -454,7 +455,7 @@ class DBAAdamW(Optimizer):
                 )
             if its and mine:
                 # What this optimizer does not know yet it takes over from the saved one.
-                open_ones = {"total_steps", "boost" if self.auto_boost else ""} if self.awaits_total_steps else set()
+                open_ones = {"total_steps", "boost" if self.boost_rule else ""} if self.awaits_total_steps else set()
                 known = {k: v for k, v in its["settings"].items() if k not in open_ones}
                 changed = {k: (v, mine["settings"][k]) for k, v in known.items() if mine["settings"][k] != v}
                 if changed:
@@ -476,7 +477,7 @@ class DBAAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._store_counters()
-        own = ["global_gradient", "settings", "boost_schedule", "auto_boost", "correction_function"]
+        own = ["global_gradient", "settings", "boost_schedule", "boost_rule", "correction_function"]
         own += ["state_format", "param_format", "missing", "backend"]
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
@@ -514,12 +515,12 @@ def _method(
     if not 0.0 <= boost_max <= 1.0:
         raise ValueError(f"boost_max: expected a number in [0, 1], got {boost_max}")
     if isinstance(boost, str):
-        check_name("boost", boost, ("auto",))
-        k0 = auto_boost(steps) if steps else 0.0
+        check_name("boost", boost, BOOSTS)
+        k0 = initial_boost(boost, steps) if steps else 0.0
     else:
         k0 = 0.0 if callable(boost) else float(boost)
         if not k0 >= 0.0:
-            raise ValueError(f"boost: expected 'auto', k0 >= 0 or a function of (step, total_steps), got {boost}")
+            raise ValueError(f"boost: expected a name, k0 >= 0 or a function of (step, total_steps), got {boost}")
     mode = "none" if callable(correction) else check_name("correction", correction, CORRECTIONS)
     check_name("correction_scope", scope, CORRECTION_SCOPES)
     if len(bounds) != 2 or not 0.0 <= bounds[0] <= bounds[1]:

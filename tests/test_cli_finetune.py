@@ -288,8 +288,8 @@ def test_resuming_on_other_data_is_refused(inputs: Path, tmp_path: Path, monkeyp
     [
         (("--warmup", 8), "--warmup: expected fewer than --steps 8, got 8"),
         (("--global-gradient", "nothing.safetensors"), "--global-gradient: expected a file that `collect` wrote"),
-        (("--boost", "much"), "--boost: expected a number or 'auto', got 'much'"),
-        (("--boost", "-1"), "boost: expected 'auto', k0 >= 0"),
+        (("--boost", "much"), "--boost: expected a number, 'auto' or 'paper', got 'much'"),
+        (("--boost", "-1"), "boost: expected a name, k0 >= 0"),
         (("--out", "{inputs}/domain.txt"), "cannot write to"),
     ],
 )

@@ -55,7 +55,6 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore:boost. gamma starts at:UserWarning")
 @pytest.mark.usefixtures("fresh_accelerator", "one_rank")
 @pytest.mark.parametrize("block", python_blocks(), ids=lambda block: block.splitlines()[0][:40])
 def test_readme_python_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,10 +17,7 @@ from .tiny_llama import difference, make_model, weights
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:boost. gamma starts at:UserWarning"),
-    pytest.mark.usefixtures("fresh_accelerator"),
-]
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def run_rank(folder: Path, gg: Path) -> None:

@@ -30,10 +30,7 @@ FORMATS = {
     },
 }
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:boost. gamma starts at:UserWarning"),
-    pytest.mark.usefixtures("fresh_accelerator"),
-]
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 class Stop(TrainerCallback):

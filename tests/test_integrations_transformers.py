@@ -18,10 +18,7 @@ from .tiny_llama import batches, decay_groups, difference, examples, make_model,
 
 LR, STEPS, BATCH, DECAY = 1e-5, 6, 2, 0.1
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:boost. gamma starts at:UserWarning"),
-    pytest.mark.usefixtures("fresh_accelerator"),
-]
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:

@@ -21,10 +21,7 @@ from .tiny_llama import batches, difference, examples, make_global, make_model, 
 
 LR, STEPS, BATCH, ACCUMULATION = 1e-5, 6, 2, 2
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:boost. gamma starts at:UserWarning"),
-    pytest.mark.usefixtures("fresh_accelerator"),
-]
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 # --- Accelerate -------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def make_global(params: dict[str, torch.nn.Parameter] | None = None, format: str
 
 def dba(params: dict[str, torch.nn.Parameter], **kwargs) -> DBAAdamW:
     """A DBA optimizer on the reference backend, in the regime of the method."""
-    defaults = dict(lr=1e-5, global_gradient=make_global(params), total_steps=1000, backend="reference")
+    defaults = dict(lr=1e-5, global_gradient=make_global(params), total_steps=1000, boost="paper", backend="reference")
     return DBAAdamW(params.items(), **(defaults | kwargs))
 
 
@@ -276,12 +276,13 @@ def test_boost_of_zero_at_and_after_total_steps() -> None:
 
 
 def test_boost_max_clamps_with_one_warning() -> None:
-    """A short run under boost='auto' has k₀ = 200/T > 0.5: clamped, and said once."""
+    """A short run has k₀ = 200/T > 0.5: clamped, and said once. boost='auto' stays below by itself, silently."""
     params = make_params()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        optimizer = dba(params, total_steps=100)
+        optimizer = dba(params, total_steps=100, boost="paper")
         train(params, optimizer, range(1, 4))
+        dba(make_params(), total_steps=100, boost="auto")
     assert [str(w.message).split(":")[0] for w in caught] == ["boost"]
     assert optimizer.metrics()["gamma"] == 0.5
 
@@ -590,6 +591,7 @@ def test_wrapped_names_bind_to_the_same_gradient() -> None:
         lr=1e-5,
         global_gradient=make_global(bare, "int8"),
         total_steps=1000,
+        boost="paper",
         missing="error",
         backend="reference",
     )
@@ -618,8 +620,8 @@ def test_missing_adamw_trains_unknown_parameters_plainly() -> None:
         (dict(correction="angle"), "correction: expected one of 'cosine', 'none', 'agem', 'pcgrad'; got 'angle'"),
         (dict(correction_scope="row"), "correction_scope: expected one of 'tensor', 'global'"),
         (dict(correction_bounds=(1.0, 0.5)), "correction_bounds: expected 0 <= alpha_min <= alpha_max"),
-        (dict(boost="max"), "boost: expected one of 'auto'"),
-        (dict(boost=-1.0), "boost: expected 'auto', k0 >= 0"),
+        (dict(boost="max"), "boost: expected one of 'auto', 'paper'"),
+        (dict(boost=-1.0), "boost: expected a name, k0 >= 0"),
         (dict(boost_max=1.5), r"boost_max: expected a number in \[0, 1\], got 1.5"),
         (dict(total_steps=None), "total_steps: expected the number of optimizer steps"),
         (dict(max_grad_norm=0.0), "max_grad_norm: expected a positive number"),

@@ -165,7 +165,7 @@ def test_resuming_with_other_settings_warns() -> None:
 # --- total_steps="later" ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("boost", ["auto", 0.3, lambda step, total: 0.5 - 0.1 * step / total])
+@pytest.mark.parametrize("boost", ["auto", "paper", 0.3, lambda step, total: 0.5 - 0.1 * step / total])
 def test_total_steps_may_come_later(boost) -> None:
     """T given by a method is T given to the constructor, to the bit, in weights and in what is saved."""
     params, others = make_params(), make_params()

@@ -73,8 +73,8 @@ SENSITIVITY: dict[str, list[Options]] = {
     "format": [{**DBA, "storage": s} for s in ("int8", "int4", "rank32")],
     "general batches": [{**DBA, "batches": n} for n in (32,)],
     "general text": [{**DBA, "source": "base"}, {**DBA, "topics": "People"}],
-    "T": [{"steps": t, "boost": 200 / t, "correction": "cosine"} for t in (400,)],
-    "T (AL)": [{"steps": t} for t in (400,)],
+    "T": [{"steps": t, "boost": 200 / t, "correction": "cosine"} for t in (400, 1000)],
+    "T (AL)": [{"steps": t} for t in (400, 1000)],
 }
 
 

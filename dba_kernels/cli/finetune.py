@@ -14,6 +14,7 @@ from rich.console import Console
 
 from dba_kernels import GlobalGradient
 from dba_kernels.formats import PARAM_FORMATS, STATE_FORMATS
+from dba_kernels.schedule import BOOSTS
 
 from .checkpoint import check_settings
 from .files import InputError, prepare_folder, remove_partial
@@ -104,7 +105,9 @@ of a run that was not.
 @click.option("--max-grad-norm", type=click.FloatRange(0, min_open=True), help="Clip the domain gradient.")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Rows per optimizer step.")
 @click.option("--micro-batch", type=click.IntRange(1), help="Rows at once; the rest is accumulated.  [default: all]")
-@click.option("--boost", default="auto", show_default=True, help="k₀: a number, or auto, which is 200 / T.")
+@click.option(
+    "--boost", default="auto", show_default=True, help="k₀: paper (200 / T), auto (the same, at most 0.05) or a number."
+)
 @click.option("--boost-max", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Largest γ.")
 @click.option(
     "--correction",
@@ -143,8 +146,8 @@ def run(options: Options) -> None:
         raise InputError("finetune: expected one process, got several; use the Hugging Face Trainer with DBAAdamW")
     if options.warmup >= options.steps:
         raise InputError(f"--warmup: expected fewer than --steps {options.steps}, got {options.warmup}")
-    if options.boost != "auto" and not _is_number(options.boost):
-        raise InputError(f"--boost: expected a number or 'auto', got {options.boost!r}")
+    if options.boost not in BOOSTS and not _is_number(options.boost):
+        raise InputError(f"--boost: expected a number, 'auto' or 'paper', got {options.boost!r}")
     console = wide_console()
     gradient = None
     if options.global_gradient is not None:

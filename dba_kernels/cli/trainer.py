@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from dba_kernels import DBAAdamW, GlobalGradient, annealing_schedule
+from dba_kernels.schedule import BOOSTS
 
 from .checkpoint import Checkpoints, extend_digest
 from .files import InputError, write_folder, write_whole
@@ -63,7 +64,7 @@ class Training:
         try:
             if gradient is not None:
                 gradient.check_model(self.work.model.named_parameters())
-                boost = o.boost if o.boost == "auto" else float(o.boost)
+                boost = o.boost if o.boost in BOOSTS else float(o.boost)
                 method = {"total_steps": o.steps, "boost": boost, "boost_max": o.boost_max, "correction": o.correction}
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
