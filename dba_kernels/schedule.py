@@ -13,8 +13,8 @@ TOTAL_BOOST = 200.0
 """Numerator of the paper's k₀ = 200/T: Σγ_t ≈ 100 whatever T is."""
 
 AUTO_BOOST_MAX = 0.05
-"""Largest k₀ under ``boost="auto"``, ours: of those that ``bench/quality`` tried with every domain and seed, the one
-whose general loss stays with AdamW's own (README). It leaves the paper's k₀ as it is from 4,000 steps on."""
+"""Largest k₀ under ``boost="auto"``, ours: what costs little or nothing in ``bench/quality`` (README), where γ up to
+0.5 costs much. It leaves the paper's k₀ as it is from 4,000 steps on."""
 
 BOOSTS = ("auto", "paper")
 SHAPES = ("linear", "cosine", "constant")

@@ -75,6 +75,7 @@ SENSITIVITY: dict[str, list[Options]] = {
     "general text": [{**DBA, "source": "base"}, {**DBA, "topics": "People"}],
     "T": [{"steps": t, "boost": 200 / t, "correction": "cosine"} for t in (400, 1000)],
     "T (AL)": [{"steps": t} for t in (400, 1000)],
+    "T (small boost)": [{**DBA, "steps": t, "boost": 0.05, "boost_max": 0.05} for t in (1000,)],
 }
 
 

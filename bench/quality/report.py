@@ -137,21 +137,17 @@ def matched_table(domain: str, records: dict[str, Record], weights: Weights) -> 
 
 
 def paired_table(domain: str, records: dict[str, Record], weights: Weights) -> str:
-    """Every setting minus AL at the same learning rate and seeds: same data in the same order."""
+    """Every setting minus AL at the same learning rate, steps and seeds: same data in the same order."""
     rows: list[list[object]] = []
     for method in (*grid.FAMILIES, *grid.SENSITIVITY):
         for setting in grid.family(method, domain):
+            pair = setting, Setting(domain, "AL", setting.lr, steps=setting.steps)
             both = [
-                seed
-                for seed in grid.SEEDS
-                if {dataclasses.replace(s, seed=seed).key() for s in (setting, Setting(domain, "AL", setting.lr))}
-                <= records.keys()
+                seed for seed in grid.SEEDS if {dataclasses.replace(s, seed=seed).key() for s in pair} <= records.keys()
             ]
-            if method == "AL" or not both:
+            if pair[0].key() == pair[1].key() or not both:
                 continue
-            own, al = (
-                analysis.point(s, records, weights, tuple(both)) for s in (setting, Setting(domain, "AL", setting.lr))
-            )
+            own, al = (analysis.point(s, records, weights, tuple(both)) for s in pair)
             _, low, high = analysis.interval(own.general - al.general, weights.general)
             differences = (spread(getattr(own, s) - getattr(al, s), 3, "+") for s in ("domain_loss", "general_loss"))
             rows.append([method, options_text(setting), *differences, f"[{low:+.3f}, {high:+.3f}]", len(both)])
@@ -264,7 +260,7 @@ def write(folder: Path, source: Path = results.FOLDER) -> None:
         parts += [f"## {domain}: {len(records)} results\n", chosen_table(domain, records, weights), ""]
         parts += ["General loss at equal domain loss, minus AL's (best option of each family, 95 % paired interval):\n"]
         parts += [matched_table(domain, records, weights), ""]
-        parts += ["The same learning rate and seeds as AL (± over seeds, interval over documents):\n"]
+        parts += ["The same learning rate, steps and seeds as AL (± over seeds, interval over documents):\n"]
         parts += [paired_table(domain, records, weights), "", duel_table(domain, records, weights), ""]
         parts += [cost_table(domain, records), ""]
     folder.mkdir(parents=True, exist_ok=True)
