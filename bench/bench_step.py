@@ -208,7 +208,10 @@ def torch_sides(shapes: Shapes) -> Iterator[Side]:
 
 
 def other_sides(shapes: Shapes) -> Iterator[Side]:
-    """Optimizers of other libraries that run on a CPU, where they are installed."""
+    """Optimizers of other libraries that run on a CPU, where they are installed.
+
+    ``pip install bitsandbytes torchao deepspeed``; the last compiles its kernel when first used, with ninja on PATH.
+    """
     for name, module, attribute in (
         ("bitsandbytes AdamW8bit", "bitsandbytes.optim", "AdamW8bit"),
         ("torchao AdamW8bit", "torchao.optim", "AdamW8bit"),

@@ -139,6 +139,5 @@ void dba_fused_step(int64_t isa, int64_t threads, const Batch* batches, int64_t 
         for (int64_t i = 0; i < model.tensors(); ++i) coefficients.row(model.index(i));
     });
     tasks.parallel(model.units(), 0, model.tensors(), ELEMENTS_PER_TASK, step);
-    tasks.reverse();
     tasks.execute(static_cast<int>(threads));
 }

@@ -57,12 +57,11 @@ int64_t Units::tensor_of(int64_t unit) const {
 }
 
 void Tasks::serial(std::function<void()> work) {
-    stage_ = static_cast<int64_t>(tasks_.size());
-    tasks_.push_back({stage_, std::move(work)});
+    tasks_.push_back({static_cast<int64_t>(tasks_.size()), std::move(work)});
 }
 
 void Tasks::parallel(const Units& units, int64_t begin, int64_t end, int64_t elements_per_task, const Run& run) {
-    const int64_t after = stage_ = static_cast<int64_t>(tasks_.size()), last = units.first(end);
+    const int64_t after = static_cast<int64_t>(tasks_.size()), last = units.first(end);
     for (int64_t unit = units.first(begin); unit < last;) {
         const int64_t start = unit;
         int64_t tensor = units.tensor_of(unit);
@@ -81,8 +80,6 @@ void Tasks::parallel(const Units& units, int64_t begin, int64_t end, int64_t ele
     }
     widest_ = std::max(widest_, static_cast<int64_t>(tasks_.size()) - after);
 }
-
-void Tasks::reverse() { std::reverse(tasks_.begin() + stage_, tasks_.end()); }
 
 void Tasks::execute(int threads) {
     const int64_t count = static_cast<int64_t>(tasks_.size());

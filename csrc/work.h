@@ -48,10 +48,8 @@ public:
 
     // A stage of one serial task.
     void serial(std::function<void()> work);
-    // A stage over the units of tensors begin .. end, in tasks of about elements_per_task elements.
+    // A stage over the units of tensors begin .. end, about elements_per_task elements each.
     void parallel(const Units& units, int64_t begin, int64_t end, int64_t elements_per_task, const Run& run);
-    // Hand out the tasks of the stage that was added last from its end: what the stage before it read last is in the cache.
-    void reverse();
     void execute(int threads);
 
 private:
@@ -60,7 +58,6 @@ private:
         std::function<void()> work;
     };
     std::vector<Task> tasks_;
-    int64_t stage_ = 0;  // first task of the stage that was added last
     int64_t widest_ = 1;  // tasks of the largest stage: more threads than that would only wait
 };
 

@@ -299,6 +299,15 @@ def test_bad_options_are_refused(inputs: Path, tmp_path: Path, more: tuple[str, 
     assert message in result.output
 
 
+@pytest.mark.parametrize("option", [("--boost", 0.1), ("--boost-max", 0.2), ("--correction", "none")])
+def test_the_methods_options_need_a_global_gradient(inputs: Path, tmp_path: Path, option: tuple[str, Any]) -> None:
+    """A forgotten --global-gradient is an error, not plain AdamW under another name."""
+    how = ("--model", inputs / "model", "--data", inputs / "domain.txt", "--steps", STEPS, "--out", tmp_path / "out")
+    result = run("finetune", *how, *option)
+    assert result.exit_code == 1 and f"{option[0]}: needs --global-gradient" in result.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_gradient_of_another_model_is_refused(inputs: Path, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model")
     with torch.no_grad():

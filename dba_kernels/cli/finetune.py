@@ -133,6 +133,11 @@ of a run that was not.
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, if there is one.")
 @data_options
 def command(**options: Any) -> None:
+    if options["global_gradient"] is None:
+        source = click.get_current_context().get_parameter_source
+        for name in ("boost", "boost_max", "correction"):
+            if source(name) is click.core.ParameterSource.COMMANDLINE:
+                raise InputError(f"--{name.replace('_', '-')}: needs --global-gradient; without one this is plain AdamW")
     run(Options(**options))
 
 
