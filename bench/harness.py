@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 
@@ -40,6 +40,12 @@ class Comparison:
     def seconds(self) -> float:
         """Median time of ``side``."""
         return statistics.median(self.side)
+
+    @staticmethod
+    def pooled(parts: Iterable[Comparison]) -> Comparison:
+        """The rounds of several comparisons as one."""
+        parts = list(parts)
+        return Comparison([t for p in parts for t in p.baseline], [t for p in parts for t in p.side])
 
     def __str__(self) -> str:
         low, high = self.spread
