@@ -30,10 +30,11 @@ from .formats import (
 )
 from .global_gradient import GlobalGradient, normalize_name
 from .plan import ActiveSet, Plan, metrics, names_of
-from .schedule import BOOSTS, initial_boost
+from .schedule import AUTO_BOOST_MAX, BOOSTS, initial_boost
 
-LARGE_LR = 3e-5
-"""Highest learning rate at which the boost did no harm (``python -m bench.quality``); above it, a warning."""
+HARMLESS_LR, HARMLESS_LR_SMALL_BOOST = 3e-5, 1e-4
+"""Highest learning rates at which the boost did no harm (``python -m bench.quality``), the second with k₀ of at most
+``AUTO_BOOST_MAX``; above, a warning."""
 
 PROJECTIONS = ("agem", "pcgrad")
 """Corrections that weigh ĝ_G by its conflict with the gradient, not by a schedule."""
@@ -214,10 +215,12 @@ class DBAAdamW(Optimizer):
 
     def _warn_about_lr(self) -> None:
         largest = max(float(group["lr"]) for group in self.param_groups)
-        if largest > LARGE_LR:
+        given = self.boost_rule is None and self.boost_schedule is None and self.settings.boost <= AUTO_BOOST_MAX
+        harmless = HARMLESS_LR_SMALL_BOOST if given or self.boost_rule == "auto" else HARMLESS_LR
+        if largest > harmless:
             warnings.warn(
                 f"lr: {largest:g} is large for a method that anneals; the stored global gradient is valid near the "
-                f"base model only, and above lr = {LARGE_LR:g} its boost did harm in our study",
+                f"base model only, and above lr = {harmless:g} its boost did harm in our study",
                 stacklevel=3,
             )
 

@@ -288,11 +288,19 @@ def test_boost_max_clamps_with_one_warning() -> None:
 
 
 def test_large_learning_rate_warns_once() -> None:
-    """DBA above lr = 3e-5 warns; plain AdamW does not."""
-    with pytest.warns(UserWarning, match="lr: 0.001 is large"):
-        dba(make_params(), lr=1e-3)
+    """DBA warns above lr = 1e-4, with a larger boost than the default above 3e-5; plain AdamW never does."""
+    larger: list[dict] = [dict(boost="paper"), dict(boost=0.06), dict(boost=lambda step, total: 0.01)]
+    for options in larger:
+        with pytest.warns(UserWarning, match="lr: 4e-05 is large .* above lr = 3e-05"):
+            dba(make_params(), lr=4e-5, **options)
+    small: list[dict] = [dict(boost="auto"), dict(boost=0.05), dict(boost="auto", total_steps="later")]
+    for options in small:
+        with pytest.warns(UserWarning, match="lr: 0.0002 is large .* above lr = 0.0001"):
+            dba(make_params(), lr=2e-4, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        for options in small:
+            dba(make_params(), lr=1e-4, **options)
         DBAAdamW(make_params().items(), lr=1e-3)
 
 

@@ -137,7 +137,7 @@ def command(**options: Any) -> None:
         source = click.get_current_context().get_parameter_source
         for name in ("boost", "boost_max", "correction"):
             if source(name) is click.core.ParameterSource.COMMANDLINE:
-                raise InputError(f"--{name.replace('_', '-')}: needs --global-gradient; without one this is plain AdamW")
+                raise InputError(f"--{name.replace('_', '-')}: needs --global-gradient; without it this is AdamW")
     run(Options(**options))
 
 
