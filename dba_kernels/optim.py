@@ -30,11 +30,10 @@ from .formats import (
 )
 from .global_gradient import GlobalGradient, normalize_name
 from .plan import ActiveSet, Plan, metrics, names_of
-from .schedule import AUTO_BOOST_MAX, BOOSTS, initial_boost
+from .schedule import AUTO_BOOST_STEP, BOOSTS, initial_boost
 
-HARMLESS_LR, HARMLESS_LR_SMALL_BOOST = 3e-5, 1e-4
-"""Highest learning rates at which the boost did no harm (``python -m bench.quality``), the second with k₀ of at most
-``AUTO_BOOST_MAX``; above, a warning."""
+LARGE_LR = 1e-4
+"""Above it DBA warns."""
 
 PROJECTIONS = ("agem", "pcgrad")
 """Corrections that weigh ĝ_G by its conflict with the gradient, not by a schedule."""
@@ -81,9 +80,9 @@ class DBAAdamW(Optimizer):
         total_steps: T, optimizer steps of the run (not micro-batches); needed with a global gradient. ``"later"``:
             :meth:`set_total_steps` will give it before the first step, as a framework does that counts its steps only
             when it has started.
-        boost: ``"auto"`` (k₀ = 200/T, at most 0.05: what the README's study supports), ``"paper"`` (k₀ = 200/T), k₀ as
-            a number, or ``f(step, total_steps) → γ`` where ``step``, an int64 scalar tensor on the parameters' device,
-            counts the steps done without skipped ones. 0 switches the boost off.
+        boost: ``"auto"`` (k₀ = 200/T, at most 0.5 and at most 1.5e-5/lr: README, "Does it work?"), ``"paper"``
+            (k₀ = 200/T), k₀ as a number, or ``f(step, total_steps) → γ`` where ``step``, an int64 scalar tensor on the
+            parameters' device, counts the steps done without skipped ones. 0 switches the boost off.
         boost_max: upper clamp of γ, in [0, 1].
         correction: ``"cosine"`` (eq. 5), ``"none"`` (α = 1), ``"agem"`` or ``"pcgrad"`` (projections in place of the
             boost, against the *stored* global gradient, where the originals recompute it at every step), or
@@ -193,9 +192,12 @@ class DBAAdamW(Optimizer):
                 steps_skipped=0,
             ),
         )
+        self.initial_lr = max(float(group["lr"]) for group in self.param_groups)
         if global_gradient is not None:
-            self._warn_about_boost()
-            self._warn_about_lr()
+            if method.total_steps:
+                self._settle(method.total_steps)
+            elif not self.awaits_total_steps:
+                self._warn_about_lr()
 
     def _identity(self) -> dict[str, Any]:
         """What a state dict keeps of the global gradient and its use: never its data."""
@@ -210,18 +212,16 @@ class DBAAdamW(Optimizer):
             warnings.warn(
                 f"boost: gamma starts at k0 = {k0:.3g} and is clamped to boost_max = {limit:g} until it has decayed "
                 "below; the total boost is smaller than the method's, as it is in every run of few steps",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _warn_about_lr(self) -> None:
-        largest = max(float(group["lr"]) for group in self.param_groups)
-        given = self.boost_rule is None and self.boost_schedule is None and self.settings.boost <= AUTO_BOOST_MAX
-        harmless = HARMLESS_LR_SMALL_BOOST if given or self.boost_rule == "auto" else HARMLESS_LR
-        if largest > harmless:
+        lr, k0 = self.initial_lr, min(self.settings.boost, self.settings.boost_max)
+        if lr > LARGE_LR or (self.boost_rule != "auto" and k0 * lr > AUTO_BOOST_STEP):
             warnings.warn(
-                f"lr: {largest:g} is large for a method that anneals; the stored global gradient is valid near the "
-                f"base model only, and above lr = {harmless:g} its boost did harm in our study",
-                stacklevel=3,
+                f"lr: {lr:g} is large for a method that anneals, with a boost of {k0:.2g}: the stored global gradient "
+                'holds near the base model only; with boost="auto" the boost follows the learning rate',
+                stacklevel=4,
             )
 
     # --- the length of the run ----------------------------------------------------------------------------------------
@@ -249,12 +249,17 @@ class DBAAdamW(Optimizer):
             return
         if known:
             warnings.warn(f"total_steps: changed from {known} to {steps}; gamma follows the new one", stacklevel=2)
-        boost = initial_boost(self.boost_rule, steps) if self.boost_rule else self.settings.boost
+        self._settle(steps)
+
+    def _settle(self, steps: int) -> None:
+        """T, and with it the k₀ that a name stands for."""
+        boost = initial_boost(self.boost_rule, steps, self.initial_lr) if self.boost_rule else self.settings.boost
         self.settings = replace(self.settings, total_steps=steps, boost=boost)
         for group in self.param_groups:
             group["global_gradient"] = self._identity()
         self.defaults["global_gradient"] = self._identity()
         self._warn_about_boost()
+        self._warn_about_lr()
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
@@ -480,7 +485,7 @@ class DBAAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._store_counters()
-        own = ["global_gradient", "settings", "boost_schedule", "boost_rule", "correction_function"]
+        own = ["global_gradient", "settings", "boost_schedule", "boost_rule", "initial_lr", "correction_function"]
         own += ["state_format", "param_format", "missing", "backend"]
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
@@ -519,7 +524,7 @@ def _method(
         raise ValueError(f"boost_max: expected a number in [0, 1], got {boost_max}")
     if isinstance(boost, str):
         check_name("boost", boost, BOOSTS)
-        k0 = initial_boost(boost, steps) if steps else 0.0
+        k0 = 0.0  # follows from T and the learning rate
     else:
         k0 = 0.0 if callable(boost) else float(boost)
         if not k0 >= 0.0:

@@ -87,7 +87,7 @@ def test_sft_trainer_is_the_plain_loop(trained: tuple[SFTTrainer, list[dict]], s
     apart = difference(trainer.model, by_hand(micro, stored), make_model())
     assert apart < 1e-4
     gammas = [entry["dba_gamma"] for entry in trainer.state.log_history if "loss" in entry]
-    assert gammas == pytest.approx([0.05 * (1 - t / STEPS) for t in range(STEPS)], rel=1e-6)
+    assert gammas == pytest.approx([0.5 * (1 - t / STEPS) for t in range(STEPS)], rel=1e-6)
 
 
 def test_another_run_is_told_apart(trained: tuple[SFTTrainer, list[dict]], stored: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from dba_kernels import DBAAdamW, GlobalGradient, ops
+from dba_kernels import DBAAdamW, GlobalGradient, annealing_schedule, ops
 from dba_kernels.formats import PARAM_FORMATS, STATE_FORMATS
 from dba_kernels.global_gradient import fingerprint
 from dba_kernels.reference import remainder
@@ -288,20 +288,35 @@ def test_boost_max_clamps_with_one_warning() -> None:
 
 
 def test_large_learning_rate_warns_once() -> None:
-    """DBA warns above lr = 1e-4, with a larger boost than the default above 3e-5; plain AdamW never does."""
-    larger: list[dict] = [dict(boost="paper"), dict(boost=0.06), dict(boost=lambda step, total: 0.01)]
+    """DBA warns above lr = 1e-4, and below it where a boost of the user's is too large for it; plain AdamW never."""
+    larger: list[dict] = [dict(boost="paper"), dict(boost=0.4), dict(boost="paper", total_steps="later")]
     for options in larger:
-        with pytest.warns(UserWarning, match="lr: 4e-05 is large .* above lr = 3e-05"):
-            dba(make_params(), lr=4e-5, **options)
-    small: list[dict] = [dict(boost="auto"), dict(boost=0.05), dict(boost="auto", total_steps="later")]
+        with pytest.warns(UserWarning, match="lr: 9e-05 is large"):
+            dba(make_params(), lr=9e-5, **options).set_total_steps(1000)
+    small: list[dict] = [dict(boost="auto"), dict(boost=0.1), dict(boost=lambda step, total: 0.1), dict(boost=0.0)]
+    small += [dict(boost="auto", total_steps="later"), dict(correction="agem")]
     for options in small:
-        with pytest.warns(UserWarning, match="lr: 0.0002 is large .* above lr = 0.0001"):
-            dba(make_params(), lr=2e-4, **options)
+        with pytest.warns(UserWarning, match="lr: 0.0002 is large"):
+            dba(make_params(), lr=2e-4, **options).set_total_steps(1000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for options in small:
-            dba(make_params(), lr=1e-4, **options)
+            dba(make_params(), lr=1e-4, **options).set_total_steps(1000)
         DBAAdamW(make_params().items(), lr=1e-3)
+
+
+def test_auto_boost_starts_from_the_learning_rate_that_was_given() -> None:
+    """k₀ comes from the largest group's rate at construction, not from what a warm-up makes of it before T is known."""
+    names = list(SHAPES)
+    params = make_params()
+    groups = [{"params": [(n, params[n])], "lr": 1e-4 if n == names[0] else 1e-5} for n in names]
+    gg = make_global(params)
+    optimizer = DBAAdamW(groups, lr=1e-6, global_gradient=gg, total_steps="later", backend="reference")
+    annealing_schedule(optimizer, total_steps=200, warmup_steps=9)
+    assert max(group["lr"] for group in optimizer.param_groups) == pytest.approx(1e-5)
+    optimizer.set_total_steps(200)
+    assert optimizer.settings.boost == pytest.approx(0.15)
+    assert copy.deepcopy(optimizer).initial_lr == 1e-4
 
 
 def test_boost_and_correction_may_be_functions() -> None:

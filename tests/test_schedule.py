@@ -23,22 +23,19 @@ def exact_gamma(t: int, total: int, boost: Fraction, boost_max: Fraction) -> flo
     return float(boost_max if value > boost_max else value)
 
 
-def tensor_gamma(step: int, total_steps: int, boost: str | float = "auto", boost_max: float = 0.5) -> float:
+def tensor_gamma(step: int, total_steps: int, boost: float, boost_max: float = 1.0) -> float:
     """γ as the optimizer's coefficients compute it, on the device from its own count."""
-    k0 = initial_boost(boost, total_steps) if isinstance(boost, str) else boost
-    settings = StepSettings(boost=k0, total_steps=total_steps, boost_max=boost_max)
+    settings = StepSettings(boost=boost, total_steps=total_steps, boost_max=boost_max)
     return similarity.gamma(torch.tensor(step), settings).item()
 
 
 def check_gamma(function: Callable[..., float]) -> None:
-    """Named and given boost, three clamps, from before the clamp to after the end."""
+    """The paper's and given boost, two clamps, from before the clamp to after the end."""
     for total in (1, 7, 40, 199, 200, 400, 1000, 20_000):
         for t in sorted({0, 1, total // 3, total // 2, total - 1, total, total + 1, 3 * total}):
-            for boost in ("auto", "paper", 0.3, 2.0, 0.0):
-                for boost_max in (0.02, 0.5, 1.0):
-                    paper = Fraction(200, total)
-                    k0 = {"auto": min(paper, Fraction(0.05)), "paper": paper}.get(boost) or Fraction(boost)
-                    expected = exact_gamma(t, total, k0, Fraction(boost_max))
+            for boost in (200 / total, 0.3, 2.0, 0.0):
+                for boost_max in (0.5, 1.0):
+                    expected = exact_gamma(t, total, Fraction(boost), Fraction(boost_max))
                     assert function(t, total, boost, boost_max) == pytest.approx(expected, rel=1e-14, abs=1e-15)
 
 
@@ -52,12 +49,10 @@ def test_gamma_is_eq_2(function: Callable[..., float]) -> None:
     "wrong",
     [
         lambda t, T, k0, top: gamma(t + 1, T, k0, top),  # counts from 1
-        lambda t, T, k0, top: (initial_boost(k0, T) if isinstance(k0, str) else k0) * (1 - t / T),  # no clamp
+        lambda t, T, k0, top: k0 * (1 - t / T),  # no clamp
         lambda t, T, k0, top: gamma(t, T, k0, 1.0),  # clamp at 1
         lambda t, T, k0, top: gamma(t, max(T - 1, 1), k0, top),  # reaches 0 one step early
-        lambda t, T, k0, top: gamma(t, T, 100 / T if k0 == "paper" else k0, top),  # half the boost
-        lambda t, T, k0, top: gamma(t, T, "paper" if k0 == "auto" else k0, top),  # auto without its bound
-        lambda t, T, k0, top: gamma(t, T, "paper", min(top, 0.05)) if k0 == "auto" else gamma(t, T, k0, top),  # flat
+        lambda t, T, k0, top: gamma(t, T, k0 / 2, top),  # half the boost
         lambda t, T, k0, top: gamma(t % T, T, k0, top),  # starts again after T
     ],
 )
@@ -68,33 +63,56 @@ def test_wrong_gamma_is_noticed(wrong: Callable[..., float]) -> None:
 
 
 @pytest.mark.parametrize("total", [400, 1000, 5000, 100_000])
-def test_total_boost_is_constant(total: int) -> None:
-    """Protects Σγ_t ≈ 100 whatever T is, where the clamp does not act: 100 + 100/T exactly."""
-    assert math.fsum(gamma(t, total, "paper") for t in range(total)) == pytest.approx(100 + 100 / total, rel=1e-12)
+def test_the_papers_total_boost_is_constant(total: int) -> None:
+    """Protects Σγ_t ≈ 100 whatever T is: 100 + 100/T exactly."""
+    k0 = initial_boost("paper", total, 1e-5)
+    assert math.fsum(gamma(t, total, k0) for t in range(total)) == pytest.approx(100 + 100 / total, rel=1e-12)
 
 
 def test_short_runs_are_clamped() -> None:
     """Protects short runs: unclamped, T < 200 would give γ_0 > 1 and flip the sign of the domain gradient."""
     for total in (1, 40, 199):
-        assert initial_boost("paper", total) > 1.0
-        gammas = [gamma(t, total, "paper") for t in range(total)]
+        k0 = initial_boost("paper", total, 1e-5)
+        assert k0 > 1.0
+        gammas = [gamma(t, total, k0, 0.5) for t in range(total)]
         assert max(gammas) == 0.5 and min(gammas) > 0.0
-    assert sum(gamma(t, 40, "paper") > 0.5 - 1e-12 for t in range(40)) == 37  # 5 · (1 − t/40) ≥ ½ up to t = 36
+    assert sum(gamma(t, 40, 5.0, 0.5) > 0.5 - 1e-12 for t in range(40)) == 37  # 5 · (1 − t/40) ≥ ½ up to t = 36
 
 
-def test_auto_bounds_k0_and_not_each_step() -> None:
-    """Protects the default below 4,000 steps: γ falls linearly from 0.05 to 0; above, it is the paper's."""
-    for total in (1, 40, 200, 3999):
-        expected = [0.05 * (1 - t / total) for t in range(total)]
-        assert [gamma(t, total) for t in range(total)] == pytest.approx(expected, rel=1e-14)
-    for total in (4000, 10_000):
-        assert [gamma(t, total) for t in (0, 7, total)] == [gamma(t, total, "paper") for t in (0, 7, total)]
+def check_auto(function: Callable[[str, int, float], float]) -> None:
+    """The smallest of three: 200/T, 0.5 and 1.5e-5/η₀, each where it binds; no division by a rate of 0."""
+    cases = {(100, 1e-5): 0.5, (400, 3e-5): 0.5, (500, 3e-5): 0.4, (4000, 1e-5): 0.05, (200, 1e-4): 0.15}
+    cases |= {(200, 3e-4): 0.05, (4000, 3e-4): 0.05, (5000, 3e-4): 0.04, (200, 1e-3): 0.015, (100, 0.0): 0.5}
+    for (total, lr), expected in cases.items():
+        assert function("auto", total, lr) == pytest.approx(expected, rel=1e-14)
+        assert function("paper", total, lr) == pytest.approx(200 / total, rel=1e-14)
+
+
+def test_auto_boost_follows_the_learning_rate() -> None:
+    """Protects the default: the paper's k₀, less in short runs and at learning rates at which ĝ_G soon goes stale."""
+    check_auto(initial_boost)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda rule, T, lr: 200 / T,  # the paper's under either name
+        lambda rule, T, lr: min(200 / T, 0.5) if rule == "auto" else 200 / T,  # whatever the rate
+        lambda rule, T, lr: min(200 / T, 1.5e-5 / max(lr, 1e-9)) if rule == "auto" else 200 / T,  # above ½
+        lambda rule, T, lr: initial_boost("auto", T, lr),  # the paper's bounded too
+        lambda rule, T, lr: initial_boost(rule, T, 2 * lr),
+    ],
+)
+def test_a_wrong_auto_boost_is_noticed(wrong: Callable[[str, int, float], float]) -> None:
+    """Negative control for the default boost."""
+    with pytest.raises(AssertionError):
+        check_auto(wrong)
 
 
 def test_gamma_ends() -> None:
     """Protects runs that go on after T: γ is exactly 0 from step T on, and without a total there is no boost."""
     for t in (1000, 1001, 10**9):
-        assert gamma(t, 1000) == tensor_gamma(t, 1000) == 0.0
+        assert gamma(t, 1000, 0.2) == tensor_gamma(t, 1000, 0.2) == 0.0
     assert similarity.gamma(torch.tensor(3), StepSettings(boost=1.0, total_steps=0)).item() == 0.0
 
 
