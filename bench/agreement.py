@@ -61,7 +61,7 @@ def displacement(formats: Formats, backend: str, steps: int, beta1: float = 0.9)
     options: dict = {"state_format": state_format, "param_format": param_format, "backend": backend}
     if stored != "none":
         gg = GlobalGradient.from_tensors({n: gradient(n, 999, torch.float32) for n in SHAPES}, format=stored)
-        options |= {"global_gradient": gg, "total_steps": 400, "max_grad_norm": 0.5}
+        options |= {"global_gradient": gg, "total_steps": 400, "boost": "paper", "max_grad_norm": 0.5}
     optimizer = DBAAdamW(params.items(), lr=1e-4, betas=(beta1, 0.99), **options)
     for step in range(steps):
         for name, param in params.items():

@@ -23,6 +23,7 @@ from dba_kernels.cli.progress import progress
 from dba_kernels.cli.signal import advice
 from dba_kernels.cli.text import load_documents
 from dba_kernels.cli.training import autocast_dtype, evaluate, fine_tune
+from dba_kernels.schedule import initial_boost
 
 RESULTS = Path(__file__).with_name("real_model.jsonl")
 DOMAIN, GENERAL, OTHER = "recipes", "wikipedia", "medical"
@@ -30,14 +31,16 @@ STEPS, LONG, BATCH, LENGTH, LR = 32, 160, 4, 128, 3e-5
 COLLECTED = 24  # batches of the global gradient
 HELD_OUT = 48  # blocks of each corpus
 SEEDS = (0, 1, 2)  # each has its own domain blocks; long runs are made once
+DEFAULT = initial_boost("auto", STEPS, LR)  # labels name it: under another default, rows are run again
 INTERPOLATED = "AL, half-way back to the base (WiSE-FT)"
 METHODS: dict[str, dict[str, Any]] = {  # "boost" takes the global gradient; "replay": general blocks in each batch
     "AL: AdamW, linear decay": {},
     "DBA, k₀ = 0.05": {"boost": 0.05},
-    "DBA, k₀ = 0.5 (default)": {"boost": "auto"},
+    f"DBA, k₀ = {DEFAULT:g} (default)": {"boost": DEFAULT},
     "replay, one general block to four": {"replay": 1},
+    "replay, one to one": {"replay": 4},
     f"AL, {LONG} steps": {"steps": LONG},
-    f"DBA, {LONG} steps": {"boost": "auto", "steps": LONG},
+    f"DBA, k₀ = {DEFAULT:g}, {LONG} steps": {"boost": DEFAULT, "steps": LONG},
 }
 
 Advance = Callable[[], None]
@@ -52,7 +55,7 @@ class Study:
         self.base = {name: value.clone() for name, value in self.model.state_dict().items()}
         wanted = {
             DOMAIN: max(len(SEEDS) * STEPS, LONG) * BATCH,
-            GENERAL: COLLECTED * BATCH + len(SEEDS) * STEPS,
+            GENERAL: (COLLECTED + len(SEEDS) * STEPS) * BATCH,
             OTHER: 1,
         }
         self.blocks = {
@@ -73,7 +76,7 @@ class Study:
 
     def batches(self, seed: int, steps: int, replay: int) -> Iterator[torch.Tensor]:
         domain = self.blocks[DOMAIN].train[seed * STEPS * BATCH :]
-        general = self.blocks[GENERAL].train[COLLECTED * BATCH + seed * STEPS :]
+        general = self.blocks[GENERAL].train[COLLECTED * BATCH + seed * STEPS * replay :]
         for step in range(steps):
             mixed = general[step * replay : (step + 1) * replay]
             yield torch.cat([domain[step * BATCH : (step + 1) * BATCH], mixed])

@@ -30,10 +30,10 @@ from .formats import (
 )
 from .global_gradient import GlobalGradient, normalize_name
 from .plan import ActiveSet, Plan, metrics, names_of
-from .schedule import AUTO_BOOST_STEP, BOOSTS, initial_boost
+from .schedule import AUTO_BOOST_REACH, BOOSTS, initial_boost
 
 LARGE_LR = 1e-4
-"""Above it DBA warns."""
+"""Above it DBA warns: even the small boosts of ``boost="auto"`` did harm there (``python -m bench.quality``)."""
 
 PROJECTIONS = ("agem", "pcgrad")
 """Corrections that weigh ĝ_G by its conflict with the gradient, not by a schedule."""
@@ -80,9 +80,10 @@ class DBAAdamW(Optimizer):
         total_steps: T, optimizer steps of the run (not micro-batches); needed with a global gradient. ``"later"``:
             :meth:`set_total_steps` will give it before the first step, as a framework does that counts its steps only
             when it has started.
-        boost: ``"auto"`` (k₀ = 200/T, at most 0.5 and at most 1.5e-5/lr: README, "Does it work?"), ``"paper"``
-            (k₀ = 200/T), k₀ as a number, or ``f(step, total_steps) → γ`` where ``step``, an int64 scalar tensor on the
-            parameters' device, counts the steps done without skipped ones. 0 switches the boost off.
+        boost: ``"auto"`` (k₀ = min(200, 0.003/lr)/T, at most 0.5: README, "Does it work?"; lr is the largest group's at
+            construction), ``"paper"`` (k₀ = 200/T), k₀ as a number, or ``f(step, total_steps) → γ`` where ``step``, an
+            int64 scalar tensor on the parameters' device, counts the steps done without skipped ones. 0 switches the
+            boost off.
         boost_max: upper clamp of γ, in [0, 1].
         correction: ``"cosine"`` (eq. 5), ``"none"`` (α = 1), ``"agem"`` or ``"pcgrad"`` (projections in place of the
             boost, against the *stored* global gradient, where the originals recompute it at every step), or
@@ -196,8 +197,9 @@ class DBAAdamW(Optimizer):
         if global_gradient is not None:
             if method.total_steps:
                 self._settle(method.total_steps)
-            elif not self.awaits_total_steps:
-                self._warn_about_lr()
+            if not self.awaits_total_steps:
+                self._warn_about_boost(stacklevel=3)
+                self._warn_about_lr(stacklevel=3)
 
     def _identity(self) -> dict[str, Any]:
         """What a state dict keeps of the global gradient and its use: never its data."""
@@ -206,22 +208,30 @@ class DBAAdamW(Optimizer):
         settings = {name: getattr(method, name) for name in METHOD_SETTINGS} | {"bounds": list(method.bounds)}
         return {"path": None if gg.path is None else str(gg.path), "digest": gg.digest, "settings": settings}
 
-    def _warn_about_boost(self) -> None:
-        k0, limit = self.settings.boost, self.settings.boost_max
+    def _warn_about_boost(self, stacklevel: int) -> None:
+        k0, limit, lr = self.settings.boost, self.settings.boost_max, self.initial_lr
+        if self.boost_rule == "auto":
+            return
         if k0 > limit:
             warnings.warn(
                 f"boost: gamma starts at k0 = {k0:.3g} and is clamped to boost_max = {limit:g} until it has decayed "
                 "below; the total boost is smaller than the method's, as it is in every run of few steps",
-                stacklevel=4,
+                stacklevel=stacklevel,
+            )
+        k0, steps = min(k0, limit), self.settings.total_steps
+        if k0 * steps * lr > AUTO_BOOST_REACH:
+            warnings.warn(
+                f"boost: {k0:.3g} is large for lr = {lr:g} and {steps} steps: the stored global gradient holds near "
+                f'the base model only; boost="auto" would begin at {initial_boost("auto", steps, lr):.3g}',
+                stacklevel=stacklevel,
             )
 
-    def _warn_about_lr(self) -> None:
-        lr, k0 = self.initial_lr, min(self.settings.boost, self.settings.boost_max)
-        if lr > LARGE_LR or (self.boost_rule != "auto" and k0 * lr > AUTO_BOOST_STEP):
+    def _warn_about_lr(self, stacklevel: int) -> None:
+        if self.initial_lr > LARGE_LR:
             warnings.warn(
-                f"lr: {lr:g} is large for a method that anneals, with a boost of {k0:.2g}: the stored global gradient "
-                'holds near the base model only; with boost="auto" the boost follows the learning rate',
-                stacklevel=4,
+                f"lr: {self.initial_lr:g} is large for a method that anneals: the stored global gradient holds near "
+                f"the base model only, and above {LARGE_LR:g} following it did harm in our study",
+                stacklevel=stacklevel,
             )
 
     # --- the length of the run ----------------------------------------------------------------------------------------
@@ -250,16 +260,18 @@ class DBAAdamW(Optimizer):
         if known:
             warnings.warn(f"total_steps: changed from {known} to {steps}; gamma follows the new one", stacklevel=2)
         self._settle(steps)
+        self._warn_about_boost(stacklevel=3)
+        if not known:
+            self._warn_about_lr(stacklevel=3)
 
-    def _settle(self, steps: int) -> None:
-        """T, and with it the k₀ that a name stands for."""
-        boost = initial_boost(self.boost_rule, steps, self.initial_lr) if self.boost_rule else self.settings.boost
+    def _settle(self, steps: int, boost: float | None = None) -> None:
+        """Set T, and k₀ where it is given or a name stands for it."""
+        if boost is None:
+            boost = initial_boost(self.boost_rule, steps, self.initial_lr) if self.boost_rule else self.settings.boost
         self.settings = replace(self.settings, total_steps=steps, boost=boost)
         for group in self.param_groups:
             group["global_gradient"] = self._identity()
         self.defaults["global_gradient"] = self._identity()
-        self._warn_about_boost()
-        self._warn_about_lr()
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
@@ -441,7 +453,7 @@ class DBAAdamW(Optimizer):
         self._plan = None
         method = (saved["param_groups"][0].get("global_gradient") or {}).get("settings", {})
         if self.awaits_total_steps and method.get("total_steps"):
-            self.set_total_steps(method["total_steps"])
+            self._settle(method["total_steps"], method["boost"] if self.boost_rule else None)
 
     def _check_saved_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         for group, saved in zip(self.param_groups, saved_groups, strict=False):  # torch reports a differing number

@@ -74,7 +74,7 @@ def make_global(format: str = "int8", rank: int | None = None) -> GlobalGradient
 
 def make_optimizer(net: nn.Module, lr: float = 1e-3, **options: Any) -> DBAAdamW:
     """With a global gradient unless ``options`` say otherwise; warnings about the rate and the few steps are not."""
-    options = {"global_gradient": make_global(), "total_steps": 400} | options
+    options = {"global_gradient": make_global(), "total_steps": 400, "boost": "paper"} | options
     if options["global_gradient"] is None:
         del options["total_steps"]
     with warnings.catch_warnings():

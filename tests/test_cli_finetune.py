@@ -114,6 +114,14 @@ def test_it_is_the_plain_loop(inputs: Path, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tuned.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(("boost", "gamma"), [("auto", 0.3), ("paper", 0.5), ("0.2", 0.2)])
+def test_boost_by_name(inputs: Path, tmp_path: Path, boost: str, gamma: float) -> None:
+    """``auto`` follows the learning rate, ``paper`` is 200 / T up to --boost-max, a number is k₀."""
+    result = run_finetune(inputs, tmp_path, "--boost", boost, "--steps", 1, "--lr", 1e-2)
+    assert result.exit_code == 0, result.output
+    assert next(line["gamma"] for line in lines(tmp_path) if "gamma" in line) == pytest.approx(gamma)
+
+
 def test_micro_batches_change_rounding_only(inputs: Path, finished: tuple[Path, Result], tmp_path: Path) -> None:
     """Without dropout, whose random numbers fall otherwise: the first loss and the first gradient agree."""
     model = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model", attention_dropout=0.0)

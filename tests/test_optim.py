@@ -7,6 +7,8 @@ import io
 import math
 import pickle
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -180,7 +182,7 @@ def one_step(**kwargs) -> tuple[dict, dict]:
     return {name: p.detach().double() for name, p in params.items()}, want
 
 
-@pytest.mark.filterwarnings("ignore:lr")
+@pytest.mark.filterwarnings("ignore:lr", "ignore:boost")
 def test_clip_comes_before_boost() -> None:
     """The norm that clips is that of the domain gradient, before the boost; eq. 3 uses the clipped gradient."""
     got, want = one_step()
@@ -275,34 +277,56 @@ def test_boost_of_zero_at_and_after_total_steps() -> None:
     assert seen == pytest.approx([0.4, 0.2, 0.0, 0.0])
 
 
+def warnings_of(make: Callable[[], object]) -> list[str]:
+    """What is said, and that it points at the caller's line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make()
+    assert all(w.filename == __file__ for w in caught)
+    return [str(w.message) for w in caught]
+
+
 def test_boost_max_clamps_with_one_warning() -> None:
     """A short run has k₀ = 200/T > 0.5: clamped, and said once. boost='auto' stays below by itself, silently."""
     params = make_params()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        optimizer = dba(params, total_steps=100, boost="paper")
-        train(params, optimizer, range(1, 4))
-        dba(make_params(), total_steps=100, boost="auto")
-    assert [str(w.message).split(":")[0] for w in caught] == ["boost"]
-    assert optimizer.metrics()["gamma"] == 0.5
+    made: list[DBAAdamW] = []
+    (said,) = warnings_of(lambda: made.append(dba(params, total_steps=100, boost="paper")))
+    assert said.startswith("boost: gamma starts at k0 = 2 and is clamped to boost_max = 0.5")
+    assert warnings_of(lambda: train(params, made[0], range(1, 4))) == []
+    assert made[0].metrics()["gamma"] == 0.5
+    assert warnings_of(lambda: dba(make_params(), total_steps=100, boost="auto", boost_max=0.2)) == []
 
 
-def test_large_learning_rate_warns_once() -> None:
-    """DBA warns above lr = 1e-4, and below it where a boost of the user's is too large for it; plain AdamW never."""
-    larger: list[dict] = [dict(boost="paper"), dict(boost=0.4), dict(boost="paper", total_steps="later")]
-    for options in larger:
-        with pytest.warns(UserWarning, match="lr: 9e-05 is large"):
-            dba(make_params(), lr=9e-5, **options).set_total_steps(1000)
-    small: list[dict] = [dict(boost="auto"), dict(boost=0.1), dict(boost=lambda step, total: 0.1), dict(boost=0.0)]
-    small += [dict(boost="auto", total_steps="later"), dict(correction="agem")]
-    for options in small:
-        with pytest.warns(UserWarning, match="lr: 0.0002 is large"):
-            dba(make_params(), lr=2e-4, **options).set_total_steps(1000)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for options in small:
-            dba(make_params(), lr=1e-4, **options).set_total_steps(1000)
-        DBAAdamW(make_params().items(), lr=1e-3)
+def later(**options: Any) -> None:
+    dba(make_params(), total_steps="later", **options).set_total_steps(1000)
+
+
+SMALL_BOOSTS: list[dict[str, Any]] = [
+    dict(boost="auto"), dict(boost=0.01), dict(boost=lambda step, total: 0.1), dict(boost=0.0), dict(correction="agem")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [lambda **o: dba(make_params(), **o), later])
+def test_large_learning_rate_warns_once(make: Callable[..., object]) -> None:
+    """Above lr = 1e-4, when T is known, whatever the boost; plain AdamW never, and no later change of T again."""
+    for options in SMALL_BOOSTS:
+        (said,) = warnings_of(lambda options=options: make(lr=2e-4, **options))
+        assert said.startswith("lr: 0.0002 is large")
+        assert warnings_of(lambda options=options: make(lr=1e-4, **options)) == []
+    assert warnings_of(lambda: DBAAdamW(make_params().items(), lr=1e-3)) == []
+    made: list[DBAAdamW] = []
+    warnings_of(lambda: made.append(dba(make_params(), lr=2e-4, boost="auto")))
+    (said,) = warnings_of(lambda: made[0].set_total_steps(2000))
+    assert said.startswith("total_steps: changed")
+
+
+@pytest.mark.parametrize("make", [lambda **o: dba(make_params(), **o), later])
+def test_a_boost_too_large_for_the_learning_rate_warns_once(make: Callable[..., object]) -> None:
+    """A boost of the user's where k₀ · T · lr exceeds what boost='auto' allows, and what that would begin with."""
+    for boost, shown in (("paper", "0.2"), (0.4, "0.4")):
+        (said,) = warnings_of(lambda boost=boost: make(lr=9e-5, boost=boost))
+        assert said.startswith(f"boost: {shown} is large for lr = 9e-05") and said.endswith("would begin at 0.0333")
+        assert warnings_of(lambda boost=boost: make(lr=7e-6, boost=boost)) == []
 
 
 def test_auto_boost_starts_from_the_learning_rate_that_was_given() -> None:
@@ -512,7 +536,7 @@ def test_global_gradient_stays_out_of_the_state() -> None:
         other.load_state_dict(saved)
 
 
-@pytest.mark.filterwarnings("ignore:lr")
+@pytest.mark.filterwarnings("ignore:lr", "ignore:boost")
 def test_resuming_checks_names_but_not_weights() -> None:
     """The fingerprint is for the start of a run: a resumed run has moved weights and must be let in."""
     params = make_params()

@@ -217,6 +217,19 @@ def test_a_loaded_state_brings_its_total_steps(recwarn: pytest.WarningsRecorder)
     assert resumed.settings.boost == 200 / 600
 
 
+def test_a_loaded_state_brings_its_boost(recwarn: pytest.WarningsRecorder) -> None:
+    """k₀ under boost='auto' comes from the learning rate that the run began with, not from the resuming script's."""
+    params = make_params()
+    optimizer = dba(params, lr=1e-4, total_steps=200, boost="auto")
+    train(params, optimizer, range(1, 3))
+    resumed = dba(params, lr=1e-5, total_steps="later", boost="auto")
+    resumed.load_state_dict(optimizer.state_dict())
+    resumed.set_total_steps(200)
+    assert resumed.settings.boost == optimizer.settings.boost == pytest.approx(0.15)
+    assert not list(recwarn)
+    assert dba(params, lr=1e-5, total_steps=200, boost="auto").settings.boost == 0.5  # negative control
+
+
 def test_total_steps_without_a_use_for_them() -> None:
     """Frameworks call the method on every optimizer of the class: plain AdamW and projections await nothing."""
     for optimizer in (DBAAdamW(make_params().items()), dba(make_params(), correction="agem", total_steps="later")):

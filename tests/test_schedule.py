@@ -80,9 +80,9 @@ def test_short_runs_are_clamped() -> None:
 
 
 def check_auto(function: Callable[[str, int, float], float]) -> None:
-    """The smallest of three: 200/T, 0.5 and 1.5e-5/η₀, each where it binds; no division by a rate of 0."""
-    cases = {(100, 1e-5): 0.5, (400, 3e-5): 0.5, (500, 3e-5): 0.4, (4000, 1e-5): 0.05, (200, 1e-4): 0.15}
-    cases |= {(200, 3e-4): 0.05, (4000, 3e-4): 0.05, (5000, 3e-4): 0.04, (200, 1e-3): 0.015, (100, 0.0): 0.5}
+    """The smallest of three: 200/T, 0.003/(η₀ T) and 0.5, each where it binds; no division by a rate of 0."""
+    cases = {(100, 1e-5): 0.5, (399, 1e-5): 0.5, (500, 1e-5): 0.4, (4000, 1e-5): 0.05, (150, 3e-5): 0.5}
+    cases |= {(400, 3e-5): 0.25, (200, 1e-4): 0.15, (200, 3e-4): 0.05, (1000, 3e-4): 0.01, (500, 0.0): 0.4}
     for (total, lr), expected in cases.items():
         assert function("auto", total, lr) == pytest.approx(expected, rel=1e-14)
         assert function("paper", total, lr) == pytest.approx(200 / total, rel=1e-14)
@@ -98,7 +98,8 @@ def test_auto_boost_follows_the_learning_rate() -> None:
     [
         lambda rule, T, lr: 200 / T,  # the paper's under either name
         lambda rule, T, lr: min(200 / T, 0.5) if rule == "auto" else 200 / T,  # whatever the rate
-        lambda rule, T, lr: min(200 / T, 1.5e-5 / max(lr, 1e-9)) if rule == "auto" else 200 / T,  # above ½
+        lambda rule, T, lr: min(200, 0.003 / max(lr, 1e-9)) / T if rule == "auto" else 200 / T,  # above ½
+        lambda rule, T, lr: min(200 / T, 0.5, 1.5e-5 / max(lr, 1e-9)) if rule == "auto" else 200 / T,  # whatever T
         lambda rule, T, lr: initial_boost("auto", T, lr),  # the paper's bounded too
         lambda rule, T, lr: initial_boost(rule, T, 2 * lr),
     ],

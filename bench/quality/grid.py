@@ -75,15 +75,19 @@ SENSITIVITY: dict[str, list[Options]] = {
     "general text": [{**DBA, "source": "base"}, {**DBA, "topics": "People"}],
     "T": [{"steps": t, "boost": 200 / t, "correction": "cosine"} for t in (400, 1000)],
     "T (AL)": [{"steps": t} for t in (400, 1000)],
-    "T (small boost)": [{**DBA, "steps": t, "boost": 0.05, "boost_max": 0.05} for t in (1000,)],
+    "T (small boost)": [{**DBA, "steps": 1000, "boost": b, "boost_max": b} for b in (0.05, 0.01)],
+    "default boost": [
+        {**DBA, "lr": lr, "boost": b, "boost_max": b}
+        for lr, b in ((3e-5, 0.5), (1e-4, 0.15), (3e-4, 0.05), (1e-3, 0.015))
+    ],
 }
 
 
 def family(method: str, domain: str, lrs: Iterable[float] = LRS, seed: int = 0) -> Iterator[Setting]:
-    """All settings of one family at the given learning rates."""
+    """All settings of one family at the given learning rates, except where an option has its own."""
     options = (FAMILIES | SENSITIVITY)[method]
     for lr, option in itertools.product(lrs, options):
-        yield Setting(domain, method, lr * SHIFT.get(method, 1.0), seed, **option)
+        yield Setting(domain, method, **({"lr": lr * SHIFT.get(method, 1.0), "seed": seed} | option))
 
 
 def curve(method: str, domain: str) -> Iterator[Setting]:

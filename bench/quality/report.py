@@ -140,7 +140,7 @@ def paired_table(domain: str, records: dict[str, Record], weights: Weights) -> s
     """Every setting minus AL at the same learning rate, steps and seeds: same data in the same order."""
     rows: list[list[object]] = []
     for method in (*grid.FAMILIES, *grid.SENSITIVITY):
-        for setting in grid.family(method, domain):
+        for setting in dict.fromkeys(grid.family(method, domain)):
             pair = setting, Setting(domain, "AL", setting.lr, steps=setting.steps)
             both = [
                 seed for seed in grid.SEEDS if {dataclasses.replace(s, seed=seed).key() for s in pair} <= records.keys()

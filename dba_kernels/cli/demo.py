@@ -124,7 +124,7 @@ class Plan:
     type=click.FloatRange(0, 1),
     default=0.5,
     show_default=True,
-    help="k₀: γ falls from it to 0 (at this --lr the library's default, too).",
+    help="k₀: γ falls from it to 0 (so does the library's default, at this --lr).",
 )
 @click.option("--correction", type=click.Choice(["cosine", "none"]), default="cosine", show_default=True, help="α.")
 @click.option("--format", "storage", type=click.Choice(list(STORAGE_FORMATS)), default="int8", show_default=True)

@@ -106,7 +106,10 @@ of a run that was not.
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Rows per optimizer step.")
 @click.option("--micro-batch", type=click.IntRange(1), help="Rows at once; the rest is accumulated.  [default: all]")
 @click.option(
-    "--boost", default="auto", show_default=True, help="k₀: paper (200/T), auto (less at a large --lr), a number."
+    "--boost",
+    default="auto",
+    show_default=True,
+    help="k₀: paper (200/T), auto (less at a large --lr), a number.",
 )
 @click.option("--boost-max", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Largest γ.")
 @click.option(
