@@ -39,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {  # "boost" takes the global gradient; "re
     f"DBA, k₀ = {DEFAULT:g} (default)": {"boost": DEFAULT},
     "replay, one general block to four": {"replay": 1},
     "replay, one to one": {"replay": 4},
+    "AL, after training on the batches of ĝ_G": {"first": True},
     f"AL, {LONG} steps": {"steps": LONG},
     f"DBA, k₀ = {DEFAULT:g}, {LONG} steps": {"boost": DEFAULT, "steps": LONG},
 }
@@ -65,9 +66,13 @@ class Study:
         short = [name for name, count in wanted.items() if len(self.blocks[name].train) < count]
         assert not short, f"{', '.join(short)}: too little text"
 
+    def collected(self) -> torch.Tensor:
+        """The blocks that the global gradient is the mean over."""
+        return self.blocks[GENERAL].train[: COLLECTED * BATCH]
+
     def collect(self, advance: Advance) -> GlobalGradient:
         def batches() -> Iterator[dict[str, torch.Tensor]]:
-            for ids in self.blocks[GENERAL].train[: COLLECTED * BATCH].split(BATCH):
+            for ids in self.collected().split(BATCH):
                 yield {"input_ids": ids, "labels": ids}
                 advance()
 
@@ -89,8 +94,12 @@ class Study:
         boost: Any = None,
         replay: int = 0,
         steps: int = STEPS,
+        first: bool = False,
     ) -> None:
         self.model.load_state_dict(self.base)
+        if first:
+            optimizer = DBAAdamW(self.model.named_parameters(), lr=LR, weight_decay=0.0)
+            fine_tune(self.model, self.collected().split(BATCH), optimizer, COLLECTED, advance)
         boosted = {} if boost is None else dict(global_gradient=gradient, total_steps=steps, boost=boost)
         optimizer = DBAAdamW(self.model.named_parameters(), lr=LR, weight_decay=0.0, **boosted)
         fine_tune(self.model, self.batches(seed, steps, replay), optimizer, steps, advance)
@@ -156,7 +165,7 @@ def main(output: Path) -> None:
             console.print(advice(gradient))
             for method, seed in pending:
                 settings = METHODS.get(method)
-                steps = 0 if settings is None else settings.get("steps", STEPS)
+                steps = 0 if settings is None else settings.get("steps", STEPS) + COLLECTED * ("first" in settings)
                 units = steps + (2 if settings == {} else 1) * 3 * HELD_OUT // BATCH
                 task = bars.add_task(f"{method}, seed {seed}", total=units, tokens=BATCH * LENGTH)
                 if settings is not None:
