@@ -209,6 +209,7 @@ def native_sides(shapes: Shapes, only: Iterable[str] = ()) -> Iterator[Side]:
 
 def torch_sides(shapes: Shapes) -> Iterator[Side]:
     yield Side("triad, 28 B per parameter (the ceiling)", 28, lambda: triad(numel(shapes)))
+    yield Side("the same four streams only read, 16 B", 16, lambda: triad(numel(shapes), writes=False))
     yield Side("torch foreach", 0, lambda: torch_adamw(shapes, foreach=True))
     yield Side("torch single tensor", 0, lambda: torch_adamw(shapes, foreach=False))
     yield Side("torch clip + similarity + boost + fused", 60, lambda: torch_dba(shapes))
@@ -240,8 +241,8 @@ def other_sides(shapes: Shapes) -> Iterator[Side]:
 def compare_placed(shapes: Shapes, side: Side, rounds: int, placements: int, clock: Clock) -> Comparison:
     """``side`` against torch's fused AdamW, both made anew ``placements`` times.
 
-    Where tensors come to lie in memory moves the ratio of two loops that are bound by it by some 10 %, the same way in
-    every round: rounds alone would not show it.
+    Where tensors come to lie in memory moves the ratio of two loops that are bound by it, the same way in every round:
+    rounds alone would not show it.
     """
     parts = []
     for i in range(placements):

@@ -7,9 +7,8 @@ definitions (a kind that no method sees). Finished runs are kept in ``--output``
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import click
 import torch
 from rich.console import Console
 
+from bench import jsonl
 from dba_kernels import DBAAdamW, GlobalGradient, collect_global_gradient
 from dba_kernels.cli.assets import load_model, token_blocks
 from dba_kernels.cli.progress import progress
@@ -32,9 +32,10 @@ COLLECTED = 24  # batches of the global gradient
 HELD_OUT = 48  # blocks of each corpus
 SEEDS = (0, 1, 2)  # each has its own domain blocks; long runs are made once
 DEFAULT = initial_boost("auto", STEPS, LR)  # labels name it: under another default, rows are run again
+AL = "AL: AdamW, linear decay"
 INTERPOLATED = "AL, half-way back to the base (WiSE-FT)"
 METHODS: dict[str, dict[str, Any]] = {  # "boost" takes the global gradient; "replay": general blocks in each batch
-    "AL: AdamW, linear decay": {},
+    AL: {},
     "DBA, k₀ = 0.05": {"boost": 0.05},
     f"DBA, k₀ = {DEFAULT:g} (default)": {"boost": DEFAULT},
     "replay, one general block to four": {"replay": 1},
@@ -45,6 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {  # "boost" takes the global gradient; "re
 }
 
 Advance = Callable[[], None]
+Done = dict[tuple[str, int], dict[str, float]]  # losses of the finished runs by method and seed
 
 
 class Study:
@@ -91,18 +93,20 @@ class Study:
         gradient: GlobalGradient,
         seed: int,
         advance: Advance,
-        boost: Any = None,
+        boost: float | None = None,
         replay: int = 0,
         steps: int = STEPS,
         first: bool = False,
     ) -> None:
         self.model.load_state_dict(self.base)
         if first:
-            optimizer = DBAAdamW(self.model.named_parameters(), lr=LR, weight_decay=0.0)
-            fine_tune(self.model, self.collected().split(BATCH), optimizer, COLLECTED, advance)
+            self._run(self.collected().split(BATCH), COLLECTED, advance)
         boosted = {} if boost is None else dict(global_gradient=gradient, total_steps=steps, boost=boost)
-        optimizer = DBAAdamW(self.model.named_parameters(), lr=LR, weight_decay=0.0, **boosted)
-        fine_tune(self.model, self.batches(seed, steps, replay), optimizer, steps, advance)
+        self._run(self.batches(seed, steps, replay), steps, advance, **boosted)
+
+    def _run(self, batches: Iterable[torch.Tensor], steps: int, advance: Advance, **options: Any) -> None:
+        optimizer = DBAAdamW(self.model.named_parameters(), lr=LR, weight_decay=0.0, **options)
+        fine_tune(self.model, batches, optimizer, steps, advance)
 
     def interpolate(self, share: float) -> None:
         """θ₀ + share · (θ − θ₀)."""
@@ -117,19 +121,17 @@ class Study:
         }
 
 
-def missing(done: dict[tuple[str, int], dict[str, float]]) -> list[tuple[str, int]]:
+def missing(done: Done) -> list[tuple[str, int]]:
     short = [(method, seed) for seed in SEEDS for method, settings in METHODS.items() if "steps" not in settings]
     wanted = [("base", 0), *short, *((method, 0) for method, settings in METHODS.items() if "steps" in settings)]
     return [run for run in wanted if run not in done]
 
 
-def load(path: Path) -> dict[tuple[str, int], dict[str, float]]:
-    """Losses of the finished runs by method and seed."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {(record["method"], record["seed"]): record["losses"] for record in map(json.loads, lines)}
+def load(path: Path) -> Done:
+    return {(record["method"], record["seed"]): record["losses"] for record in jsonl.load(path)}
 
 
-def table(done: dict[tuple[str, int], dict[str, float]]) -> str:
+def table(done: Done) -> str:
     """Markdown: change of each corpus' held-out loss from the base model, mean ± standard deviation over the seeds."""
     base = done["base", 0]
     lines = ["| | " + " | ".join(base) + " |", "|---" * (1 + len(base)) + "|"]
@@ -153,8 +155,7 @@ def main(output: Path) -> None:
 
     def keep(method: str, seed: int, losses: dict[str, float]) -> None:
         losses = {name: round(loss, 5) for name, loss in losses.items()}
-        with open(output, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"method": method, "seed": seed, "losses": losses}, ensure_ascii=False) + "\n")
+        jsonl.append(output, {"method": method, "seed": seed, "losses": losses})
         console.print(f"{method}, seed {seed}: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
 
     if pending := missing(load(output)):
@@ -166,12 +167,12 @@ def main(output: Path) -> None:
             for method, seed in pending:
                 settings = METHODS.get(method)
                 steps = 0 if settings is None else settings.get("steps", STEPS) + COLLECTED * ("first" in settings)
-                units = steps + (2 if settings == {} else 1) * 3 * HELD_OUT // BATCH
+                units = steps + (2 if method == AL else 1) * len(study.blocks) * HELD_OUT // BATCH
                 task = bars.add_task(f"{method}, seed {seed}", total=units, tokens=BATCH * LENGTH)
                 if settings is not None:
                     study.train(gradient, seed, lambda task=task: bars.advance(task), **settings)
                 losses = study.losses(lambda task=task: bars.advance(task))
-                if settings == {}:
+                if method == AL:
                     study.interpolate(0.5)
                     keep(INTERPOLATED, seed, study.losses(lambda task=task: bars.advance(task)))
                 keep(method, seed, losses)

@@ -24,7 +24,7 @@ SOURCE = r"""
 #include <vector>
 
 // Three streams updated in place from a fourth, the cheapest arithmetic that needs all of them.
-static void range(float* a, float* b, float* c, const float* g, int64_t begin, int64_t end) {
+static void update(float* a, float* b, float* c, const float* g, int64_t begin, int64_t end) {
 #pragma GCC ivdep
     for (int64_t i = begin; i < end; ++i) {
         float x = g[i];
@@ -34,7 +34,17 @@ static void range(float* a, float* b, float* c, const float* g, int64_t begin, i
     }
 }
 
-extern "C" void triad(float* a, float* b, float* c, const float* g, int64_t n, int64_t threads) {
+// The same four streams, only read. The bits are combined as integers, whose order the compiler may change.
+static void read(float* a, float* b, float* c, const float* g, int64_t begin, int64_t end) {
+    auto bits = [](const float* p) { return reinterpret_cast<const uint32_t*>(p); };
+    uint32_t sum = 0;
+    for (int64_t i = begin; i < end; ++i) sum += (bits(a)[i] ^ bits(b)[i]) + (bits(c)[i] ^ bits(g)[i]);
+    volatile uint32_t kept = sum;
+    (void)kept;
+}
+
+extern "C" void run(int64_t writes, float* a, float* b, float* c, const float* g, int64_t n, int64_t threads) {
+    auto range = writes ? update : read;
     std::vector<std::thread> others;
     auto bound = [&](int64_t t) { return n * t / threads / 16 * 16; };
     for (int64_t t = 1; t < threads; ++t)
@@ -55,13 +65,13 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def triad(elements: int) -> Callable[[], None]:
-    """One pass over 28 bytes per element with ``torch.get_num_threads()`` threads."""
+def triad(elements: int, writes: bool = True) -> Callable[[], None]:
+    """One pass over 28 bytes per element with ``torch.get_num_threads()`` threads; 16 where it only reads."""
     streams = [torch.full((elements,), 1e-3) for _ in range(4)]
-    run = _library().triad
-    run.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2
+    run = _library().run
+    run.argtypes = [ctypes.c_int64] + [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2
 
     def step() -> None:
-        run(*(stream.data_ptr() for stream in streams), elements, torch.get_num_threads())
+        run(writes, *(stream.data_ptr() for stream in streams), elements, torch.get_num_threads())
 
     return step

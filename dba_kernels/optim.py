@@ -193,13 +193,14 @@ class DBAAdamW(Optimizer):
                 steps_skipped=0,
             ),
         )
-        self.initial_lr = max(float(group["lr"]) for group in self.param_groups)
+        self.initial_lr = 0.0
         if global_gradient is not None:
+            self.initial_lr = max(float(group["lr"]) for group in self.param_groups)
             if method.total_steps:
                 self._settle(method.total_steps)
             if not self.awaits_total_steps:
-                self._warn_about_boost(stacklevel=3)
-                self._warn_about_lr(stacklevel=3)
+                self._warn_about_boost()
+                self._warn_about_lr()
 
     def _identity(self) -> dict[str, Any]:
         """What a state dict keeps of the global gradient and its use: never its data."""
@@ -208,7 +209,7 @@ class DBAAdamW(Optimizer):
         settings = {name: getattr(method, name) for name in METHOD_SETTINGS} | {"bounds": list(method.bounds)}
         return {"path": None if gg.path is None else str(gg.path), "digest": gg.digest, "settings": settings}
 
-    def _warn_about_boost(self, stacklevel: int) -> None:
+    def _warn_about_boost(self) -> None:
         k0, limit, lr = self.settings.boost, self.settings.boost_max, self.initial_lr
         if self.boost_rule == "auto":
             return
@@ -216,22 +217,22 @@ class DBAAdamW(Optimizer):
             warnings.warn(
                 f"boost: gamma starts at k0 = {k0:.3g} and is clamped to boost_max = {limit:g} until it has decayed "
                 "below; the total boost is smaller than the method's, as it is in every run of few steps",
-                stacklevel=stacklevel,
+                stacklevel=3,
             )
         k0, steps = min(k0, limit), self.settings.total_steps
         if k0 * steps * lr > AUTO_BOOST_REACH:
             warnings.warn(
                 f"boost: {k0:.3g} is large for lr = {lr:g} and {steps} steps: the stored global gradient holds near "
                 f'the base model only; boost="auto" would begin at {initial_boost("auto", steps, lr):.3g}',
-                stacklevel=stacklevel,
+                stacklevel=3,
             )
 
-    def _warn_about_lr(self, stacklevel: int) -> None:
+    def _warn_about_lr(self) -> None:
         if self.initial_lr > LARGE_LR:
             warnings.warn(
                 f"lr: {self.initial_lr:g} is large for a method that anneals: the stored global gradient holds near "
                 f"the base model only, and above {LARGE_LR:g} following it did harm in our study",
-                stacklevel=stacklevel,
+                stacklevel=3,
             )
 
     # --- the length of the run ----------------------------------------------------------------------------------------
@@ -260,9 +261,9 @@ class DBAAdamW(Optimizer):
         if known:
             warnings.warn(f"total_steps: changed from {known} to {steps}; gamma follows the new one", stacklevel=2)
         self._settle(steps)
-        self._warn_about_boost(stacklevel=3)
+        self._warn_about_boost()
         if not known:
-            self._warn_about_lr(stacklevel=3)
+            self._warn_about_lr()
 
     def _settle(self, steps: int, boost: float | None = None) -> None:
         """Set T, and k₀ where it is given or a name stands for it."""

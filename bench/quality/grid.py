@@ -84,10 +84,11 @@ SENSITIVITY: dict[str, list[Options]] = {
 
 
 def family(method: str, domain: str, lrs: Iterable[float] = LRS, seed: int = 0) -> Iterator[Setting]:
-    """All settings of one family at the given learning rates, except where an option has its own."""
+    """All settings of one family at the given learning rates, each once; an option may have a rate of its own."""
     options = (FAMILIES | SENSITIVITY)[method]
-    for lr, option in itertools.product(lrs, options):
-        yield Setting(domain, method, **({"lr": lr * SHIFT.get(method, 1.0), "seed": seed} | option))
+    rates = (lr * SHIFT.get(method, 1.0) for lr in lrs)
+    pairs = itertools.product(rates, options)
+    yield from dict.fromkeys(Setting(domain, method, **({"lr": lr, "seed": seed} | option)) for lr, option in pairs)
 
 
 def curve(method: str, domain: str) -> Iterator[Setting]:

@@ -140,7 +140,7 @@ def paired_table(domain: str, records: dict[str, Record], weights: Weights) -> s
     """Every setting minus AL at the same learning rate, steps and seeds: same data in the same order."""
     rows: list[list[object]] = []
     for method in (*grid.FAMILIES, *grid.SENSITIVITY):
-        for setting in dict.fromkeys(grid.family(method, domain)):
+        for setting in grid.family(method, domain):
             pair = setting, Setting(domain, "AL", setting.lr, steps=setting.steps)
             both = [
                 seed for seed in grid.SEEDS if {dataclasses.replace(s, seed=seed).key() for s in pair} <= records.keys()
@@ -195,6 +195,19 @@ def cost_table(domain: str, records: dict[str, Record]) -> str:
     header = ["method", "tokens, one run", "collection, once", "tokens, all its options at one rate",
               "stored B/param", "resident B/param", "seconds, chosen run"]  # fmt: skip
     return table(header, rows)
+
+
+def search_cost(domain: str, records: dict[str, Record]) -> str:
+    """One run of DBA against the search that replay needs for its ratio, at one learning rate, in tokens."""
+    chosen = choose.choice("DBA", domain)
+    if chosen is None or chosen.key() not in records:
+        return ""
+    run, collection = tokens(chosen)
+    search = sum(tokens(s)[0] for s in grid.family("replay", domain, (chosen.lr,)))
+    return (
+        f"DBA's one run costs {run / search:.0%} of the tokens of replay's search over "
+        f"{len(grid.FAMILIES['replay'])} ratios, {(run + collection) / search:.0%} with the collection."
+    )
 
 
 def extra_bytes(setting: Setting) -> tuple[float, float]:
@@ -262,7 +275,7 @@ def write(folder: Path, source: Path = results.FOLDER) -> None:
         parts += [matched_table(domain, records, weights), ""]
         parts += ["The same learning rate, steps and seeds as AL (± over seeds, interval over documents):\n"]
         parts += [paired_table(domain, records, weights), "", duel_table(domain, records, weights), ""]
-        parts += [cost_table(domain, records), ""]
+        parts += [cost_table(domain, records), "", search_cost(domain, records), ""]
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(parts)
     (folder / "report.md").write_text(text, encoding="utf-8")

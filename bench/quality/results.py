@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+
+from bench import jsonl
+from bench.jsonl import Record
 
 FOLDER = Path(__file__).parent / "results"
-Record = dict[str, Any]
 
 
 def load(domain: str, folder: Path = FOLDER) -> dict[str, Record]:
     """Records by key, in the order they were written; a line cut off by a kill is ignored, a broken one is an error."""
     path = folder / f"{domain}.jsonl"
-    if not path.exists():
-        return {}
-    *lines, _torn = path.read_text(encoding="utf-8").split("\n")
     records = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            records[record["key"]] = record
-        except (json.JSONDecodeError, KeyError) as error:
-            raise ValueError(
-                f"{path.name} line {number}: expected a result record, got {line[:60]!r}; delete the line"
-            ) from error
+    for number, record in enumerate(jsonl.load(path), 1):
+        if "key" not in record:
+            raise ValueError(f"{path.name} line {number}: expected a result record, got one without a key; delete it")
+        records[record["key"]] = record
     return records
 
 
@@ -48,12 +40,4 @@ def append(records: list[Record], folder: Path = FOLDER) -> None:
     """Append whole lines and flush them to the disk; a torn last line is removed first."""
     folder.mkdir(parents=True, exist_ok=True)
     for record in records:
-        path = folder / f"{record['setting']['domain']}.jsonl"
-        with path.open("ab+") as file:
-            content_end = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            whole = file.read(content_end).rfind(b"\n") + 1
-            file.truncate(whole)
-            file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        jsonl.append(folder / f"{record['setting']['domain']}.jsonl", record)
