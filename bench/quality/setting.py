@@ -38,6 +38,14 @@ class Setting:
     anchor: float = 0.0  # c of the pull towards θ₀
     anchor_of: str = "decoupled"  # or "gradient"
     metric: str = "uniform"  # of the pull: uniform (L2-SP), fisher (EWC), root_fisher
+    memory: float = 0.0  # c: λ of eq. 10 is c / Σ_t η_t
+    memory_form: str = "gradient"  # λHδ before both moments; "momentum": not in v; "implicit": a step of its own
+    memory_of: str = "kfac"  # or "diagonal": EWC's metric in the same place
+    memory_rank: int = 64
+    memory_rest: bool = True  # the isotropic rest of each factor (eq. 12)
+    memory_every: int = 1  # steps between two computations of Hδ
+    labels: str = "data"  # of the curvature's collection; "sampled": drawn from the model
+    shrink: bool = False  # s of eq. 13 on ĝ_G
     refresh: int = 1  # how many times the global gradient is collected in a run
     batches: int = 256  # general batches of the collection
     source: str = "fresh"  # general split of the collection; "base" is what the model was trained on
@@ -66,3 +74,7 @@ class Setting:
         """Whether the run uses statistics of general gradients."""
         statistics = self.anchor > 0 and self.metric != "uniform"
         return self.boost > 0 or self.correction != "none" or self.seed_v or statistics
+
+    def total_rate(self) -> float:
+        """Σ_t η_t: about how far Adam can move a weight in the run."""
+        return self.lr * ((self.steps + 1) / 2 if self.anneal else self.steps)  # eq. 6
