@@ -36,9 +36,10 @@ class Size:
     name: str
     width: int
     vocabulary: int
+    base_steps: int  # of the base model's training
 
 
-SIZES = {size.name: size for size in (Size("4M", 256, 4096), Size("0.2M", 64, 512))}
+SIZES = {size.name: size for size in (Size("4M", 256, 4096, 4000), Size("0.2M", 64, 512, 2750))}
 SIZE = SIZES[os.environ.get(SIZE_VARIABLE, "4M")]  # of this process and its workers
 
 

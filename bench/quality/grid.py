@@ -18,6 +18,7 @@ STEPS = 200
 K0 = 200 / STEPS  # eq. 2
 DBA: Options = {"boost": K0, "correction": "cosine"}
 ANCHOR: Options = {"metric": "fisher"}
+MEMORY: Options = {"memory": 1.0}  # one weight and one rank for every domain and rate
 
 # Each family is one method with the settings a user would search over besides the learning rate.
 FAMILIES: dict[str, list[Options]] = {
@@ -45,6 +46,11 @@ FAMILIES: dict[str, list[Options]] = {
     "seeded v + anchor": [{"seed_v": True, "anchor": c, **ANCHOR} for c in (30.0,)],
     "seeded v + DBA": [{"seed_v": True, **DBA}],
     "seeded v + WiSE-FT": [{"seed_v": True, "interpolate": i} for i in (0.5, 0.7, 0.85)],
+    "replay, one to one": [{"replay": 0.5}],
+    "memory": [MEMORY],
+    "memory + WiSE-FT": [{**MEMORY, "interpolate": i} for i in (0.7, 0.85)],
+    "memory, diagonal (EWC's)": [{**MEMORY, "memory_of": "diagonal"}],
+    "memory and ĝ_G": [{**MEMORY, "boost": 0.05, "boost_max": 0.05, "shrink": True}],
 }
 SHIFT = {"LoRA": 3.0}  # adapters want larger rates: their whole grid is shifted
 MAIN = ("AdamW", "AL", "replay", "WiSE-FT", "DBA", "seeded v")  # the core
@@ -76,6 +82,18 @@ SENSITIVITY: dict[str, list[Options]] = {
     "T": [{"steps": t, "boost": 200 / t, "correction": "cosine"} for t in (400, 1000)],
     "T (AL)": [{"steps": t} for t in (400, 1000)],
     "T (small boost)": [{**DBA, "steps": 1000, "boost": b, "boost_max": b} for b in (0.05, 0.01)],
+    "memory: weight": [{"memory": w} for w in (0.3, 3.0, 10.0)],
+    "memory: form": [{**MEMORY, "memory_form": f} for f in ("momentum", "implicit")],
+    "memory: rank": [{**MEMORY, "memory_rank": r} for r in (4, 16)],
+    "memory: no rest": [{**MEMORY, "memory_rank": r, "memory_rest": False} for r in (16, 64)],
+    "memory: every": [{**MEMORY, "memory_every": k} for k in (4, 10)],
+    "memory: labels": [{**MEMORY, "labels": "sampled"}],
+    "memory: general batches": [{**MEMORY, "batches": 32}],
+    "memory: steps": [{**MEMORY, "steps": t} for t in (50, 800)],
+    "default boost, shrunk": [
+        {"lr": lr, "boost": b, "boost_max": b, "shrink": True}
+        for lr, b in ((3e-5, 0.5), (1e-4, 0.15), (3e-4, 0.05), (1e-3, 0.015))
+    ],
     "default boost": [
         {**DBA, "lr": lr, "boost": b, "boost_max": b}
         for lr, b in ((3e-5, 0.5), (1e-4, 0.15), (3e-4, 0.05), (1e-3, 0.015))
@@ -101,7 +119,13 @@ def base(domain: str) -> Setting:
     return Setting(domain, "base", 0.0, steps=0)
 
 
-STAGES = ("first", "sweep", "seeds", "confirm", "ablations", "sensitivity")
+STAGES = ("first", "sweep", "seeds", "confirm", "ablations", "sensitivity", "memory", "memory_seeds")
+MEMORY_RIVALS: dict[str, tuple[float, ...]] = {  # the second-order memory's own grid: method and learning rates
+    "memory": (1e-3, 3e-4),
+    "AL": (3e-4, 1e-3),
+    "AdamW": (1e-4, 3e-4),
+    "replay, one to one": (1e-3,),
+}
 TUNED = [d for d in data.DOMAINS if d not in data.CONFIRMING]
 
 
@@ -123,6 +147,12 @@ def stage(name: str) -> list[Setting]:
             return [s for lr in ABLATION_LRS for m in rest for s in family(m, ABLATION_DOMAIN, (lr,))]
         case "sensitivity":
             return [s for m in SENSITIVITY for s in family(m, ABLATION_DOMAIN, (SENSITIVITY_LR,))]
+        case "memory":  # every domain, first seed
+            pairs = list(MEMORY_RIVALS.items())
+            runs = [s for d in data.DOMAINS for m, lrs in pairs for lr in lrs for s in family(m, d, (lr,))]
+            return [*(base(d) for d in data.DOMAINS), *runs]
+        case "memory_seeds":
+            return [s for d in data.DOMAINS for s in chosen_settings(d, (*MEMORY_RIVALS, "memory + WiSE-FT"))]
         case "core":
             return [base(ABLATION_DOMAIN), *chosen_settings(ABLATION_DOMAIN, MAIN)]
     raise ValueError(f"stage {name!r}: expected core or one of {', '.join(STAGES)}")

@@ -9,6 +9,7 @@ library's own: ``tests/test_quality_memory.py`` compares both.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -110,6 +111,45 @@ def collect(network: nn.Module, batches: Iterable[Tensor], sampled: bool = False
     diagonal = {n: s / count for n, s in squares.items()}
     mean = {n: t / count for n, t in total.items()}
     return Curvature(terms, mean, diagonal, seen, time.monotonic() - began)
+
+
+RISES = (0.01, 0.1)  # nats: large enough to be read off a loss, small enough to be quadratic
+
+
+def calibration(network: nn.Module, terms: dict[str, list[Any]], probes: list[Tensor], rows: Tensor) -> float:
+    """κ: how much steeper the general loss is along Adam's steps than ½⟨δ, Hδ⟩ says.
+
+    Adam's first step is the sign of the gradient: every layer and position moves together, and Kronecker factors per
+    map leave just these cross terms out (along a random direction they are right). κ is the symmetric second
+    difference of the loss of ``rows`` over ⟨δ, Hδ⟩ at δ = ε·sign(g), g the gradient of each of ``probes`` in turn; the
+    geometric mean over the probes.
+    """
+    from bench.quality import model
+
+    parameters = {n: p for n, p in network.named_parameters() if p.requires_grad}
+    origin = {n: p.detach().clone() for n, p in parameters.items()}
+    start, logs = model.mean_loss(network, rows), []
+
+    @torch.no_grad()
+    def loss_at(signs: Named, step: float) -> float:
+        for name, parameter in parameters.items():
+            parameter.copy_(origin[name] + step * signs[name])
+        return model.mean_loss(network, rows)
+
+    for probe in probes:
+        model.loss_fn(network, probe).backward()
+        signs = {n: p.grad.sign() for n, p in parameters.items()}
+        network.zero_grad(set_to_none=True)
+        predicted = 0.5 * sum((s * product(terms[n], s)).sum().item() for n, s in signs.items())
+        step = (RISES[0] / predicted) ** 0.5
+        for _ in range(20):
+            rise = (loss_at(signs, step) + loss_at(signs, -step)) / 2 - start
+            if RISES[0] <= rise <= RISES[1]:
+                break
+            step *= 0.5 if rise > RISES[1] else 2.0
+        loss_at(signs, 0.0)
+        logs.append(math.log(max(rise, 1e-30) / (step**2 * predicted)))
+    return math.exp(sum(logs) / len(logs))
 
 
 @dataclass

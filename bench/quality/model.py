@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.quality import data
 from dba_kernels.cli.training import autocast
 
-BASE_STEPS = 4000
+BASE_STEPS = data.SIZE.base_steps
 BASE_BATCH = 8
 BASE_LR = 2e-3
 

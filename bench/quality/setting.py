@@ -38,7 +38,7 @@ class Setting:
     anchor: float = 0.0  # c of the pull towards θ₀
     anchor_of: str = "decoupled"  # or "gradient"
     metric: str = "uniform"  # of the pull: uniform (L2-SP), fisher (EWC), root_fisher
-    memory: float = 0.0  # c: λ of eq. 10 is c / Σ_t η_t
+    memory: float = 0.0  # λ of eq. 10 in units of the calibration κ: 1 weighs the general loss like the domain's
     memory_form: str = "gradient"  # λHδ before both moments; "momentum": not in v; "implicit": a step of its own
     memory_of: str = "kfac"  # or "diagonal": EWC's metric in the same place
     memory_rank: int = 64
@@ -74,7 +74,3 @@ class Setting:
         """Whether the run uses statistics of general gradients."""
         statistics = self.anchor > 0 and self.metric != "uniform"
         return self.boost > 0 or self.correction != "none" or self.seed_v or statistics
-
-    def total_rate(self) -> float:
-        """Σ_t η_t: about how far Adam can move a weight in the run."""
-        return self.lr * ((self.steps + 1) / 2 if self.anneal else self.steps)  # eq. 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from bench.quality.optimizers import GaLoreAdamW, GeneralStatistics, StudyAdamW
 from bench.quality.setting import Setting
 
 BATCH = 4  # domain sequences per step
+PROBES = 4  # batches whose gradients' signs the calibration goes along
 DIVERGED = 30.0  # nats per token that a run which ended in NaN is charged
 TEST_DOCUMENTS, VALID_DOCUMENTS = 128, 64
 
@@ -78,6 +80,18 @@ def base_curvature(network: torch.nn.Module, setting: Setting) -> memory.Curvatu
     return memory.Curvature(**torch.load(path, weights_only=True))
 
 
+def calibration(network: torch.nn.Module, setting: Setting, terms: dict[str, list[Any]]) -> float:
+    """κ of ``terms`` at the base model on batches that come after the collection's; once, then from the cache."""
+    name = f"{setting.labels}-{setting.batches}-{setting.memory_of}-{setting.memory_rank}-{setting.memory_rest}"
+    path = data.cache_folder() / f"calibration-{model.BASE_STEPS}-{name}.json"
+    if not path.exists():
+        stream = batches(data.windows("general", "fresh"), seed=4321)
+        probes = [torch.cat(take(stream, BATCH)) for _ in range(PROBES)]
+        kappa = memory.calibration(network, terms, probes, torch.cat(take(stream, PROBES * BATCH)))
+        data.replace_file(path, lambda temporary: temporary.write_text(json.dumps(kappa)))
+    return float(json.loads(path.read_text()))
+
+
 def anchor(network: torch.nn.Module, setting: Setting) -> memory.Anchor | None:
     """The second-order memory that ``setting`` asks for, at the weights that ``network`` has now."""
     if setting.memory == 0:
@@ -87,7 +101,8 @@ def anchor(network: torch.nn.Module, setting: Setting) -> memory.Anchor | None:
         terms: dict[str, list[Any]] = {n: [d] for n, d in curvature.diagonal.items()}
     else:
         terms = memory.truncated(curvature, setting.memory_rank, setting.memory_rest)
-    return memory.Anchor(terms, named_parameters(network), setting.memory / setting.total_rate(), setting.memory_every)
+    weight = setting.memory * calibration(network, setting, terms)
+    return memory.Anchor(terms, named_parameters(network), weight, setting.memory_every)
 
 
 def stored(mean: dict[str, Tensor], storage: str) -> dict[str, Tensor]:
@@ -150,6 +165,7 @@ def finetune(network: torch.nn.Module, setting: Setting) -> dict[str, Any]:
         "collection_seconds": round(general.seconds, 1) if general else 0.0,
         "domain_tokens": setting.steps * BATCH * data.SEQUENCE,
         "general_tokens": general_rows * data.SEQUENCE,
+        "anchor": round(memory_of_base.weight, 4) if memory_of_base else None,
         "predicted_rise": round(memory_of_base.predicted_rise(parameters), 4) if memory_of_base else None,
         "mean_cosine": round(sum(cosines) / len(cosines), 4) if cosines else None,
     }
