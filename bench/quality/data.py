@@ -37,9 +37,17 @@ class Size:
     width: int
     vocabulary: int
     base_steps: int  # of the base model's training
+    steps: int  # of a fine-tuning run
+    rates: tuple[float, ...]  # learning rates of every family
 
 
-SIZES = {size.name: size for size in (Size("4M", 256, 4096, 4000), Size("0.2M", 64, 512, 2750))}
+SIZES = {
+    size.name: size
+    for size in (
+        Size("4M", 256, 4096, 4000, 200, (3e-5, 1e-4, 3e-4, 1e-3)),
+        Size("0.2M", 64, 512, 2750, 40, (5e-4, 1e-3, 3e-3)),
+    )
+}
 SIZE = SIZES[os.environ.get(SIZE_VARIABLE, "4M")]  # of this process and its workers
 
 

@@ -11,10 +11,10 @@ from bench.quality import data
 from bench.quality.setting import Setting
 
 Options = dict[str, Any]
-LRS = (3e-5, 1e-4, 3e-4, 1e-3)
+LRS = data.SIZE.rates
 BETWEEN = (1.7e-4, 5.5e-4)  # AL alone runs here too: chords of its convex curve would flatter whoever meets it
 SEEDS = (0, 1, 2)
-STEPS = 200
+STEPS = data.SIZE.steps
 K0 = 200 / STEPS  # eq. 2
 DBA: Options = {"boost": K0, "correction": "cosine"}
 ANCHOR: Options = {"metric": "fisher"}
@@ -69,8 +69,8 @@ SWEPT = (
 )
 SWEPT_LRS = (3e-4, 1e-3, 1e-4)  # the middle of the curves comes first
 ABLATION_DOMAIN = "recipes"
-ABLATION_LRS = (3e-4,)
-SENSITIVITY_LR = 3e-4
+ABLATION_LRS = (LRS[-2],)
+SENSITIVITY_LR = LRS[-2]
 
 SENSITIVITY: dict[str, list[Options]] = {
     "k₀ and boost_max": [{**DBA, "boost": m, "boost_max": m} for m in (0.02, 0.1, 0.25, 0.9)],
@@ -106,7 +106,8 @@ def family(method: str, domain: str, lrs: Iterable[float] = LRS, seed: int = 0) 
     options = (FAMILIES | SENSITIVITY)[method]
     rates = (lr * SHIFT.get(method, 1.0) for lr in lrs)
     pairs = itertools.product(rates, options)
-    yield from dict.fromkeys(Setting(domain, method, **({"lr": lr, "seed": seed} | option)) for lr, option in pairs)
+    shared = {"seed": seed, "steps": STEPS}
+    yield from dict.fromkeys(Setting(domain, method, **(shared | {"lr": lr} | option)) for lr, option in pairs)
 
 
 def curve(method: str, domain: str) -> Iterator[Setting]:
@@ -121,10 +122,10 @@ def base(domain: str) -> Setting:
 
 STAGES = ("first", "sweep", "seeds", "confirm", "ablations", "sensitivity", "memory", "memory_seeds")
 MEMORY_RIVALS: dict[str, tuple[float, ...]] = {  # the second-order memory's own grid: method and learning rates
-    "memory": (1e-3, 3e-4),
-    "AL": (3e-4, 1e-3),
-    "AdamW": (1e-4, 3e-4),
-    "replay, one to one": (1e-3,),
+    "memory": LRS[-2:],
+    "AL": LRS,
+    "AdamW": LRS[:-1],
+    "replay, one to one": LRS[-2:],
 }
 TUNED = [d for d in data.DOMAINS if d not in data.CONFIRMING]
 

@@ -14,7 +14,7 @@ from bench.quality.results import Record
 from bench.quality.setting import Setting
 
 RIVALS = ("AL", "replay", "WiSE-FT")  # whom every method meets at equal domain loss
-LEVELS = (3e-5, 1e-4, 3e-4, 1e-3)  # the domain losses that AL reaches at these learning rates
+LEVELS = grid.LRS  # the domain losses that AL reaches at these learning rates
 
 
 def options_text(setting: Setting) -> str:
@@ -108,7 +108,7 @@ def targets(domain: str, records: dict[str, Record], weights: Weights) -> dict[s
     """The domain losses at which methods are compared: where AL stands at three learning rates."""
     found = {}
     for lr in LEVELS:
-        at = analysis.point(Setting(domain, "AL", lr), records, weights, (0,))
+        at = analysis.point(Setting(domain, "AL", lr, steps=grid.STEPS), records, weights, (0,))
         if at is not None:
             found[f"AL at {lr:g}"] = float(at.domain_loss.mean())
     return found
