@@ -66,6 +66,8 @@ SWEPT = (
     "seeded v + WiSE-FT",
     "DBA, small boost",
     "anchor, Fisher",
+    "memory",
+    "memory + WiSE-FT",
 )
 SWEPT_LRS = (3e-4, 1e-3, 1e-4)  # the middle of the curves comes first
 ABLATION_DOMAIN = "recipes"
