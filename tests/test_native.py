@@ -17,9 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.bench_step import fresh_tables
 from dba_kernels import DBAAdamW
-from dba_kernels.formats import Coefficient, StepSettings, StepTables
+from dba_kernels.formats import Coefficient, StepSettings, StepTables, Summary
 from dba_kernels.reference import similarity as reference_similarity
 from dba_kernels.reference import step as reference_step
 
@@ -236,7 +235,19 @@ def _tables(n: int, has_global: list[bool], generator: torch.Generator) -> StepT
     wide = torch.float64
     hyper = torch.tensor([[1e-3, 0.9, 0.99, 1e-8, 1e-2, 1.0], [1e-4, 0.8, 0.999, 1e-6, 0.0, -1.0]], dtype=wide)
     global_sq = torch.where(torch.tensor(has_global), torch.rand(n, generator=generator, dtype=wide) + 10, -1.0)
-    return fresh_tables(hyper, torch.arange(n) % 2, global_sq)
+    return StepTables(
+        sums=torch.zeros(n, 2, dtype=wide),
+        global_sq=global_sq,
+        hyper=hyper,
+        group=torch.arange(n) % 2,
+        active=torch.arange(n),
+        steps=torch.zeros(n),
+        bias_corrections=torch.zeros(n, 2, dtype=wide),
+        counters=torch.zeros(2, dtype=torch.int64),
+        table=torch.zeros(n, Coefficient.COUNT, dtype=wide),
+        report=torch.zeros(n, 2, dtype=wide),
+        summary=torch.zeros(Summary.COUNT, dtype=wide),
+    )
 
 
 def _model() -> tuple[list, list, StepTables]:
