@@ -22,7 +22,7 @@ from dba_kernels.cli import assets, demo, env, files, progress, report, text, tr
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from .cli_inputs import run, save_model  # noqa: E402
+from .support.cli_inputs import run, save_model  # noqa: E402
 
 TEXT = "stir the butter into the flour and bake it until a skewer comes out clean while the oven cools"
 WORDS = TEXT.split()

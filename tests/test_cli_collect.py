@@ -17,7 +17,7 @@ from dba_kernels import DBAAdamW, GlobalGradient, GlobalGradientCollector  # noq
 from dba_kernels.cli import collect, plan, signal  # noqa: E402
 from dba_kernels.formats import STATE_FORMATS, STORAGE_FORMATS  # noqa: E402
 
-from .cli_inputs import SMALL, run, sentences, write_inputs, write_jsonl  # noqa: E402
+from .support.cli_inputs import SMALL, run, sentences, write_inputs, write_jsonl  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from dba_kernels.cli import checkpoint, finetune, trainer  # noqa: E402
 from dba_kernels.cli.packing import Batches, Encoder  # noqa: E402
 from dba_kernels.cli.text import Corpus  # noqa: E402
 
-from .cli_inputs import SMALL, run, write_inputs  # noqa: E402
+from .support.cli_inputs import SMALL, run, write_inputs  # noqa: E402
 
 STEPS, LR = 8, 2e-5
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,7 +172,7 @@ def killed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         both | {"kill": ["batch", 1, 3]},
         both,
     ]
-    command = [sys.executable, "-m", "tests.cli_kill", json.dumps(jobs)]
+    command = [sys.executable, "-m", "tests.support.cli_kill", json.dumps(jobs)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from dba_kernels.cli.files import InputError  # noqa: E402
 from dba_kernels.cli.packing import IGNORED, Batches, Encoder, Rows  # noqa: E402
 from dba_kernels.cli.text import CORPORA, LONGEST_DOCUMENT, Corpus  # noqa: E402
 
-from .cli_inputs import CHATML, MARKED, conversation, make_tokenizer, sentences, write_inputs, write_jsonl  # noqa: E402
+from .support.cli_inputs import CHATML, MARKED, conversation, make_tokenizer, sentences, write_inputs, write_jsonl  # noqa: E402
 
 OPTIONS = {"Llama": {"intermediate_size": 64}, "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32}}
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from dba_kernels import DBAAdamW
 from dba_kernels.plan import Plan
 
-from .distributed_model import (
+from .support.distributed_model import (
     STEPS,
     displacement_error,
     loss_of,
@@ -29,8 +29,8 @@ from .distributed_model import (
     train,
     weights,
 )
-from .ranks import run_ranks
-from .tolerances import TOLERANCES
+from .support.ranks import run_ranks
+from .support.tolerances import TOLERANCES
 
 Named = dict[str, torch.Tensor]
 

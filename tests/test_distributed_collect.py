@@ -23,8 +23,8 @@ from dba_kernels.files import SavedTensors
 from dba_kernels.snapshots import Snapshots
 from dba_kernels.sums import GradientSums
 
-from .distributed_model import WORDS, loss_of, make_net, sharded
-from .ranks import run_ranks
+from .support.distributed_model import WORDS, loss_of, make_net, sharded
+from .support.ranks import run_ranks
 
 MICRO_BATCHES = 5
 Batch = torch.Tensor

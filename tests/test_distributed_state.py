@@ -20,8 +20,8 @@ from dba_kernels import DBAAdamW
 from dba_kernels.distributed import local
 from dba_kernels.plan import Plan
 
-from .distributed_model import make_net, make_optimizer, sharded, tensors
-from .ranks import run_ranks
+from .support.distributed_model import make_net, make_optimizer, sharded, tensors
+from .support.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

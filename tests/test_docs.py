@@ -59,15 +59,12 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("block", python_blocks(), ids=lambda block: block.splitlines()[0][:40])
 def test_readme_python_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Python block of the README runs as written, in an empty folder, on a small model that it is given."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from bench.models import llama
 
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=128
-    )
     text = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 128, (8, 2, 16))]
-    model = LlamaForCausalLM(config)
+    model = llama(vocab_size=128, num_hidden_layers=1)
     dba_kernels.collect_global_gradient(model, text[:2]).save(tmp_path / "global_gradient.safetensors")
     scope = {"model": model, "general_batches": text, "domain_batches": text[:4]}
     scope["dataset"] = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 128, (8, 16))]

@@ -14,8 +14,8 @@ from transformers import Trainer, TrainerCallback
 
 from dba_kernels import DBAAdamW
 
-from .test_integrations_transformers import make_trainer
-from .tiny_llama import weights
+from .support.tiny_llama import weights
+from .support.trainer import make_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVED, KILLED = 2, 3  # steps, of six

@@ -16,8 +16,8 @@ from transformers import Trainer, get_scheduler
 from dba_kernels import DBAAdamW, GlobalGradient
 from dba_kernels.integrations.transformers import DBACallback, dba_adamw
 
-from .test_integrations_transformers import arguments
-from .tiny_llama import batches, difference, examples, make_global, make_model, plain_loop, weights
+from .support.tiny_llama import batches, difference, examples, make_global, make_model, plain_loop, weights
+from .support.trainer import arguments
 
 LR, STEPS, BATCH, ACCUMULATION = 1e-5, 6, 2, 2
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 from dba_kernels import DBAAdamW, GlobalGradient
 from dba_kernels.formats import Coefficient, EncodedTensor, Hyper, StepSettings, StepTables, Summary, TensorBatch
 from dba_kernels.kernels import accumulate, common, quantize, similarity, step, tables
 
-from . import guard_pages
-from .cases import Case, build
+from .support import guard_pages
+from .support.cases import Case, build
+from .support.operations import CountedOperations
 
 SETTINGS = StepSettings(boost=0.2, total_steps=10, correction="cosine", max_grad_norm=1.0, reduce=True)
 Launch = tuple[str, tuple[Any, ...], dict[str, Any]]
@@ -36,19 +36,6 @@ def recorded_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]
     with monkeypatch.context() as patch:
         patch.setattr(GridExecutor, "__call__", record)
         yield launches
-
-
-class CountedOperations(TorchDispatchMode):
-    """Every torch operation that runs inside: allocations, copies, reads back to the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace not in ("profiler", "prim"):  # marks of torch.optim's own, and questions for metadata
-            self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 UPLOAD = ["aten.lift_fresh.default", "aten.copy_.default"]
@@ -364,7 +351,7 @@ def test_wrong_format_of_a_global_gradient_is_refused():
 
 @pytest.mark.parametrize("arguments", [("triton", "one"), ("native",)], ids=str)
 def test_guard_pages(arguments, request):
-    """All of the interpreter's matrix: ``python -m tests.guard_pages triton``."""
+    """All of the interpreter's matrix: ``python -m tests.support.guard_pages triton``."""
     if arguments[0] == "native":
         request.getfixturevalue("native")
     assert guard_pages.run(*arguments) == 0

@@ -23,8 +23,8 @@ from dba_kernels.formats import Coefficient, StepSettings, StepTables
 from dba_kernels.reference import similarity as reference_similarity
 from dba_kernels.reference import step as reference_step
 
-from .cases import Case, build, clone, size_cases
-from .test_step import assert_agrees
+from .support.cases import Case, build, clone, size_cases
+from .support.step_agreement import assert_agrees
 
 native = pytest.importorskip("dba_kernels.native")
 if native.why_not() is not None:

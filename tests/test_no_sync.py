@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from dba_kernels import DBAAdamW, GlobalGradient, plan
 from dba_kernels.formats import PARAM_FORMATS, STATE_FORMATS
 
-from .test_launch import CountedOperations
+from .support.operations import CountedOperations
 
 SHAPES = {"a.weight": (64, 64), "b.weight": (70, 65), "norm.weight": (64,)}
 

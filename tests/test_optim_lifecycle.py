@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from dba_kernels import DBAAdamW, GlobalGradient
 from dba_kernels.plan import CACHED_ACTIVE_SETS
 
-from .test_optim import COMPRESSED, SHAPES, dba, gradient, make_global, make_params, train
+from .support.params import COMPRESSED, SHAPES, dba, gradient, make_global, make_params, train
 
 BACKENDS = ("reference", "native")
 

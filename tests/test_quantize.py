@@ -9,37 +9,14 @@ import itertools
 import pytest
 import torch
 
-from dba_kernels.formats import STORAGE_FORMATS, EncodedTensor
+from dba_kernels.formats import STORAGE_FORMATS
 from dba_kernels.reference import quantize as reference
 
-from .cases import Misaligned, plain, random_tensor
-from .tolerances import assert_codes
+from .support.agreement import GROUPED, assert_same_encoding, every_code
+from .support.cases import Misaligned, random_tensor
 
-GROUPED = tuple(name for name, format in STORAGE_FORMATS.items() if format.grouped)
 SHAPES = ((64, 128), (65, 77), (3, 1501), (70, 3, 33), (1, 5000))
 SMALL = ((0,), (), (63,), (3, 5), (1, 0))
-
-
-def unpacked(encoded: EncodedTensor) -> torch.Tensor:
-    """Codes as integers that lie in the order of their values."""
-    if encoded.format == "int4":
-        return reference.unpack_int4(encoded.codes, encoded.codes.shape[1] * 2)
-    if encoded.format == "fp8_e4m3":
-        magnitude = (encoded.codes & 0x7F).to(torch.int16)
-        return torch.where(encoded.codes > 0x7F, -magnitude, magnitude)
-    return encoded.codes
-
-
-def assert_same_encoding(encode: object, tensor: torch.Tensor, format: str, place: object = plain) -> None:
-    expected, actual = reference.encode(tensor, format), encode(place(tensor), format)
-    assert (actual.format, actual.shape) == (expected.format, expected.shape)
-    assert (actual.codes.dtype, actual.codes.shape) == (expected.codes.dtype, expected.codes.shape)
-    if expected.scales is None:
-        assert actual.scales is None
-        assert torch.equal(actual.codes, expected.codes)
-        return
-    torch.testing.assert_close(actual.scales, expected.scales, rtol=2.0**-22, atol=0.0)
-    assert_codes(format, unpacked(actual), unpacked(expected))
 
 
 @pytest.mark.parametrize("format", STORAGE_FORMATS)
@@ -70,19 +47,6 @@ def difficult() -> torch.Tensor:
 @pytest.mark.parametrize("format", GROUPED)
 def test_difficult_groups(backend, format):
     assert_same_encoding(backend.encode, difficult(), format)
-
-
-def every_code(format: str) -> EncodedTensor:
-    """All byte patterns that ``format`` can store, each under four scales."""
-    codes = torch.arange(256, dtype=torch.uint8)
-    if format == "fp8_e4m3":
-        codes = codes[(codes & 0x7F) != 0x7F]  # NaN
-    elif format == "int8":
-        codes = codes[codes != 128]
-    cols = codes.numel() * (2 if format == "int4" else 1)
-    rows = codes.repeat(32, 1).view(STORAGE_FORMATS[format].dtype)
-    scales = torch.tensor([1.0, 0.3, 2.0**-120, 1e30]).repeat(8)[:, None].repeat(1, -(-cols // 64))
-    return EncodedTensor(format, (32, cols), rows.contiguous(), scales)
 
 
 @pytest.mark.parametrize("format", GROUPED)
