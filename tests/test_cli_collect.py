@@ -14,7 +14,9 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from dba_kernels import DBAAdamW, GlobalGradient, GlobalGradientCollector  # noqa: E402
-from dba_kernels.cli import collect, plan, signal  # noqa: E402
+from dba_kernels.cli import collect_command, plan_command  # noqa: E402
+from dba_kernels.cli.signal_to_noise import advice, batches_for, expected_cosine  # noqa: E402
+from dba_kernels.cli.sizes import Sizes  # noqa: E402
 from dba_kernels.formats import STATE_FORMATS, STORAGE_FORMATS  # noqa: E402
 
 from .support.cli_inputs import SMALL, run, sentences, write_inputs, write_jsonl  # noqa: E402
@@ -99,7 +101,7 @@ def test_going_on_gives_the_same_bytes(
                 raise KeyboardInterrupt
             backward(self, *arguments)
 
-        monkeypatch.setattr(collect.GlobalGradientCollector, "backward", interrupted)
+        monkeypatch.setattr(collect_command.GlobalGradientCollector, "backward", interrupted)
     first = run_collect(inputs, out, *options, *more)
     assert (first.exit_code == 0, out.exists()) == (bool(more), bool(more)), first.output
     monkeypatch.undo()
@@ -165,7 +167,7 @@ def test_advice_follows_the_estimate() -> None:
     def advised(s: float | None, n: int = 10) -> str:
         from types import SimpleNamespace
 
-        return signal.advice(SimpleNamespace(signal_to_noise=s, provenance=SimpleNamespace(batches=n)))  # type: ignore
+        return advice(SimpleNamespace(signal_to_noise=s, provenance=SimpleNamespace(batches=n)))  # type: ignore
 
     assert "unknown" in advised(None)
     assert "hides the signal. Collect 40 batches" in advised(-0.1)
@@ -179,12 +181,12 @@ def test_batches_for_a_cosine_are_right_where_the_truth_is_known() -> None:
     true = torch.randn(20_000, generator=generator)
     n, cosine = 4, 0.9
     signal_to_noise = n * 1.0 / 25.0  # noise of variance 25 per element and batch, signal of variance 1
-    needed = signal.batches_for(cosine, signal_to_noise, n)
+    needed = batches_for(cosine, signal_to_noise, n)
     assert needed == math.ceil(25 * 0.81 / 0.19)
     mean = true + 5 * torch.randn(needed, 20_000, generator=generator).mean(0)
     assert torch.cosine_similarity(mean, true, dim=0).item() == pytest.approx(cosine, abs=0.01)
     few = true + 5 * torch.randn(n, 20_000, generator=generator).mean(0)  # control: the batches at hand do not
-    assert torch.cosine_similarity(few, true, dim=0).item() == pytest.approx(signal.expected_cosine(0.16), abs=0.02)
+    assert torch.cosine_similarity(few, true, dim=0).item() == pytest.approx(expected_cosine(0.16), abs=0.02)
 
 
 # --- inspect ----------------------------------------------------------------------------------------------------------
@@ -228,11 +230,11 @@ def test_inspect_refuses_what_is_no_global_gradient(
 
 
 def test_plan_counts_what_the_library_really_stores(inputs: Path) -> None:
-    shapes, _ = plan.model_shapes(str(inputs / "model" / "config.json"))  # no weights are read
+    shapes, _ = plan_command.model_shapes(str(inputs / "model" / "config.json"))  # no weights are read
     model = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model")
     assert shapes == {name: tuple(param.shape) for name, param in model.named_parameters()}
     tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
-    sizes = plan.Sizes(shapes, torch.bfloat16, rank=8)
+    sizes = Sizes(shapes, torch.bfloat16, rank=8)
     for format in STORAGE_FORMATS:
         assert sizes.globals[format] == GlobalGradient.from_tensors(tensors, format).nbytes, format
     assert sizes.globals["rank 8, int8"] == GlobalGradient.from_tensors(tensors, "int8", rank=8).nbytes
@@ -251,7 +253,7 @@ def test_plan_counts_what_the_library_really_stores(inputs: Path) -> None:
 def test_plan_prints_totals_and_the_batches_that_are_needed(inputs: Path, collected: tuple[Path, Result]) -> None:
     result = run("plan", "--model", inputs / "model", "--global-gradient", collected[0], "--cosine", 0.999)
     assert result.exit_code == 0, result.output
-    sizes = plan.Sizes(plan.model_shapes(str(inputs / "model"))[0], torch.bfloat16)
+    sizes = Sizes(plan_command.model_shapes(str(inputs / "model"))[0], torch.bfloat16)
     (row,) = [line for line in result.output.splitlines() if "split8" in line and "int8" in line]
     assert f"{sizes.total('split8', 'int8', sizes.globals['int4']) / sizes.parameters:.2f} (" in row
     s = GlobalGradient.load(collected[0]).signal_to_noise

@@ -17,7 +17,8 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from dba_kernels import DBAAdamW, GlobalGradient, annealing_schedule  # noqa: E402
-from dba_kernels.cli import checkpoint, finetune, trainer  # noqa: E402
+from dba_kernels.cli import checkpoint, finetune_run  # noqa: E402
+from dba_kernels.cli.output import InputError  # noqa: E402
 from dba_kernels.cli.packing import Batches, Encoder  # noqa: E402
 from dba_kernels.cli.text import Corpus  # noqa: E402
 
@@ -223,7 +224,7 @@ def test_every_part_of_a_checkpoint_counts(
             for state in self.state.values():
                 state["exp_avg"].zero_()
 
-        monkeypatch.setattr(trainer.DBAAdamW, "load_state_dict", forgetful)
+        monkeypatch.setattr(finetune_run.DBAAdamW, "load_state_dict", forgetful)
     elif forgotten == "random":
         monkeypatch.setattr(torch, "set_rng_state", lambda _: None)
     elif forgotten == "scheduler":
@@ -258,10 +259,10 @@ def test_the_newest_two_checkpoints_are_kept_and_a_broken_one_is_passed_over(tmp
     assert [file.name for file in kept.files()] == ["step-00000002.pt", "step-00000003.pt"]
     kept.files()[-1].write_bytes(b"broken")
     assert (found := kept.load()) is not None and found["step"] == 2
-    with pytest.raises(finetune.InputError, match="expected --seed 0, got 1"):
+    with pytest.raises(InputError, match="expected --seed 0, got 1"):
         checkpoint.Checkpoints(tmp_path / "c", {"seed": 1}).load()
     kept.files()[0].write_bytes(b"")
-    with pytest.raises(finetune.InputError, match="none can be read"):
+    with pytest.raises(InputError, match="none can be read"):
         kept.load()
 
 
@@ -283,7 +284,7 @@ def test_another_run_in_the_same_folder_is_refused(inputs: Path, finished: tuple
 def test_resuming_on_other_data_is_refused(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "own.txt"
     text.write_text((inputs / "domain.txt").read_text())
-    monkeypatch.setattr(trainer.Training, "finish", lambda _: iter(()))
+    monkeypatch.setattr(finetune_run.Training, "finish", lambda _: iter(()))
     options = ("--model", inputs / "model", "--data", text, "--steps", 2, "--out", tmp_path / "out", *SMALL)
     assert run("finetune", *options).exit_code == 0
     text.write_text(text.read_text()[::-1])

@@ -13,9 +13,10 @@ from rich.console import Console
 transformers = pytest.importorskip("transformers")
 
 from dba_kernels.cli import workload  # noqa: E402
-from dba_kernels.cli.files import InputError  # noqa: E402
+from dba_kernels.cli.corpora import CORPORA, LONGEST_DOCUMENT  # noqa: E402
+from dba_kernels.cli.output import InputError  # noqa: E402
 from dba_kernels.cli.packing import IGNORED, Batches, Encoder, Rows  # noqa: E402
-from dba_kernels.cli.text import CORPORA, LONGEST_DOCUMENT, Corpus  # noqa: E402
+from dba_kernels.cli.text import Corpus  # noqa: E402
 
 from .support.cli_inputs import CHATML, MARKED, conversation, make_tokenizer, sentences, write_inputs, write_jsonl  # noqa: E402
 

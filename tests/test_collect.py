@@ -565,7 +565,7 @@ def test_ranks_accumulate_and_reduce_once(tmp_path: Path) -> None:
 
 
 def test_reduce_alone_is_nothing() -> None:
-    """Protects the single process: reduce() without a process group changes nothing, and DDP is refused with a mend."""
+    """Protects the single process: reduce() without a process group changes nothing, and DDP is refused with a fix."""
     model, batches = Toy(), batches_of(3)
     collector = GlobalGradientCollector(model)
     with collector:

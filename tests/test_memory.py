@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 from bench import memory
 from bench.models import SMOLLM2_135M, llama
-from dba_kernels.cli.plan import Sizes
+from dba_kernels.cli.sizes import Sizes
 
 OURS = list(memory.OURS)
 

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 import dba_kernels
-from bench.quality import adapters, analysis, choose, data, grid, results, training
+from bench.quality import adapters, analysis, choose, data, grid, results, stages, training
 from bench.quality.optimizers import GaLoreAdamW, GeneralStatistics, StudyAdamW, gamma, similarity
 from bench.quality.setting import Setting
 
@@ -194,7 +194,7 @@ def test_keys_are_stable_and_ignore_the_method_name() -> None:
 
 
 def test_grid_has_no_accidental_duplicates_and_groups_interpolations() -> None:
-    settings = grid.stage("sweep")
+    settings = stages.stage("sweep")
     assert len({s.key() for s in settings}) == len(settings)
     groups = grid.trainings(settings, done=[])
     assert sum(map(len, groups)) == len(settings) > len(groups)

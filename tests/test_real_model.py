@@ -1,4 +1,4 @@
-"""The study of a real model (``python -m bench.real_model``): what it compares, and that the studies' page shows its results.
+"""The study of a real model (``python -m bench.real_model``): what it compares; its page shows the committed results.
 
 No model is loaded here.
 """
@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 
 from bench import real_model
 from bench.real_model import BATCH, COLLECTED, DOMAIN, GENERAL, LONG, SEEDS, STEPS, Study
-from dba_kernels.cli.assets import Blocks
+from dba_kernels.cli.demo.blocks import Blocks
 
 STUDIES = Path(__file__).resolve().parent.parent / "bench" / "quality" / "README.md"
 

@@ -1,4 +1,4 @@
-"""The configured linters pass: what a reader's editor would underline is mended before it is committed."""
+"""The configured linters pass: what a reader's editor would underline is fixed before it is committed."""
 
 from __future__ import annotations
 
