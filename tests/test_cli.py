@@ -21,7 +21,7 @@ from dba_kernels import GlobalGradient, backends
 from dba_kernels.cli import corpora, env_command, models, output, progress
 from dba_kernels.cli.demo import comparison, report, training
 from dba_kernels.cli.demo.blocks import token_blocks
-from dba_kernels.cli.demo.options import SECONDS, Options, Plan
+from dba_kernels.cli.demo.demo_options import SECONDS, Options, Plan
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
@@ -77,6 +77,7 @@ def results(out: Path) -> dict:
 
 
 def test_demo_prints_every_figure_and_says_where_the_files_are(finished: tuple[Path, Result]) -> None:
+    """Protects the demo's result: losses, files and figure are there, and the screen says what the files say."""
     out, result = finished
     saved = results(out)
     assert saved["evaluation_tokens"] == 4 * 15
@@ -92,6 +93,7 @@ def test_demo_prints_every_figure_and_says_where_the_files_are(finished: tuple[P
 
 
 def test_demo_follows_the_schedules(finished: tuple[Path, Result]) -> None:
+    """Protects eqs. 2 and 5 in the demo: γ falls linearly, and α is 1 − φ."""
     dba = results(finished[0])["outcomes"]["DBA"]
     assert [m["gamma"] for m in dba["metrics"]] == pytest.approx([0.5, 0.5 * 2 / 3, 0.5 / 3])
     for m in dba["metrics"]:
@@ -100,6 +102,7 @@ def test_demo_follows_the_schedules(finished: tuple[Path, Result]) -> None:
 
 
 def test_adamw_and_dba_start_alike_and_end_apart(finished: tuple[Path, Result]) -> None:
+    """Protects the comparison: both runs start from the same weights, and the method makes a difference."""
     outcomes = results(finished[0])["outcomes"]
     assert outcomes["AdamW"]["losses"][0] == outcomes["DBA"]["losses"][0]  # the base was restored
     assert outcomes["AdamW"]["losses"][1] != outcomes["DBA"]["losses"][1]
@@ -107,6 +110,7 @@ def test_adamw_and_dba_start_alike_and_end_apart(finished: tuple[Path, Result]) 
 
 
 def test_bytes_per_parameter(finished: tuple[Path, Result], inputs: Path) -> None:
+    """Protects the printed memory: bytes per parameter are those of weights, gradients, state and ĝ_G."""
     outcomes = results(finished[0])["outcomes"]
     model = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model")
     numel, tensors = sum(p.numel() for p in model.parameters()), len(list(model.parameters()))
@@ -117,6 +121,7 @@ def test_bytes_per_parameter(finished: tuple[Path, Result], inputs: Path) -> Non
 
 
 def test_same_seed_and_steps_give_the_same_losses(finished: tuple[Path, Result], inputs: Path, tmp_path: Path) -> None:
+    """Protects repeatability: the same seed gives the same losses and file, another seed does not."""
     assert run_demo(inputs, tmp_path).exit_code == 0
     first, second = results(finished[0])["outcomes"], results(tmp_path)["outcomes"]
     for name in first:
@@ -129,6 +134,7 @@ def test_same_seed_and_steps_give_the_same_losses(finished: tuple[Path, Result],
 
 
 def test_a_stored_global_gradient_is_used_again(finished: tuple[Path, Result], inputs: Path, tmp_path: Path) -> None:
+    """Protects ``--global-gradient``: a stored file is used and not collected anew, with the same result."""
     stored = finished[0] / "global_gradient.safetensors"
     result = run_demo(inputs, tmp_path, "--global-gradient", stored)
     assert result.exit_code == 0, result.output
@@ -138,6 +144,7 @@ def test_a_stored_global_gradient_is_used_again(finished: tuple[Path, Result], i
 
 
 def test_without_steps_the_speed_decides(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the ten minutes: without ``--steps`` the measured speed decides how many there are."""
     monkeypatch.setattr(comparison, "measure_speed", lambda *_: training.Speed(batch=10, evaluation=1, adamw=2, dba=1))
     sizes = list(SIZES)
     del sizes[:2]
@@ -150,6 +157,7 @@ def test_without_steps_the_speed_decides(inputs: Path, tmp_path: Path, monkeypat
 
 
 def test_a_slow_machine_does_less_of_everything() -> None:
+    """Protects the ten minutes: a slow machine gets fewer steps, batches and blocks, close below the limit."""
     options = Options(**comparison.command.make_context("demo", []).params)
     fast, slow = training.Speed(1, 0.3, 0.1, 0.1), training.Speed(11, 3.6, 1, 1)
     assert Plan.within(540, fast, options) == Plan(steps=40, global_batches=24, evaluation_blocks=48)
@@ -159,6 +167,7 @@ def test_a_slow_machine_does_less_of_everything() -> None:
 
 
 def test_a_machine_that_becomes_slower_does_fewer_steps() -> None:
+    """Protects the ten minutes: where the first part was slow the plan shrinks, by no more than needed."""
     options = Options(**comparison.command.make_context("demo", []).params)
     speed = training.Speed(batch=3, evaluation=1, adamw=0.5, dba=0.5)
     plan = Plan.within(SECONDS, speed, options)
@@ -176,6 +185,7 @@ def test_a_machine_that_becomes_slower_does_fewer_steps() -> None:
 
 
 def test_progress_without_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects logs: without a terminal, progress is a line now and then, with rate and time left."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     console = Console(file=io.StringIO(), force_terminal=False)
@@ -194,6 +204,7 @@ def test_progress_without_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_measuring_the_speed_leaves_the_model_as_it_was(inputs: Path) -> None:
+    """Protects the base weights: measuring the speed changes neither them nor the gradients."""
     model, _, _ = models.load_model(str(inputs / "model"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ids = torch.zeros(2, 16, dtype=torch.int64)
@@ -204,6 +215,7 @@ def test_measuring_the_speed_leaves_the_model_as_it_was(inputs: Path) -> None:
 
 
 def test_evaluation_agrees_with_the_model_and_sees_a_change(inputs: Path) -> None:
+    """Protects the held-out loss: it is the model's own, and a changed weight changes it."""
     model, _, _ = models.load_model(str(inputs / "model"))
     blocks = torch.randint(2, 15, (5, 16), generator=torch.Generator().manual_seed(0))
     losses = training.evaluate(model, blocks, 2, lambda: None)
@@ -215,6 +227,7 @@ def test_evaluation_agrees_with_the_model_and_sees_a_change(inputs: Path) -> Non
 
 
 def test_the_verdict_is_careful() -> None:
+    """Protects the reader of a verdict: a difference within the noise is called none."""
     blocks = torch.randn(100, generator=torch.Generator().manual_seed(0)).double()
     noise = blocks - blocks.mean()
     adamw = report.Outcome(domain=blocks, general=blocks)
@@ -254,6 +267,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_bad_text_is_refused(inputs: Path, tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    """Protects the user's time: unusable text is refused by name before the model is loaded."""
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     result = run_demo(inputs, tmp_path / "out", "--domain", tmp_path / name)
@@ -267,12 +281,14 @@ def test_bad_text_is_refused(inputs: Path, tmp_path: Path, name: str, content: s
     ("option", "known"), [("--format", "'fp8_e4m3', 'int8', 'int4'"), ("--state-format", "'bf16'")]
 )
 def test_an_unknown_format_is_refused(inputs: Path, tmp_path: Path, option: str, known: str) -> None:
+    """Protects the user's time: an unknown format is refused with the list of those there are."""
     result = run_demo(inputs, tmp_path, option, "int3")
     assert result.exit_code == 2
     assert "'int3' is not one of" in result.output and known in result.output
 
 
 def test_text_that_is_too_short_is_refused(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the user's time: text too short for a held-out part is refused before anything is computed."""
     monkeypatch.setattr(comparison, "evaluate", lambda *_: pytest.fail("computed before the input was refused"))
     (tmp_path / "short.txt").write_text(TEXT)
     result = run_demo(inputs, tmp_path, "--domain", tmp_path / "short.txt")
@@ -282,6 +298,7 @@ def test_text_that_is_too_short_is_refused(inputs: Path, tmp_path: Path, monkeyp
 
 @pytest.mark.usefixtures("no_model")
 def test_an_unwritable_folder_is_refused(inputs: Path, tmp_path: Path) -> None:
+    """Protects the user's time: a folder that cannot be written to is refused before the model is loaded."""
     (tmp_path / "file").write_text("in the way")
     result = run_demo(inputs, tmp_path / "file" / "out")
     assert result.exit_code == 1
@@ -289,6 +306,7 @@ def test_an_unwritable_folder_is_refused(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_refused_before_computing(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the user's time: a disk without room is refused before anything is computed."""
     monkeypatch.setattr(comparison, "evaluate", lambda *_: pytest.fail("computed before the input was refused"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
@@ -298,6 +316,7 @@ def test_a_full_disk_is_refused_before_computing(inputs: Path, tmp_path: Path, m
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    """Protects old results: a file is replaced whole or stays as it was, and no scratch file is left."""
     path = tmp_path / "results.json"
     path.write_text("old")
 
@@ -344,6 +363,7 @@ def test_a_folder_is_moved_with_its_subfolders(tmp_path: Path) -> None:
 
 
 def test_a_global_gradient_of_another_model_is_refused(inputs: Path, tmp_path: Path) -> None:
+    """Protects against the wrong model: a foreign or missing global gradient is refused by name."""
     other = GlobalGradient.from_tensors({"weight": torch.ones(64, 64)})
     other.save(tmp_path / "other.safetensors")
     for name, message in (("other.safetensors", "--global-gradient"), ("missing.safetensors", "missing.safetensors")):
@@ -353,6 +373,7 @@ def test_a_global_gradient_of_another_model_is_refused(inputs: Path, tmp_path: P
 
 
 def test_a_model_that_is_none_is_refused(inputs: Path, tmp_path: Path) -> None:
+    """Protects the message for a wrong ``--model``: it says what was expected and what was found."""
     (tmp_path / "not-a-model").mkdir()
     for name, message in (("not-a-model", "with a config.json, found nothing"), ("missing.gguf", "no such file")):
         result = run_demo(inputs, tmp_path, "--model", tmp_path / name)
@@ -362,6 +383,7 @@ def test_a_model_that_is_none_is_refused(inputs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_model")
 def test_a_missing_package_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects a bare installation: a missing data package is reported with the command that installs it."""
     package = corpora.PackageFile("no-such-package==1", "no_such_package_of_texts", "data.json")
     monkeypatch.setitem(corpora.CORPORA, "recipes", package)
     result = run("demo", "--out", tmp_path)
@@ -373,6 +395,7 @@ def test_a_missing_package_names_the_command(tmp_path: Path, monkeypatch: pytest
 
 
 def test_packages_are_found_and_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects against foreign code: data packages are located without being imported."""
     package = tmp_path / "package_with_texts"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -396,12 +419,14 @@ def test_packages_are_found_and_not_imported(tmp_path: Path, monkeypatch: pytest
     ],
 )
 def test_readers(tmp_path: Path, name: str, content: str, documents: list[str]) -> None:
+    """Protects the readers: each kind of file gives its documents, alone and in a folder."""
     (tmp_path / name).write_text(content)
     assert corpora.load_documents(str(tmp_path / name)) == (documents, str(tmp_path / name))
     assert corpora.load_documents(str(tmp_path))[0] == documents  # a folder of such files
 
 
 def test_no_document_is_trained_on_and_held_out(inputs: Path) -> None:
+    """Protects the held-out loss: no document stands on both sides, whatever the amount of training text."""
     _, tokenizer, _ = models.load_model(str(inputs / "model"))
     texts = [f"{WORDS[i]} " * 30 for i in range(len(set(WORDS))) if WORDS.index(WORDS[i]) == i]
     blocks = token_blocks(tokenizer, texts, length=8, train=20, held_out=10)
@@ -413,6 +438,7 @@ def test_no_document_is_trained_on_and_held_out(inputs: Path) -> None:
 
 
 def test_a_conversion_is_cached_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the model cache: a failed conversion leaves nothing, a finished one is used again, old remains go."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     gguf = tmp_path / "m.gguf"
     gguf.write_bytes(b"GGUF")
@@ -442,6 +468,7 @@ def test_a_conversion_is_cached_whole_or_not_at_all(tmp_path: Path, monkeypatch:
 
 
 def test_env_names_versions_backends_and_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects bug reports: ``env`` shows versions, and each backend with the reason where it cannot run."""
     monkeypatch.setattr(
         env_command, "sanity_error", lambda backend, device: 0.0
     )  # checked below; the interpreter is slow
@@ -455,6 +482,7 @@ def test_env_names_versions_backends_and_reasons(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_the_sanity_step_passes(backend: str) -> None:
+    """Protects ``env``: a backend that works passes its sanity step."""
     if backends.why_not(backend):
         pytest.skip(backends.why_not(backend))
     assert env_command.sanity_error(backend, "cpu") <= env_command.AGREEMENT
@@ -462,6 +490,7 @@ def test_the_sanity_step_passes(backend: str) -> None:
 
 @pytest.mark.parametrize("failure", ["wrong", "broken"])
 def test_env_notices_a_backend_that_does_not_work(monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
+    """Negative control: ``env`` fails for a backend that raises or computes something else."""
     honest = env_command._sanity_steps
 
     def steps(backend: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -479,4 +508,5 @@ def test_env_notices_a_backend_that_does_not_work(monkeypatch: pytest.MonkeyPatc
 
 
 def test_version() -> None:
+    """Protects ``--version``: it prints the installed package's version."""
     assert "0.1.0" in run("--version").output

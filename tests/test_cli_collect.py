@@ -67,6 +67,7 @@ def test_the_file_holds_the_mean_gradient_per_token(inputs: Path, collected: tup
 
 
 def test_it_says_what_was_done_and_whether_more_is_worth_it(collected: tuple[Path, Result]) -> None:
+    """Protects the report of a collection: counts, signal-to-noise and file are printed, and no snapshot is left."""
     out, result = collected
     gradient = GlobalGradient.load(out)
     for part in ("80 documents", "global gradient: 8/8", "8 batches", f"{gradient.provenance.tokens:,} target tokens"):
@@ -77,6 +78,7 @@ def test_it_says_what_was_done_and_whether_more_is_worth_it(collected: tuple[Pat
 
 
 def test_a_finished_collection_says_so_and_another_is_refused(inputs: Path, collected: tuple[Path, Result]) -> None:
+    """Protects a finished file: the same command leaves it alone, one with other options is refused."""
     out, before = collected[0], collected[0].read_bytes()
     again = run_collect(inputs, out, "--format", "fp32")
     assert again.exit_code == 0 and "finished already" in again.output
@@ -112,6 +114,7 @@ def test_going_on_gives_the_same_bytes(
 
 
 def test_data_that_end_early_are_used_whole(inputs: Path, tmp_path: Path) -> None:
+    """Protects short data: they are used whole, it is said, and the result counts as finished."""
     data = ("--data", write_jsonl(tmp_path / "few.jsonl", [{"text": text} for text in sentences(9, 3)]))
     out = ("--out", tmp_path / "g.safetensors")
     result = run("collect", "--model", inputs / "model", *data, "--batches", 50, *out, *SMALL)
@@ -135,6 +138,7 @@ def test_data_that_end_early_are_used_whole(inputs: Path, tmp_path: Path) -> Non
     ],
 )
 def test_bad_input_is_refused(inputs: Path, tmp_path: Path, arguments: tuple[str, str], message: str) -> None:
+    """Protects the user's time: each bad option is refused with what was expected and what was given."""
     given = {"--model": "{inputs}/model", "--data": "{inputs}/general.jsonl", "--out": str(tmp_path / "g.safetensors")}
     given |= {arguments[0]: arguments[1]}
     options = [part.format(inputs=inputs) for pair in given.items() for part in pair]
@@ -144,6 +148,7 @@ def test_bad_input_is_refused(inputs: Path, tmp_path: Path, arguments: tuple[str
 
 
 def test_a_model_that_is_neither_here_nor_on_the_hub(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the message for a model that is nowhere: both places are named, without the library's long story."""
     monkeypatch.setattr(
         transformers.AutoConfig, "from_pretrained", lambda *_: (_ for _ in ()).throw(OSError("not found\nlong story"))
     )
@@ -154,6 +159,7 @@ def test_a_model_that_is_neither_here_nor_on_the_hub(inputs: Path, monkeypatch: 
 
 
 def test_plan_refuses_a_model_that_is_no_causal_one(tmp_path: Path) -> None:
+    """Protects ``plan``: a model of another kind is refused in one sentence."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     result = run("plan", "--model", tmp_path)
     assert result.exit_code == 1 and "--model: expected a causal language model, got" in result.output
@@ -164,6 +170,8 @@ def test_plan_refuses_a_model_that_is_no_causal_one(tmp_path: Path) -> None:
 
 
 def test_advice_follows_the_estimate() -> None:
+    """Protects the advice: unknown, too noisy, worth more batches, and enough are told apart."""
+
     def advised(s: float | None, n: int = 10) -> str:
         from types import SimpleNamespace
 
@@ -193,6 +201,7 @@ def test_batches_for_a_cosine_are_right_where_the_truth_is_known() -> None:
 
 
 def test_inspect_prints_each_tensor_and_the_totals(inputs: Path, tmp_path: Path) -> None:
+    """Protects ``inspect``: table, totals, plot and JSON show what the file holds."""
     out = tmp_path / "g.safetensors"
     assert run_collect(inputs, out, "--format", "int8", "--rank", 8).exit_code == 0
     result = run("inspect", out, "--plot", tmp_path / "g.png", "--verify")
@@ -214,6 +223,7 @@ def test_inspect_prints_each_tensor_and_the_totals(inputs: Path, tmp_path: Path)
 def test_inspect_refuses_what_is_no_global_gradient(
     inputs: Path, collected: tuple[Path, Result], tmp_path: Path
 ) -> None:
+    """Protects ``inspect``: damaged data, folders, missing and foreign files are refused by name."""
     damaged = tmp_path / "damaged.safetensors"
     content = bytearray(collected[0].read_bytes())
     content[-100] ^= 1
@@ -230,6 +240,7 @@ def test_inspect_refuses_what_is_no_global_gradient(
 
 
 def test_plan_counts_what_the_library_really_stores(inputs: Path) -> None:
+    """Protects ``plan``: its bytes are those that files and optimizers of each format really hold."""
     shapes, _ = plan_command.model_shapes(str(inputs / "model" / "config.json"))  # no weights are read
     model = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model")
     assert shapes == {name: tuple(param.shape) for name, param in model.named_parameters()}
@@ -251,6 +262,7 @@ def test_plan_counts_what_the_library_really_stores(inputs: Path) -> None:
 
 
 def test_plan_prints_totals_and_the_batches_that_are_needed(inputs: Path, collected: tuple[Path, Result]) -> None:
+    """Protects ``plan``: the printed totals and the number of further batches follow from the formulas."""
     result = run("plan", "--model", inputs / "model", "--global-gradient", collected[0], "--cosine", 0.999)
     assert result.exit_code == 0, result.output
     sizes = Sizes(plan_command.model_shapes(str(inputs / "model"))[0], torch.bfloat16)

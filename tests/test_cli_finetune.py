@@ -69,6 +69,7 @@ def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 def test_it_writes_a_model_metrics_and_a_figure(inputs: Path, finished: tuple[Path, Result]) -> None:
+    """Protects the result of a run: a model that has moved, metrics on the schedules, a figure, no remains."""
     out, result = finished
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert model.config.use_cache  # what the base said; it was off while training
@@ -142,6 +143,7 @@ def test_micro_batches_change_rounding_only(inputs: Path, finished: tuple[Path, 
 
 
 def test_compressed_state_and_bf16_weights(inputs: Path, tmp_path: Path) -> None:
+    """Protects the least memory: bf16 weights with int8 state and 8-bit remainders run and are saved as bf16."""
     formats = ("--dtype", "bf16", "--state-format", "int8", "--param-format", "split8")
     result = run_finetune(inputs, tmp_path / "out", *formats)
     assert result.exit_code == 0, result.output
@@ -149,6 +151,7 @@ def test_compressed_state_and_bf16_weights(inputs: Path, tmp_path: Path) -> None
 
 
 def test_without_a_global_gradient_it_is_adamw(inputs: Path, tmp_path: Path) -> None:
+    """Protects plain AdamW: without a global gradient nothing of the method is reported."""
     options = ("--data", inputs / "domain.txt", "--steps", 2, "--out", tmp_path / "out")
     result = run("finetune", "--model", inputs / "model", *options, *SMALL)
     assert result.exit_code == 0, result.output
@@ -185,6 +188,7 @@ def killed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_killed_run_resumes_to_the_same_bits(inputs: Path, finished: tuple[Path, Result], killed: Path) -> None:
+    """Protects hours of training: a run killed while it wrote a checkpoint resumes to the same bits."""
     out = killed / "tuned"
     left = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert len([name for name in left if name.endswith(".partial")]) == 1
@@ -235,6 +239,7 @@ def test_every_part_of_a_checkpoint_counts(
 
 
 def test_a_collection_killed_under_two_processes_resumes_to_the_same_bytes(inputs: Path, killed: Path) -> None:
+    """Protects hours of collection: two processes, killed and resumed, write the same file as two that were not."""
     files = {path.name for path in killed.glob("*.safetensors")}
     assert files == {"whole.safetensors", "g.safetensors"}  # and no snapshot
     assert (killed / "g.safetensors").read_bytes() == (killed / "whole.safetensors").read_bytes()
@@ -249,6 +254,7 @@ def test_a_collection_killed_under_two_processes_resumes_to_the_same_bytes(input
 
 
 def test_the_newest_two_checkpoints_are_kept_and_a_broken_one_is_passed_over(tmp_path: Path) -> None:
+    """Protects against a damaged checkpoint: the one before it is used, and other settings are refused."""
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     scheduler = annealing_schedule(optimizer, 10)
@@ -270,6 +276,7 @@ def test_the_newest_two_checkpoints_are_kept_and_a_broken_one_is_passed_over(tmp
 
 
 def test_another_run_in_the_same_folder_is_refused(inputs: Path, finished: tuple[Path, Result]) -> None:
+    """Protects finished results: another run in their folder is refused and changes nothing."""
     before = weights(finished[0])
     for more, message in (
         ((), "holds a finished run"),
@@ -282,6 +289,7 @@ def test_another_run_in_the_same_folder_is_refused(inputs: Path, finished: tuple
 
 
 def test_resuming_on_other_data_is_refused(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects a resumed run: changed data are noticed and refused."""
     text = tmp_path / "own.txt"
     text.write_text((inputs / "domain.txt").read_text())
     monkeypatch.setattr(finetune_run.Training, "finish", lambda _: iter(()))
@@ -303,6 +311,7 @@ def test_resuming_on_other_data_is_refused(inputs: Path, tmp_path: Path, monkeyp
     ],
 )
 def test_bad_options_are_refused(inputs: Path, tmp_path: Path, more: tuple[str, Any], message: str) -> None:
+    """Protects the user's time: each bad option is refused with what was expected and what was given."""
     result = run_finetune(inputs, tmp_path / "out", *(str(part).format(inputs=inputs) for part in more))
     assert result.exit_code == 1, result.output
     assert message in result.output
@@ -318,6 +327,7 @@ def test_the_methods_options_need_a_global_gradient(inputs: Path, tmp_path: Path
 
 
 def test_a_gradient_of_another_model_is_refused(inputs: Path, tmp_path: Path) -> None:
+    """Protects against the wrong model: a global gradient of other weights is refused."""
     model = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model")
     with torch.no_grad():
         model.model.norm.weight += 0.1
@@ -329,6 +339,7 @@ def test_a_gradient_of_another_model_is_refused(inputs: Path, tmp_path: Path) ->
 
 
 def test_several_processes_are_refused(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects who starts several processes: one error says what to use for that."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = run_finetune(inputs, tmp_path)
     assert result.exit_code == 1 and "use the Hugging Face Trainer with DBAAdamW" in result.output

@@ -22,6 +22,7 @@ MODULES = ("schedule", "backends", "base_model", "global_gradient", "collect", "
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples_run(name: str) -> None:
+    """Protects the docstrings: every example in them gives what it shows."""
     module = importlib.import_module(f"dba_kernels.{name}")
     assert doctest.testmod(module).failed == 0
 
@@ -35,6 +36,7 @@ def test_some_docstring_examples_were_found() -> None:
 
 
 def test_every_public_name_has_a_docstring() -> None:
+    """Protects ``help()``: every public name says what it is."""
     for name in dba_kernels.__all__:
         assert (getattr(dba_kernels, name).__doc__ or "").strip(), name
 

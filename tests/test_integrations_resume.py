@@ -79,6 +79,7 @@ def test_resumed_run_is_the_uninterrupted_one(
     tmp_path: Path,
     recwarn: pytest.WarningsRecorder,
 ) -> None:
+    """Protects checkpoints of the Trainer: a resumed run ends with the bits of an uninterrupted one, and quietly."""
     whole = run(tmp_path / "whole", stored, formats)
     run(tmp_path / "stopped", stored, formats, stop=Stop(KILLED, kill=False))
     resumed = run(tmp_path / "resumed", stored, formats, resume=tmp_path / "stopped" / CHECKPOINT)

@@ -71,6 +71,7 @@ def test_where_one_clips_does_not_matter(stored: Path, tmp_path: Path) -> None:
 
 
 def test_clipping_twice_is_refused(stored: Path, tmp_path: Path) -> None:
+    """Protects the gradient: clipping by the Trainer and in the step is refused, early or at the first step."""
     args = arguments(tmp_path)
     message = r"max_grad_norm: expected clipping in one place, got TrainingArguments\(max_grad_norm=1.0\).*DBAAdamW"
     with pytest.raises(ValueError, match=message):
@@ -86,6 +87,7 @@ def test_clipping_twice_is_refused(stored: Path, tmp_path: Path) -> None:
     "name, sharding", [("ZeRO", {"deepspeed": "zero.json"}), ("FSDP1", {"fsdp_config": {"version": 1}})]
 )
 def test_flattened_parameters_are_refused(name: str, sharding: dict, stored: Path, tmp_path: Path) -> None:
+    """Protects names: sharding that flattens parameters is refused, and what works is not."""
     args = arguments(tmp_path)
     if "deepspeed" in sharding:
         args.deepspeed = sharding["deepspeed"]  # the constructor would want DeepSpeed installed
@@ -100,12 +102,14 @@ def test_flattened_parameters_are_refused(name: str, sharding: dict, stored: Pat
 
 
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    """Protects the callback's user: with another optimizer it says so and does not do nothing."""
     trainer = Trainer(make_model(), arguments(tmp_path), train_dataset=examples(4), callbacks=[DBACallback()])
     with pytest.raises(ValueError, match=r"optimizer: expected DBAAdamW, got AdamW; .*dba_adamw\(args, …\)"):
         trainer.train()
 
 
 def test_a_forgotten_callback_is_said(stored: Path, tmp_path: Path) -> None:
+    """Protects who forgets the callback: the first step says what is missing."""
     args = arguments(tmp_path)
     trainer = Trainer(
         make_model(), args, train_dataset=examples(4), optimizer_cls_and_kwargs=dba_adamw(args, str(stored))

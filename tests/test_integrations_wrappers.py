@@ -252,6 +252,7 @@ def test_fp16_with_a_scaler(stored: Path) -> None:
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("unscale_first", [False, True])
 def test_an_overflow_skips_one_step(unscale_first: bool, wrapped: bool, stored: Path) -> None:
+    """Protects fp16 training: an overflow skips exactly one step, and the scale halves."""
     model, optimizer, scaler = fp16_run(stored, unscale_first, poisoned_step=2, wrapped=wrapped)
     assert scaler.get_scale() == 2.0**9
     assert weights(model).isfinite().all()

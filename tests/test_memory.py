@@ -32,6 +32,7 @@ def by_shapes(row: str, sizes: Sizes) -> float:
 
 @pytest.mark.parametrize("row", OURS)
 def test_live_storages_are_what_the_shapes_say(row: str) -> None:
+    """Protects the memory table: what is alive after a step is what the shapes say, and hardly more."""
     held, sizes = counted(row)
     assert held.weights == held.gradients == 2.0
     assert held.total - held.other == pytest.approx(by_shapes(row, sizes), rel=1e-6)
@@ -39,6 +40,7 @@ def test_live_storages_are_what_the_shapes_say(row: str) -> None:
 
 
 def test_mixed_precision_holds_sixteen_bytes() -> None:
+    """Protects the baseline: torch's mixed precision is counted with its 16 bytes."""
     held, _ = counted("torch mixed")
     assert held.total - held.other == pytest.approx(16, abs=1e-3)
 
@@ -51,6 +53,7 @@ def test_a_forgotten_buffer_is_counted() -> None:
 
 
 def test_overlapping_views_are_counted_once() -> None:
+    """Protects the count: bytes that several tensors share count once, tensors without memory not at all."""
     whole = torch.zeros(100)
     taken: list[tuple[int, int]] = []
     assert memory.covered([whole, whole[10:20], whole.view(10, 10)], taken) == 400

@@ -399,6 +399,7 @@ def test_super_load_state_dict_alone_would_lose_bits() -> None:
 
 
 def test_small_and_one_dimensional_tensors_keep_fp32_state() -> None:
+    """Protects precision: small and 1-D tensors keep fp32 state when int8 is asked for."""
     params = make_params(torch.bfloat16)
     optimizer = dba(params, state_format="int8")
     train(params, optimizer, range(1, 2))
@@ -443,6 +444,7 @@ def test_split16_weight_and_remainder_are_the_fp32_trajectory() -> None:
 
 
 def test_pickled_and_copied_optimizers_continue_identically() -> None:
+    """Protects pickle and deepcopy: both continue with the same bits and metrics."""
     params = make_params()
     optimizer = dba(params)
     train(params, optimizer, range(1, 4))
@@ -644,16 +646,19 @@ def test_missing_adamw_trains_unknown_parameters_plainly() -> None:
     ],
 )
 def test_arguments_are_refused_by_name(arguments: dict, message: str) -> None:
+    """Protects the user's time: each bad argument is refused with its name and what was expected."""
     with pytest.raises(ValueError, match=message):
         dba(make_params(), **arguments)
 
 
 def test_parameters_without_names_are_refused() -> None:
+    """Protects the binding by name: parameters without names are refused with the way to pass them."""
     with pytest.raises(ValueError, match=r"group 0 has no names.*pass model.named_parameters\(\)"):
         DBAAdamW(make_params().values(), global_gradient=make_global(), total_steps=500, lr=1e-5)
 
 
 def test_missing_and_extra_tensors_are_refused_at_the_first_step() -> None:
+    """Protects against a partial match: names that stand on one side only are refused."""
     params = make_params()
     fewer = {name: p for name, p in params.items() if name != "tiny.weight"}
     with pytest.raises(ValueError, match=r"tiny.weight.*expected a parameter of that name"):
@@ -664,6 +669,7 @@ def test_missing_and_extra_tensors_are_refused_at_the_first_step() -> None:
 
 
 def test_unusable_gradients_name_the_parameter() -> None:
+    """Protects the user's time: sparse gradients and strided parameters are refused by the parameter's name."""
     table = torch.nn.Embedding(70, 65, sparse=True)
     table(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(ValueError, match=r"grad of 'weight': expected a dense tensor.*sparse=False"):
@@ -676,6 +682,7 @@ def test_unusable_gradients_name_the_parameter() -> None:
 
 
 def test_state_of_another_model_or_format_is_refused() -> None:
+    """Protects a resumed run: state of another format or shape is refused before it is used."""
     params = make_params(torch.bfloat16)
     optimizer = dba(params, param_format="split16", state_format="int8")
     train(params, optimizer, range(1, 2))

@@ -22,6 +22,7 @@ SMALL = ((0,), (), (63,), (3, 5), (1, 0))
 @pytest.mark.parametrize("format", STORAGE_FORMATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_encode(backend, shape, format):
+    """Protects stored files: codes and scales of every format agree with the reference, ragged rows included."""
     dtype = (torch.float32, torch.bfloat16, torch.float16)[SHAPES.index(shape) % 3]
     tensor = random_tensor(shape, torch.Generator().manual_seed(1)).to(dtype)
     assert_same_encoding(backend.encode, tensor, format)
@@ -29,6 +30,7 @@ def test_encode(backend, shape, format):
 
 @pytest.mark.parametrize("shape", SMALL, ids=str)
 def test_small_tensors_stay_fp32(backend, shape):
+    """Protects precision: tensors too small to compress stay fp32."""
     assert_same_encoding(backend.encode, random_tensor(shape, torch.Generator().manual_seed(1)), "int8")
 
 
@@ -46,11 +48,13 @@ def difficult() -> torch.Tensor:
 
 @pytest.mark.parametrize("format", GROUPED)
 def test_difficult_groups(backend, format):
+    """Protects stored files: zeros, huge, subnormal and boundary values encode as in the reference."""
     assert_same_encoding(backend.encode, difficult(), format)
 
 
 @pytest.mark.parametrize("format", GROUPED)
 def test_decode_every_code(backend, format):
+    """Protects reading: every code that a format can hold decodes to the reference's bits."""
     encoded = every_code(format)
     assert torch.equal(backend.decode(encoded), reference.decode(encoded))
 
@@ -58,6 +62,7 @@ def test_decode_every_code(backend, format):
 @pytest.mark.parametrize("format", STORAGE_FORMATS)
 @pytest.mark.parametrize("shape", SHAPES[1:3], ids=str)
 def test_decode_into(backend, shape, format):
+    """Protects ``out``: decoding into a narrower tensor fills it with the rounded values."""
     encoded = reference.encode(random_tensor(shape, torch.Generator().manual_seed(2)), format)
     out = torch.full(shape, float("nan"), dtype=torch.bfloat16)
     assert backend.decode(encoded, out) is out
@@ -67,6 +72,7 @@ def test_decode_into(backend, shape, format):
 
 @pytest.mark.parametrize("format", GROUPED)
 def test_misaligned_storage(backend, format):
+    """Protects memory: storage that is not aligned gives the same codes, and nothing is written beside it."""
     place = Misaligned()
     tensor = random_tensor((64, 128), torch.Generator().manual_seed(3))
     assert_same_encoding(backend.encode, tensor, format, place)
@@ -78,6 +84,7 @@ def test_misaligned_storage(backend, format):
 
 
 def test_row_shard_decodes_as_the_whole(backend):
+    """Protects sharding by rows: a slice of the codes decodes to the slice of the tensor."""
     encoded = reference.encode(random_tensor((65, 77), torch.Generator().manual_seed(4)), "int4")
     assert torch.equal(backend.decode(encoded.row_slice(20, 41)), reference.decode(encoded)[20:41])
 
@@ -111,5 +118,6 @@ def _high_nibble_first(tensor, format):
 
 @pytest.mark.parametrize("wrong, format", [(_half_up, "int8"), (_high_nibble_first, "int4")])
 def test_control_wrong_codes(wrong, format):
+    """Negative control: codes rounded otherwise and nibbles swapped are noticed."""
     with pytest.raises(AssertionError):
         assert_same_encoding(wrong, random_tensor((65, 77), torch.Generator().manual_seed(1)), format)

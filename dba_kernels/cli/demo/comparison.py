@@ -24,7 +24,7 @@ from ..output import InputError, prepare_folder, write_whole
 from ..progress import Bars, progress, wide_console
 from ..signal_to_noise import advice
 from .blocks import Blocks, token_blocks
-from .options import MAX_STEPS, SECONDS, Options, Plan
+from .demo_options import MAX_STEPS, SECONDS, Options, Plan
 from .report import Outcome, draw, losses_table, verdict
 from .training import Run, Speed, evaluate, fine_tune, measure_speed
 
