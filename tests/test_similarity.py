@@ -28,17 +28,20 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_sums(backend, case):
+    """Protects eq. 4: dot products and norms of every format agree with the reference, other rows stay untouched."""
     assert_same_sums(backend.similarity, case)
 
 
 @pytest.mark.parametrize("case", [ODD_SIZES, WIDE_GRADS], ids=str)
 def test_misaligned_storage(backend, case):
+    """Protects memory: storage that is not aligned gives the same sums, and nothing is written beside it."""
     place = Misaligned()
     assert_same_sums(backend.similarity, case, place)
     place.check()
 
 
 def test_same_input_twice_gives_the_same_bits(backend):
+    """Protects repeatability: the reduction has a fixed order."""
     batch, grads, _ = build(WIDE_GRADS)
     once, twice = sums_of(backend.similarity, batch, grads), sums_of(backend.similarity, batch, grads)
     assert torch.equal(once.nan_to_num(-1), twice.nan_to_num(-1))
@@ -46,6 +49,7 @@ def test_same_input_twice_gives_the_same_bits(backend):
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_gradient(backend, poison):
+    """Protects the skipped step: a NaN or an infinity shows in the sum of its own tensor, and in no other."""
     batch, grads, _ = build(WIDE_GRADS)
     position = next(i for i, grad in enumerate(grads) if grad.numel() == 1025)
     grads[position].view(-1)[-1] = poison
@@ -64,6 +68,7 @@ def _neighbours_scale(batch, grads):
 
 @pytest.mark.parametrize("spoil", [_one_element, _neighbours_scale])
 def test_control_sums(spoil):
+    """Negative control: one changed element and one neighbour's scale are noticed."""
     with pytest.raises(AssertionError):
         assert_same_sums(reference.similarity, WIDE_GRADS, mutate=spoil)
 
@@ -88,6 +93,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_coefficients(backend, name):
+    """Protects eqs. 2, 4 and 5: every mode, scope and limit gives the reference's coefficients."""
     assert_same_coefficients(backend.coefficients, dataclasses.replace(BASE, **VARIANTS[name]), arguments())
 
 
@@ -102,11 +108,13 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_optional_inputs(backend, name):
+    """Protects scalers and callables: loss scale, found_inf, own γ and own α act as in the reference."""
     assert_same_coefficients(backend.coefficients, BASE, arguments(), OPTIONS[name])
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_non_finite_sum_skips(backend, poison):
+    """Protects the weights: a sum that is not finite marks every active parameter as skipped, and counts."""
     inputs = arguments()
     inputs["sums"][3, 1] = poison
     assert_same_coefficients(backend.coefficients, BASE, inputs)
@@ -116,6 +124,7 @@ def test_non_finite_sum_skips(backend, poison):
 
 
 def test_non_finite_sum_of_an_inactive_parameter_is_ignored(backend):
+    """Protects the step: what an inactive parameter left in its row does not skip it."""
     inputs = arguments()
     inputs["sums"][1] = float("nan")
     backend.coefficients(StepTables(**inputs), BASE)
@@ -123,6 +132,7 @@ def test_non_finite_sum_of_an_inactive_parameter_is_ignored(backend):
 
 
 def test_more_parameters_than_one_block(backend):
+    """Protects large models: more parameters than one block holds, in any order."""
     n = 700
     inputs = {name: tensor.clone() for name, tensor in arguments().items()}
     for name in ("sums", "global_sq", "group", "steps", "bias_corrections", "table", "report"):
@@ -133,6 +143,7 @@ def test_more_parameters_than_one_block(backend):
 
 
 def test_zero_norms_mean_no_correction(backend):
+    """Protects eq. 4 at zero: where a norm is 0, φ is 0 and α is 1."""
     inputs = arguments()
     inputs["sums"][5], inputs["global_sq"][0] = 0.0, 0.0
     inputs["sums"][0, 0] = 0.0
@@ -155,5 +166,6 @@ def test_zero_norms_mean_no_correction(backend):
     ids=str,
 )
 def test_control_coefficients(wrong):
+    """Negative control: each changed setting is noticed."""
     with pytest.raises(AssertionError):
         assert_same_coefficients(reference.coefficients, BASE, arguments(), **wrong)

@@ -21,21 +21,25 @@ REST = [case for case in full_matrix() if case not in PAIRWISE]
 
 @pytest.mark.parametrize("case", PAIRWISE, ids=str)
 def test_formats(backend, case):
+    """Protects eqs. 3, 7 and 8: every pair of formats steps as the reference does, on each backend."""
     assert_agrees(backend.step, case)
 
 
 @pytest.mark.parametrize("case", REST, ids=str)
 def test_remaining_formats(native, case):
+    """Protects eqs. 3, 7 and 8: the combinations that pairs leave out, on the compiled backend."""
     assert_agrees(native.step, case)
 
 
 @pytest.mark.parametrize("case", size_cases(), ids=str)
 def test_sizes(backend, case):
+    """Protects ragged ends: empty, tiny, ragged and 1-D tensors step as the reference does."""
     assert_agrees(backend.step, case)
 
 
 @pytest.mark.parametrize("case", size_cases()[:4], ids=str)
 def test_misaligned_storage(backend, case):
+    """Protects memory: storage that is not aligned gives the same step, and nothing is written beside it."""
     place = Misaligned()
     assert_agrees(backend.step, case, place)
     place.check()
@@ -58,6 +62,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("case", size_cases()[1:3], ids=str)
 def test_skipped_rows_stay_untouched(backend, case):
+    """Protects a skipped step: it changes no bit of weights and state, whatever the gradients hold."""
     batch, grads, table = build(case)
     before, stepped = clone(batch), clone(batch)
     skipped = [i for i in range(len(grads)) if i % 2 == 1]
@@ -90,6 +95,7 @@ DETERMINISTIC = [
 
 @pytest.mark.parametrize("case", DETERMINISTIC, ids=str)
 def test_same_input_twice_gives_the_same_bits(backend, case):
+    """Protects repeatability: stochastic rounding included, the same input gives the same bits."""
     batch, grads, table = build(case)
     again = clone(batch)
     backend.step(batch, grads, table)
@@ -119,6 +125,8 @@ WRONG_BY_ONE_PERCENT = [
 @pytest.mark.parametrize("column", WRONG_BY_ONE_PERCENT)
 @pytest.mark.parametrize("case", size_cases()[:2], ids=str)
 def test_control_wrong_coefficient(case, column):
+    """Negative control: each coefficient that is off by a hundredth is noticed."""
+
     def spoil(batch, table):
         table[batch.index[-1], column] *= 1.01
 
@@ -149,11 +157,13 @@ def _swapped_nibbles(batch, table):
 
 @pytest.mark.parametrize("spoil", [_other_seed, _other_offset, _other_step, _shifted_rows, _swapped_nibbles])
 def test_control_wrong_batch(spoil):
+    """Negative control: another seed, offset or step, shifted rows and swapped nibbles are noticed."""
     with pytest.raises(AssertionError):
         assert_agrees(reference.step, size_cases()[2], mutate=spoil)
 
 
 def test_control_write_outside():
+    """Negative control: a write one element past the end is noticed."""
     place = Misaligned()
     tensor = place(torch.zeros(8))
     torch.as_strided(tensor, (9,), (1,))[8] = 1.0
