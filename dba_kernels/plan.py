@@ -191,7 +191,7 @@ class Plan:
 
     def _build(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> ActiveSet:
         rows = [self._row[id(p)] for p in params]
-        by_format: dict[Any, list[int]] = defaultdict(list)
+        by_format: dict[tuple[Any, Any, Any, tuple[str, str, str]], list[int]] = defaultdict(list)
         for i, (param, grad, row) in enumerate(zip(params, grads, rows, strict=True)):
             _check_grad(param, grad, self.names[row])
             stored = self.stored[row]
@@ -201,8 +201,8 @@ class Plan:
         return ActiveSet(
             index=torch.tensor(rows, device=self.device),
             parts=[
-                TensorBatch(*formats, tensors=[self._tensors_of(params[i]) for i in at])
-                for (*_, formats), at in by_format.items()
+                TensorBatch(*formats, [self._tensors_of(params[i]) for i in at])
+                for (_, _, _, formats), at in by_format.items()
             ],
             positions=list(by_format.values()),
             addresses=_addresses(params),
