@@ -88,6 +88,26 @@ class StepSettings:
 
 
 @dataclass(frozen=True)
+class StepOverrides:
+    """What a step may be given from outside, each None for nothing.
+
+    Args:
+        loss_scale: scalar by which the gradients are too large.
+        found_inf: scalar, not 0 to skip the step.
+        gamma: scalar γ_t in place of eq. 2.
+        alpha: ``[n]`` α_t in place of eq. 5.
+    """
+
+    loss_scale: torch.Tensor | None = None
+    found_inf: torch.Tensor | None = None
+    gamma: torch.Tensor | None = None
+    alpha: torch.Tensor | None = None
+
+
+NO_OVERRIDES = StepOverrides()
+
+
+@dataclass(frozen=True)
 class StepTables:
     """Everything of a step that is not per element, on one device: n parameters, G groups, m ≤ n active parameters.
 

@@ -14,7 +14,6 @@ import triton.language as tl
 from ..stepdata import TensorBatch
 from . import columns as col
 from .codecs import load_global, stored_dtype
-from .coefficients import coefficients
 from .common import (
     GROUP,
     MASKED_TILE,
@@ -26,8 +25,6 @@ from .common import (
     tile_offsets,
 )
 from .tables import TRITON_DTYPES, on_device, tables_of, vector_elements
-
-__all__ = ["coefficients", "similarity"]
 
 SUM_BLOCK = tl.constexpr(1024)
 
