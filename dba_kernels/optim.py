@@ -206,8 +206,12 @@ class DBAAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
-        grads = [param.grad for param in params]
+        params, grads = [], []
+        for group in self.param_groups:
+            for param in group["params"]:
+                if (grad := param.grad) is not None:
+                    params.append(param)
+                    grads.append(grad)
         if not params:
             return loss
         if self._only_allocates(grads):
