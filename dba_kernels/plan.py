@@ -7,8 +7,8 @@ plan is in ``optimizer.state`` and ``optimizer.param_groups``. It knows no optim
 One step, and the types that it passes through (the data are in :mod:`.stepdata`, formats in :mod:`.formats`)::
 
     DBAAdamW.step()          parameters that have a gradient, and these gradients
-      Plan.activate()        → ActiveSet: kept per set of parameters; its TensorBatches hold one ParamTensors per parameter
-                               (weight, state, stored ĝ_G, seed) and are cut by device, dtypes and formats
+      Plan.activate()        → ActiveSet, kept per set of parameters: TensorBatches of one ParamTensors per parameter
+                               (weight, state, stored ĝ_G, seed), cut by device, dtypes and formats
       Plan.upload_hyper()    lr, betas, … of the groups → StepTables.hyper, where they changed
       Method                 → StepSettings (T, k₀, correction, clipping), StepOverrides (γ and α of a user's functions)
       ops.similarity()       TensorBatch, gradients → StepTables.sums                        one pass over g and ĝ_G
