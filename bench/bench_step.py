@@ -19,8 +19,9 @@ import click
 import pytest
 import torch
 
-from dba_kernels import DBAAdamW, GlobalGradient, native
+from dba_kernels import DBAAdamW, GlobalGradient
 from dba_kernels.formats import GROUP
+from dba_kernels.native import library
 
 from .harness import Comparison, compare, in_fresh_process, machine_load, seconds_of
 from .triad import BYTES_PER_ELEMENT, triad
@@ -236,7 +237,7 @@ def main(
     The last two columns are the bandwidths that the row and torch's optimizer reached in the same rounds.
     """
     counts = [1] if busy else list(threads) or sorted({1, torch.get_num_threads()})
-    print(f"{machine_load()}; torch {torch.__version__}, {platform.machine()} {native.isa()}")
+    print(f"{machine_load()}; torch {torch.__version__}, {platform.machine()} {library.isa()}")
     rates = (f"{in_fresh_process(bandwidth, n):.1f} GB/s with {n}" for n in counts)
     print(f"triad, 28 B per element: {', '.join(rates)} thread{'s' * (counts[-1] > 1)}", flush=True)
     for title, n in itertools.product(chosen or MODELS, counts):
