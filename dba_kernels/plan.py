@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import warnings
 import zlib
 from collections import defaultdict
@@ -38,7 +39,7 @@ from .base_model import Groups, names_of, normalize_name
 from .distributed import PLAIN_TYPES, Sharding, layout_of, local
 from .formats import matrix_shape
 from .global_gradient import GlobalGradient
-from .state import StateOptions, States, formats_of, prepare
+from .state import StateOptions, States, Witness, formats_of, prepare
 from .stepdata import (
     PROJECTIONS,
     UPDATED_PARTS,
@@ -82,6 +83,7 @@ class ActiveSet:
         addresses: of the parameters, in the order of the optimizer's groups.
         kinds: dtype and layout of each gradient.
         states: each parameter's state as it was: the tensors by key, and their addresses.
+        witness: the same for a check that costs little.
         plain: whether no parameter is a DTensor.
     """
 
@@ -91,17 +93,20 @@ class ActiveSet:
     addresses: list[int]
     kinds: list[tuple[torch.dtype, torch.layout]]
     states: list[tuple[dict[str, torch.Tensor], list[int]]]
+    witness: Witness | None
     plain: bool
 
-    def is_current(self, params: list[torch.Tensor], grads: list[torch.Tensor], state: Mapping[Any, Any]) -> bool:
+    def is_current(self, params: list[torch.Tensor], grads: list[torch.Tensor], states: Mapping[Any, Any]) -> bool:
         """Whether parameters and state still are the tensors that the batches were made of, and gradients alike."""
-        return (
-            self.addresses == _addresses(params)
-            and self.kinds == [(g.dtype, g.layout) for g in grads]
-            and (self.plain or all(_same_place(p, g) for p, g in zip(params, grads, strict=True)))
-            and all(
-                _same_tensors(known, state.get(p)) and addresses == _addresses(known.values())
-                for p, (known, addresses) in zip(params, self.states, strict=True)
+        return self.kinds == _kinds(grads) and (
+            (self.witness is not None and self.witness.sees_no_change(params, states))
+            or (
+                self.addresses == _addresses(params)
+                and (self.plain or all(_same_place(p, g) for p, g in zip(params, grads, strict=True)))
+                and all(
+                    _same_tensors(known, states.get(p)) and addresses == _addresses(known.values())
+                    for p, (known, addresses) in zip(params, self.states, strict=True)
+                )
             )
         )
 
@@ -110,6 +115,13 @@ class ActiveSet:
         parts = grads if self.plain else [local(g) for g in grads]
         usable = [g if g.is_contiguous() else g.contiguous() for g in parts]
         return [(part, [usable[i] for i in at]) for part, at in zip(self.parts, self.positions, strict=True)]
+
+
+def _kinds(grads: list[torch.Tensor]) -> list[tuple[torch.dtype, torch.layout]]:
+    return list(map(_kind, grads))
+
+
+_kind = operator.attrgetter("dtype", "layout")
 
 
 def _same_tensors(known: dict[str, torch.Tensor], now: dict[str, torch.Tensor] | None) -> bool:
@@ -236,8 +248,9 @@ class Plan:
             ],
             positions=list(by_format.values()),
             addresses=_addresses(params),
-            kinds=[(g.dtype, g.layout) for g in grads],
+            kinds=_kinds(grads),
             states=[(tensors, _addresses(tensors.values())) for tensors in kept],
+            witness=Witness.of(params, states),
             plain=self.sharding.mesh is None,
         )
 
@@ -349,7 +362,7 @@ def _same_place(param: Any, grad: Any) -> bool:
 
 
 def _grouping(groups: Groups) -> list[list[int]]:
-    return [[id(p) for p in group["params"]] for group in groups]
+    return [list(map(id, group["params"])) for group in groups]
 
 
 def _check_grad(param: torch.Tensor, grad: torch.Tensor, name: str) -> None:
