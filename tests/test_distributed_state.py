@@ -20,8 +20,8 @@ from dba_kernels import DBAAdamW
 from dba_kernels.distributed import local
 from dba_kernels.plan import Plan
 
-from .distributed_model import make_net, make_optimizer, sharded, tensors
-from .ranks import run_ranks
+from .support.distributed_model import make_net, make_optimizer, sharded, tensors
+from .support.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -210,6 +210,7 @@ def test_other_bits_are_noticed(found: dict, expected: dict) -> None:
 
 
 def test_a_step_that_only_allocates_is_decided_by_all_ranks(found: dict) -> None:
+    """Protects checkpoint loading: whether a step only allocates is decided by all ranks together."""
     keys = ["exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale", "step"]
     for ranks in found.values():
         for rank in ranks:

@@ -14,8 +14,8 @@ from dba_kernels.formats import Coefficient, Hyper, StepSettings, StepTables, Su
 from dba_kernels.reference import accumulate as accumulate_module
 from dba_kernels.reference import quantize, similarity
 from dba_kernels.reference import step as step_module
-from tests.broken_reference import CONTROLS, edited
-from tests.oracle import (
+from tests.support.broken_reference import CONTROLS, edited
+from tests.support.oracle import (
     BUSY,
     FOUND_INF_STEP,
     GROUP_OF,

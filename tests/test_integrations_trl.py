@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from dba_kernels import DBAAdamW
 from dba_kernels.integrations.transformers import DBACallback, dba_adamw
 
-from .tiny_llama import TEXT, decay_groups, difference, make_model, plain_loop
+from .support.tiny_llama import TEXT, decay_groups, difference, make_model, plain_loop
 
 STEPS, BATCH, ACCUMULATION, LR = 6, 2, 2, 1e-5
 

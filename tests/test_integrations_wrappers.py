@@ -16,8 +16,8 @@ from transformers import Trainer, get_scheduler
 from dba_kernels import DBAAdamW, GlobalGradient
 from dba_kernels.integrations.transformers import DBACallback, dba_adamw
 
-from .test_integrations_transformers import arguments
-from .tiny_llama import batches, difference, examples, make_global, make_model, plain_loop, weights
+from .support.tiny_llama import batches, difference, examples, make_global, make_model, plain_loop, weights
+from .support.trainer import arguments
 
 LR, STEPS, BATCH, ACCUMULATION = 1e-5, 6, 2, 2
 
@@ -252,6 +252,7 @@ def test_fp16_with_a_scaler(stored: Path) -> None:
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("unscale_first", [False, True])
 def test_an_overflow_skips_one_step(unscale_first: bool, wrapped: bool, stored: Path) -> None:
+    """Protects fp16 training: an overflow skips exactly one step, and the scale halves."""
     model, optimizer, scaler = fp16_run(stored, unscale_first, poisoned_step=2, wrapped=wrapped)
     assert scaler.get_scale() == 2.0**9
     assert weights(model).isfinite().all()

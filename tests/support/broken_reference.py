@@ -13,7 +13,8 @@ import torch
 from dba_kernels.formats import Coefficient, StepSettings, StepTables, Summary
 from dba_kernels.reference import similarity
 from dba_kernels.reference import step as step_module
-from tests.oracle import BUSY, Case
+
+from .oracle import BUSY, Case
 
 Arguments = dict[str, Any]
 _coefficients = similarity.coefficients

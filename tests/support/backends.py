@@ -1,0 +1,42 @@
+"""The backends under test. Triton's interpreter must be chosen before any kernel is imported: hence the first lines."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    torch.set_num_threads(1)  # small tensors: threads only cost
+
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+STEMS = {
+    "accumulate": ("accumulate",),
+    "quantize": ("encode", "decode"),
+    "similarity": ("similarity", "coefficients"),
+    "step": ("step",),
+}
+BACKENDS = ("triton", "native")
+
+
+def backend_named(name: str) -> Any:
+    """An object with the functions named in ``STEMS``.
+
+    Raises:
+        RuntimeError: the backend cannot run here; says why.
+    """
+    if name == "native":
+        module = importlib.import_module("dba_kernels.native")
+        if module.why_not() is not None:
+            raise RuntimeError(f"native: {module.why_not()}")
+        return module
+    folder = "kernels" if name == "triton" else name
+    functions = {}
+    for stem, names in STEMS.items():
+        module = importlib.import_module(f"dba_kernels.{folder}.{stem}")
+        functions.update({function: getattr(module, function) for function in names})
+    return SimpleNamespace(name=name, **functions)
