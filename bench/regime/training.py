@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from bench.regime import data, model
 from bench.regime.setting import Setting
 from dba_kernels import DBAAdamW, GlobalGradient, annealing_schedule, collect_global_gradient
-from dba_kernels.cli.assets import cache_dir
+from dba_kernels.cli.models import cache_dir
 
 BATCH = 8  # domain answers per step
 COLLECTED = 48  # batches of the collection, and steps of training once on general answers
