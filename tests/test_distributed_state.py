@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dba_kernels import DBAAdamW
 from dba_kernels.distributed import local
 from dba_kernels.plan import Plan
+from dba_kernels.stepdata import ParamTensors
 
 from .support.distributed_model import make_net, make_optimizer, sharded, tensors
 from .support.ranks import run_ranks
@@ -125,13 +127,11 @@ def through(name: str, net: nn.Module, optimizer: DBAAdamW, **kind: bool) -> tup
 
 
 def without_offsets(world: int) -> Named:
-    def batch(self: Plan, *args: Any) -> Any:
-        made = real(self, *args)
-        made.offsets = [0] * len(made.offsets)
-        return made
+    def tensors_of(self: Plan, *args: Any) -> ParamTensors:
+        return replace(real(self, *args), offset=0)
 
-    real: Callable = Plan._batch
-    with mock.patch.object(Plan, "_batch", batch):
+    real: Callable[..., ParamTensors] = Plan._tensors_of
+    with mock.patch.object(Plan, "_tensors_of", tensors_of):
         return give(*make("split8, int8", world), 0, ALL)
 
 

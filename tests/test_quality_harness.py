@@ -6,6 +6,7 @@ No model is trained and no data package is read here; the study itself is ``pyth
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 
 import numpy as np
@@ -19,6 +20,7 @@ import dba_kernels
 from bench.quality import adapters, analysis, choose, data, grid, results, stages, training
 from bench.quality.optimizers import GaLoreAdamW, GeneralStatistics, StudyAdamW, gamma, similarity
 from bench.quality.setting import Setting
+from dba_kernels.cli.output import InputError
 
 STEPS = 20
 
@@ -271,8 +273,8 @@ def test_harmonic_mean() -> None:
 
 def test_missing_package_names_the_command(monkeypatch) -> None:
     """Protects a bare installation: a missing data package is reported with the command that installs it."""
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r"bench/data-packages\.txt"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"bench/data-packages\.txt"):
         next(data.recipes())
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 import triton.language as tl
 
-from dba_kernels.formats import Coefficient, TensorBatch
 from dba_kernels.reference import step as reference
+from dba_kernels.stepdata import Coefficient
 
-from .support.cases import Case, Misaligned, build, clone, full_matrix, pairwise_matrix, size_cases
+from .support.cases import Case, Misaligned, build, clone, full_matrix, pairwise_matrix, size_cases, written
 from .support.step_agreement import assert_agrees
 
 PAIRWISE = pairwise_matrix()
@@ -45,17 +45,6 @@ def test_misaligned_storage(backend, case):
     place.check()
 
 
-def tensors_of(batch: TensorBatch) -> list[torch.Tensor]:
-    return [
-        *batch.params,
-        *batch.remainders,
-        *batch.exp_avgs,
-        *batch.exp_avg_sqs,
-        *batch.exp_avg_scales,
-        *batch.exp_avg_sq_scales,
-    ]
-
-
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
 
@@ -66,12 +55,12 @@ def test_skipped_rows_stay_untouched(backend, case):
     batch, grads, table = build(case)
     before, stepped = clone(batch), clone(batch)
     skipped = [i for i in range(len(grads)) if i % 2 == 1]
-    table[batch.index[skipped], Coefficient.SKIP] = 1.0
     for i in skipped:
+        table[batch.tensors[i].index, Coefficient.SKIP] = 1.0
         grads[i].fill_(float("nan"))
     backend.step(batch, grads, table)
     reference.step(stepped, grads, table)
-    for after, original, other in zip(tensors_of(batch), tensors_of(before), tensors_of(stepped), strict=True):
+    for after, original, other in zip(written(batch), written(before), written(stepped), strict=True):
         assert torch.equal(bits(after), bits(original)) == torch.equal(bits(other), bits(original))
 
 
@@ -100,7 +89,7 @@ def test_same_input_twice_gives_the_same_bits(backend, case):
     again = clone(batch)
     backend.step(batch, grads, table)
     backend.step(again, grads, table)
-    assert all(torch.equal(bits(x), bits(y)) for x, y in zip(tensors_of(batch), tensors_of(again), strict=True))
+    assert all(torch.equal(bits(x), bits(y)) for x, y in zip(written(batch), written(again), strict=True))
 
 
 # --- negative controls: what the comparison must notice ---------------------------------------------------------------
@@ -128,18 +117,20 @@ def test_control_wrong_coefficient(case, column):
     """Negative control: each coefficient that is off by a hundredth is noticed."""
 
     def spoil(batch, table):
-        table[batch.index[-1], column] *= 1.01
+        table[batch.tensors[-1].index, column] *= 1.01
 
     with pytest.raises(AssertionError):
         assert_agrees(reference.step, case, mutate=spoil)
 
 
 def _other_seed(batch, table):
-    batch.seeds = [seed + 1 for seed in batch.seeds]
+    for tensor in batch.tensors:
+        tensor.seed += 1
 
 
 def _other_offset(batch, table):
-    batch.offsets = [offset + 64 for offset in batch.offsets]
+    for tensor in batch.tensors:
+        tensor.offset += 64
 
 
 def _other_step(batch, table):
@@ -147,11 +138,13 @@ def _other_step(batch, table):
 
 
 def _shifted_rows(batch, table):
-    batch.index = batch.index - 1
+    for tensor in batch.tensors:
+        tensor.index -= 1
 
 
 def _swapped_nibbles(batch, table):
-    codes = batch.global_grads[-1].codes if batch.global_grads else batch.exp_avgs[-1]
+    last = batch.tensors[-1]
+    codes = last.exp_avg if last.global_grad is None else last.global_grad.codes
     codes.copy_(codes.roll(1, dims=-1))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,17 @@ def _prose(record: Any) -> str:
     return "\n".join(line for value in record if (line := _prose(value)))
 
 
-def _obo(text: str) -> Iterable[str]:
-    """Name and definition of each term of an OBO ontology that has a definition."""
+def obo_terms(text: str) -> Iterator[tuple[str, str]]:
+    """Name and definition, quotes still escaped, of each term of an OBO ontology that has a definition."""
     for term in text.split("\n[Term]\n")[1:]:
         name = re.search(r"^name: (.*)$", term, re.MULTILINE)
         definition = re.search(r'^def: "((?:[^"\\]|\\.)*)"', term, re.MULTILINE)
         if name and definition:
-            yield f"{name[1]}\n{definition[1]}".replace('\\"', '"')
+            yield name[1], definition[1]
+
+
+def _obo(text: str) -> Iterable[str]:
+    return (f"{name}\n{definition}".replace('\\"', '"') for name, definition in obo_terms(text))
 
 
 def _licence(text: str) -> Iterable[str]:

@@ -9,8 +9,9 @@ import dataclasses
 
 import torch
 
-from dba_kernels.formats import STORAGE_FORMATS, Coefficient, EncodedTensor, Hyper, StepSettings, StepTables, Summary
-from dba_kernels.reference import accumulate, quantize, similarity
+from dba_kernels.formats import STORAGE_FORMATS, EncodedTensor
+from dba_kernels.reference import accumulate, coefficients, quantize, similarity
+from dba_kernels.stepdata import Coefficient, Hyper, StepOverrides, StepSettings, StepTables, Summary
 
 from .cases import Case, build, plain, random_tensor
 from .tolerances import TOLERANCES, assert_codes, assert_fp32
@@ -109,14 +110,15 @@ def assert_same_sums(
     if mutate is not None:
         mutate(placed, placed_grads)
     actual = sums_of(backend_similarity, placed, placed_grads)
-    written = batch.index.tolist()
+    written = batch.all("index")
     for row in range(len(actual)):
         if row not in written:
             assert actual[row].isnan().all(), f"row {row} belongs to no tensor and was written"
             continue
         i = written.index(row)
         grad = grads[i].double()
-        stored = quantize.decode(batch.global_grads[i]).double() if batch.global_grads else torch.zeros_like(grad)
+        kept = batch.tensors[i].global_grad
+        stored = torch.zeros_like(grad) if kept is None else quantize.decode(kept).double()
         terms = torch.stack(((grad * stored).abs().sum(), grad.square().sum()))
         error = (actual[row] - expected[row]).abs()
         assert (error <= TOLERANCES["sum"].bound * terms).all(), f"row {row}: {actual[row]}, expected {expected[row]}"
@@ -174,11 +176,11 @@ def assert_same_coefficients(
     backend_coefficients: object, settings: StepSettings, inputs: dict, optional: dict | None = None, **spoiled: object
 ) -> None:
     """Everything that ``coefficients`` writes, NaN where the reference leaves NaN."""
-    optional = optional or {}
+    overrides = StepOverrides(**(optional or {}))
     expected = {name: tensor.clone() for name, tensor in inputs.items()}
     actual = {name: tensor.clone() for name, tensor in inputs.items()}
-    similarity.coefficients(StepTables(**expected), settings, **optional)
-    backend_coefficients(StepTables(**actual), dataclasses.replace(settings, **spoiled), **optional)
+    coefficients.coefficients(StepTables(**expected), settings, overrides)
+    backend_coefficients(StepTables(**actual), dataclasses.replace(settings, **spoiled), overrides)
     for name in OUTPUTS:
         limit = TOLERANCES["table"].bound
         torch.testing.assert_close(

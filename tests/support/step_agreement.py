@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from dba_kernels.formats import Coefficient, TensorBatch
 from dba_kernels.reference import quantize, remainder
 from dba_kernels.reference import step as reference
+from dba_kernels.stepdata import Coefficient, TensorBatch
 
 from .cases import Case, build
 from .tolerances import FP16_SPLIT16_FLOOR, NARROW_STEP, SPLIT8_STEP, assert_codes, assert_fp32, assert_narrow
@@ -16,11 +16,13 @@ def largest_terms(
     batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor, i: int
 ) -> dict[str, torch.Tensor]:
     """fp64 magnitude of the largest term that enters each result of tensor ``i``, before the step is taken."""
-    row = table[batch.index[i]]
-    exp_avg, exp_avg_sq = (x.double() for x in reference._load_state(batch, i, torch.float32))
-    param = reference._load_param(batch, i, torch.float32).double()
+    tensor = batch.tensors[i]
+    row = table[tensor.index]
+    exp_avg, exp_avg_sq = (x.double() for x in reference.load_state(tensor, batch.state_format, torch.float32))
+    param = reference.load_param(tensor, batch.param_format, torch.float32).double()
     grad = row[Coefficient.GRAD_WEIGHT] * grads[i].double()
-    stored = quantize.decode(batch.global_grads[i]).double() if batch.global_grads else torch.zeros_like(grad)
+    kept = tensor.global_grad
+    stored = torch.zeros_like(grad) if kept is None else quantize.decode(kept).double()
     stored = row[Coefficient.GLOBAL_WEIGHT] * stored
     beta1, rest1 = row[Coefficient.BETA1], row[Coefficient.ONE_MINUS_BETA1]
     beta2, rest2 = row[Coefficient.BETA2], row[Coefficient.ONE_MINUS_BETA2]
@@ -36,34 +38,35 @@ def largest_terms(
 def assert_same_state(actual: TensorBatch, expected: TensorBatch, i: int, terms: dict[str, torch.Tensor]) -> None:
     """The moments of tensor ``i``, within the table of tolerances."""
     for name, largest in (("exp_avg", terms["exp_avg"]), ("exp_avg_sq", terms["exp_avg_sq"])):
-        got, want = getattr(actual, name + "s")[i], getattr(expected, name + "s")[i]
+        got, want = (getattr(batch.tensors[i], name) for batch in (actual, expected))
         if actual.state_format == "fp32":
             assert_fp32(name, got, want, largest)
         elif actual.state_format == "bf16":
             assert_narrow(name, got, want, largest, NARROW_STEP[torch.bfloat16])
         else:
-            scale, want_scale = getattr(actual, name + "_scales")[i], getattr(expected, name + "_scales")[i]
+            scale, want_scale = (getattr(batch.tensors[i], name + "_scale") for batch in (actual, expected))
             assert_fp32(name + "_scale", scale, want_scale, 2 * want_scale)
             assert_codes(name, got, want)
 
 
 def assert_same_param(actual: TensorBatch, expected: TensorBatch, i: int, largest: torch.Tensor) -> None:
     """The parameter of tensor ``i``, joined with its remainder."""
-    kind, dtype = actual.param_format, actual.params[i].dtype
+    kind, weight, want_weight = actual.param_format, actual.tensors[i].param, expected.tensors[i].param
+    dtype = weight.dtype
     if kind == "native":
-        got, want = actual.params[i], expected.params[i]
+        got, want = weight, want_weight
         if dtype == torch.float32:
             assert_fp32("param", got, want, largest)
         else:
             assert_narrow("param", got, want, largest, NARROW_STEP[dtype])
         return
-    got, want = (remainder.join(b.params[i], b.remainders[i], kind) for b in (actual, expected))
+    got, want = (remainder.join(b.tensors[i].param, b.tensors[i].remainder, kind) for b in (actual, expected))
     if kind == "split8":
         assert_narrow("param", got, want, largest, SPLIT8_STEP[dtype], share="random")
     else:
         floor = FP16_SPLIT16_FLOOR if (kind, dtype) == ("split16", torch.float16) else 2.0**-126
         assert_fp32("param", got, want, largest, floor)
-    assert_narrow("weight", actual.params[i], expected.params[i], largest, NARROW_STEP[dtype])
+    assert_narrow("weight", weight, want_weight, largest, NARROW_STEP[dtype])
 
 
 def assert_agrees(step: object, case: Case, place: object = torch.clone, mutate: object = None) -> None:

@@ -17,7 +17,8 @@ from .tiny_llama import batches, decay_groups, examples, make_model, plain_loop
 LR, STEPS, BATCH, DECAY = 1e-5, 6, 2, 0.1
 
 
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
+def arguments(folder: Path, kind: type = TrainingArguments, **options: Any) -> TrainingArguments:
+    """A short run in the data's order, on the CPU, that logs every step and saves nothing."""
     defaults = dict(
         output_dir=str(folder),
         learning_rate=LR,
@@ -31,7 +32,7 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
         disable_tqdm=True,
         use_cpu=True,
     )
-    return TrainingArguments(**(defaults | options))
+    return kind(**(defaults | options))
 
 
 def make_trainer(
