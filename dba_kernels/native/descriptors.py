@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import operator
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -143,7 +143,7 @@ class _Descriptors:
 
 def structs_of(
     batches: list[TensorBatch], grads: list[list[torch.Tensor]], with_state: bool
-) -> tuple[ctypes.Array, list]:
+) -> tuple[ctypes.Array[Any], list[Any]]:
     """The structs to pass, and what must stay alive until the call is over."""
     found = [
         _Descriptors.enter(batch, part, with_state) for batch, part in zip(batches, grads, strict=True) if batch.tensors
