@@ -85,6 +85,7 @@ class ActiveSet:
         states: each parameter's state as it was: the tensors by key, and their addresses.
         witness: the same for a check that costs little.
         plain: whether no parameter is a DTensor.
+        tables: what :meth:`Plan.tables` has made of it.
     """
 
     index: torch.Tensor
@@ -95,6 +96,7 @@ class ActiveSet:
     states: list[tuple[dict[str, torch.Tensor], list[int]]]
     witness: Witness | None
     plain: bool
+    tables: StepTables | None = None
 
     def is_current(self, params: list[torch.Tensor], grads: list[torch.Tensor], states: Mapping[Any, Any]) -> bool:
         """Whether parameters and state still are the tensors that the batches were made of, and gradients alike."""
@@ -118,10 +120,7 @@ class ActiveSet:
 
 
 def _kinds(grads: list[torch.Tensor]) -> list[tuple[torch.dtype, torch.layout]]:
-    return list(map(_kind, grads))
-
-
-_kind = operator.attrgetter("dtype", "layout")
+    return list(map(operator.attrgetter("dtype", "layout"), grads))
 
 
 def _same_tensors(known: dict[str, torch.Tensor], now: dict[str, torch.Tensor] | None) -> bool:
@@ -310,8 +309,10 @@ class Plan:
 
     def tables(self, active: ActiveSet) -> StepTables:
         """The tables that ``coefficients`` reads and writes."""
-        own = (field.name for field in fields(StepTables) if field.name != "active")
-        return StepTables(active=active.index, **{name: getattr(self, name) for name in own})
+        if active.tables is None:
+            own = (field.name for field in fields(StepTables) if field.name != "active")
+            active.tables = StepTables(active=active.index, **{name: getattr(self, name) for name in own})
+        return active.tables
 
     def unscaled_sums(
         self, active: ActiveSet, loss_scale: torch.Tensor | None

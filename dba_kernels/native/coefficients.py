@@ -36,15 +36,12 @@ class CoefficientArguments(ctypes.Structure):
     ]
 
 
-def entered(
-    tables: StepTables, settings: StepSettings, overrides: StepOverrides
-) -> tuple[CoefficientArguments, list[torch.Tensor | None]]:
-    """The struct to pass, and what must stay alive until the call is over."""
+def _with_tables(tables: StepTables) -> CoefficientArguments:
+    """The struct of these tables, checked once; the rest of it changes from call to call."""
+    if (known := tables.cache.get("native")) is not None:
+        return known
     n, wide, index = len(tables.steps), torch.float64, torch.int64
-    loss_scale, found_inf = overrides.loss_scale, overrides.found_inf
-    gamma = None if overrides.gamma is None else overrides.gamma.to(wide).reshape(())
-    alpha = None if overrides.alpha is None else overrides.alpha.to(wide).contiguous()
-    arguments = CoefficientArguments(
+    arguments = tables.cache["native"] = CoefficientArguments(
         sums=address("sums", tables.sums, wide, (n, 2)),
         global_sq=address("global_sq", tables.global_sq, wide, (n,)),
         hyper=address("hyper", tables.hyper, wide, (len(tables.hyper), Hyper.COUNT)),
@@ -57,20 +54,31 @@ def entered(
         table=address("table", tables.table, wide, (n, Coefficient.COUNT)),
         report=address("report", tables.report, wide, (n, 2)),
         summary=address("summary", tables.summary, wide, (Summary.COUNT,)),
-        boost=settings.boost,
-        total_steps=settings.total_steps,
-        boost_max=settings.boost_max,
-        alpha_min=settings.bounds[0],
-        alpha_max=settings.bounds[1],
-        max_grad_norm=math.inf if settings.max_grad_norm is None else settings.max_grad_norm,
-        correction=CORRECTIONS.index(settings.correction),
-        global_scope=settings.scope == "global",
-        reduce=settings.reduce,
-        loss_scale=1.0 if loss_scale is None else loss_scale.item(),
-        found_inf=found_inf is not None and bool((found_inf != 0).any()),
-        gamma_override=None if gamma is None else gamma.data_ptr(),
-        alpha_override=None if alpha is None else address("alpha", alpha, wide, (n,)),
     )
+    return arguments
+
+
+def entered(
+    tables: StepTables, settings: StepSettings, overrides: StepOverrides
+) -> tuple[CoefficientArguments, list[torch.Tensor | None]]:
+    """The struct to pass, and what must stay alive until the call is over."""
+    loss_scale, found_inf = overrides.loss_scale, overrides.found_inf
+    gamma = None if overrides.gamma is None else overrides.gamma.to(torch.float64).reshape(())
+    alpha = None if overrides.alpha is None else overrides.alpha.to(torch.float64).contiguous()
+    arguments = _with_tables(tables)
+    arguments.boost, arguments.total_steps, arguments.boost_max = (
+        settings.boost,
+        settings.total_steps,
+        settings.boost_max,
+    )
+    arguments.alpha_min, arguments.alpha_max = settings.bounds
+    arguments.max_grad_norm = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
+    arguments.correction = CORRECTIONS.index(settings.correction)
+    arguments.global_scope, arguments.reduce = settings.scope == "global", settings.reduce
+    arguments.loss_scale = 1.0 if loss_scale is None else loss_scale.item()
+    arguments.found_inf = found_inf is not None and bool((found_inf != 0).any())
+    arguments.gamma_override = None if gamma is None else gamma.data_ptr()
+    arguments.alpha_override = None if alpha is None else address("alpha", alpha, torch.float64, (len(tables.steps),))
     return arguments, [gamma, alpha]
 
 
