@@ -6,7 +6,6 @@ Plain data without arithmetic, like :mod:`.formats`, so that every backend may i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -140,11 +139,6 @@ class StepTables:
     table: torch.Tensor
     report: torch.Tensor
     summary: torch.Tensor
-
-    @cached_property
-    def cache(self) -> dict[str, Any]:
-        """Scratch that a backend keeps between steps, keyed by the backend."""
-        return {}
 
 
 UPDATED_PARTS = ("param", "remainder", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")

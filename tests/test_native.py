@@ -72,6 +72,28 @@ def test_every_instruction_set_agrees_with_the_reference(isa, case):
         assert_agrees(step.step, case)
 
 
+HOT = [
+    Case(dtype, kind, state, stored, torch.bfloat16, LARGE, seed=41)
+    for dtype, kind in ((torch.float32, "native"), (torch.bfloat16, "split16"), (torch.bfloat16, "split8"))
+    for state in ("fp32", "int8")
+    for stored in ("none", "int8", "int4")
+]
+"""Formats whose step is compiled in one stage for gradients of the parameter's dtype; others go through a block."""
+
+
+@pytest.mark.parametrize("case", HOT, ids=str)
+@pytest.mark.parametrize("isa", library.usable_isas())
+def test_one_stage_and_two_give_the_same_bits(isa, case):
+    """Protects the choice of kernel, which is one of speed alone: equal gradients in bf16 and fp32 take both ways."""
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        batch, grads, table = build(case)
+        with library.use_isa(isa):
+            step.step(batch, [grad.to(dtype) for grad in grads], table)
+        results.append(written(batch))
+    assert _same_bits(*results)
+
+
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, **environment}

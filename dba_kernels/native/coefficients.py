@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import weakref
 
 import torch
 
@@ -36,12 +37,17 @@ class CoefficientArguments(ctypes.Structure):
     ]
 
 
+_known: dict[int, tuple[weakref.ref[StepTables], CoefficientArguments]] = {}
+"""By the tables' id; an entry goes when its tables go."""
+
+
 def _with_tables(tables: StepTables) -> CoefficientArguments:
     """The struct of these tables, checked once; the rest of it changes from call to call."""
-    if (known := tables.cache.get("native")) is not None:
-        return known
+    key = id(tables)
+    if (known := _known.get(key)) is not None:
+        return known[1]
     n, wide, index = len(tables.steps), torch.float64, torch.int64
-    arguments = tables.cache["native"] = CoefficientArguments(
+    arguments = CoefficientArguments(
         sums=address("sums", tables.sums, wide, (n, 2)),
         global_sq=address("global_sq", tables.global_sq, wide, (n,)),
         hyper=address("hyper", tables.hyper, wide, (len(tables.hyper), Hyper.COUNT)),
@@ -55,6 +61,7 @@ def _with_tables(tables: StepTables) -> CoefficientArguments:
         report=address("report", tables.report, wide, (n, 2)),
         summary=address("summary", tables.summary, wide, (Summary.COUNT,)),
     )
+    _known[key] = weakref.ref(tables, lambda _: _known.pop(key)), arguments
     return arguments
 
 
