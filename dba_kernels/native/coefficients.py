@@ -1,4 +1,4 @@
-"""The coefficient table of a step, from the sums of its reduction (eqs. 2, 4, 5)."""
+"""The coefficients of a step, from the sums of its reduction (eqs. 2, 4, 5)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..stepdata import (
     Coefficient,
     Hyper,
     StepOverrides,
+    StepScalars,
     StepSettings,
-    StepTables,
     Summary,
 )
 from .library import address, load
@@ -37,42 +37,42 @@ class CoefficientArguments(ctypes.Structure):
     ]
 
 
-_known: dict[int, tuple[weakref.ref[StepTables], CoefficientArguments]] = {}
-"""By the tables' id; an entry goes when its tables go."""
+_known: dict[int, tuple[weakref.ref[StepScalars], CoefficientArguments]] = {}
+"""By the scalars' id; an entry goes when they go."""
 
 
-def _with_tables(tables: StepTables) -> CoefficientArguments:
-    """The struct of these tables, checked once; the rest of it changes from call to call."""
-    key = id(tables)
+def _of_scalars(scalars: StepScalars) -> CoefficientArguments:
+    """The struct of these scalars, checked once; the rest of it changes from call to call."""
+    key = id(scalars)
     if (known := _known.get(key)) is not None:
         return known[1]
-    n, wide, index = len(tables.steps), torch.float64, torch.int64
+    n, wide, index = len(scalars.steps), torch.float64, torch.int64
     arguments = CoefficientArguments(
-        sums=address("sums", tables.sums, wide, (n, 2)),
-        global_sq=address("global_sq", tables.global_sq, wide, (n,)),
-        hyper=address("hyper", tables.hyper, wide, (len(tables.hyper), Hyper.COUNT)),
-        group=address("group", tables.group, index, (n,)),
-        active=address("active", tables.active, index, (len(tables.active),)),
-        active_count=len(tables.active),
-        steps=address("steps", tables.steps, torch.float32),
-        bias_corrections=address("bias_corrections", tables.bias_corrections, wide, (n, 2)),
-        counters=address("counters", tables.counters, index, (2,)),
-        table=address("table", tables.table, wide, (n, Coefficient.COUNT)),
-        report=address("report", tables.report, wide, (n, 2)),
-        summary=address("summary", tables.summary, wide, (Summary.COUNT,)),
+        sums=address("sums", scalars.sums, wide, (n, 2)),
+        global_sq=address("global_sq", scalars.global_sq, wide, (n,)),
+        hyper=address("hyper", scalars.hyper, wide, (len(scalars.hyper), Hyper.COUNT)),
+        group=address("group", scalars.group, index, (n,)),
+        active=address("active", scalars.active, index, (len(scalars.active),)),
+        active_count=len(scalars.active),
+        steps=address("steps", scalars.steps, torch.float32),
+        bias_corrections=address("bias_corrections", scalars.bias_corrections, wide, (n, 2)),
+        counters=address("counters", scalars.counters, index, (2,)),
+        table=address("coefficients", scalars.coefficients, wide, (n, Coefficient.COUNT)),
+        report=address("report", scalars.report, wide, (n, 2)),
+        summary=address("summary", scalars.summary, wide, (Summary.COUNT,)),
     )
-    _known[key] = weakref.ref(tables, lambda _: _known.pop(key)), arguments
+    _known[key] = weakref.ref(scalars, lambda _: _known.pop(key)), arguments
     return arguments
 
 
 def entered(
-    tables: StepTables, settings: StepSettings, overrides: StepOverrides
+    scalars: StepScalars, settings: StepSettings, overrides: StepOverrides
 ) -> tuple[CoefficientArguments, list[torch.Tensor | None]]:
     """The struct to pass, and what must stay alive until the call is over."""
     loss_scale, found_inf = overrides.loss_scale, overrides.found_inf
     gamma = None if overrides.gamma is None else overrides.gamma.to(torch.float64).reshape(())
     alpha = None if overrides.alpha is None else overrides.alpha.to(torch.float64).contiguous()
-    arguments = _with_tables(tables)
+    arguments = _of_scalars(scalars)
     arguments.boost, arguments.total_steps, arguments.boost_max = (
         settings.boost,
         settings.total_steps,
@@ -85,11 +85,11 @@ def entered(
     arguments.loss_scale = 1.0 if loss_scale is None else loss_scale.item()
     arguments.found_inf = found_inf is not None and bool((found_inf != 0).any())
     arguments.gamma_override = None if gamma is None else gamma.data_ptr()
-    arguments.alpha_override = None if alpha is None else address("alpha", alpha, torch.float64, (len(tables.steps),))
+    arguments.alpha_override = None if alpha is None else address("alpha", alpha, torch.float64, (len(scalars.steps),))
     return arguments, [gamma, alpha]
 
 
-def coefficients(tables: StepTables, settings: StepSettings, overrides: StepOverrides = NO_OVERRIDES) -> None:
-    """Sums → coefficient table, skip flag and counters (eqs. 2, 4, 5); see ``reference.coefficients``."""
-    arguments, _kept = entered(tables, settings, overrides)
+def coefficients(scalars: StepScalars, settings: StepSettings, overrides: StepOverrides = NO_OVERRIDES) -> None:
+    """Sums → coefficients, skip flag and counters (eqs. 2, 4, 5); see ``reference.coefficients``."""
+    arguments, _kept = entered(scalars, settings, overrides)
     load().dba_coefficients(ctypes.byref(arguments))
