@@ -17,8 +17,8 @@ from triton.compiler import ASTSource
 
 from dba_kernels.formats import GROUP, REMAINDER_DTYPES, STORAGE_FORMATS
 from dba_kernels.kernels import accumulate, coefficients, quantize, similarity, step
-from dba_kernels.kernels.common import THREADS
-from dba_kernels.kernels.tables import TRITON_DTYPES, vector_elements
+from dba_kernels.kernels.common import LAUNCH, THREADS
+from dba_kernels.kernels.tables import TRITON_DTYPES, access, vector_elements
 
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)},
@@ -57,7 +57,13 @@ def _stored_bytes(format: str) -> float:
     return 0.0 if format == "none" else STORAGE_FORMATS[format].bytes_per_parameter
 
 
-def step_variant(param: torch.dtype, grad: torch.dtype, kind: str, state: str, stored: str) -> Variant:
+def named(name: str, path: str) -> str:
+    return name if path == "aligned" else f"{name}, {path}"
+
+
+def step_variant(
+    param: torch.dtype, grad: torch.dtype, kind: str, state: str, stored: str, path: str = "aligned"
+) -> Variant:
     """The update of parameters of one dtype and format combination."""
     rest = None if kind == "native" else REMAINDER_DTYPES[kind]
     moment = STATE_DTYPES[state]
@@ -71,11 +77,11 @@ def step_variant(param: torch.dtype, grad: torch.dtype, kind: str, state: str, s
         "PARAM_FORMAT": kind,
         "STATE_FORMAT": state,
         "GLOBAL_FORMAT": stored,
-        "VECTOR": vector_elements(*dtypes),
+        **access(path, vector_elements(*dtypes)),
     }
     not_read = param.itemsize if kind == "master" else 0  # the weight of a master copy is only written
     return Variant(
-        f"step {_short(param)} {kind}, {_short(grad)} grad, {state} state, {stored} ĝ",
+        named(f"step {_short(param)} {kind}, {_short(grad)} grad, {state} state, {stored} ĝ", path),
         step.step_kernel,
         {"pointers_ptr": "*i64", "grads_ptr": "*i64", "chunks_ptr": "*i32", "table_ptr": "*fp64"},
         constants,
@@ -84,14 +90,14 @@ def step_variant(param: torch.dtype, grad: torch.dtype, kind: str, state: str, s
     )
 
 
-def similarity_variant(grad: torch.dtype, stored: str) -> Variant:
+def similarity_variant(grad: torch.dtype, stored: str, path: str = "aligned") -> Variant:
     """The reduction before the update."""
     codes = [] if stored == "none" else [STORAGE_FORMATS[stored].dtype]
     return Variant(
-        f"similarity {_short(grad)} grad, {stored} ĝ",
+        named(f"similarity {_short(grad)} grad, {stored} ĝ", path),
         similarity.reduce_kernel,
         {"partials_ptr": "*fp32", "pointers_ptr": "*i64", "grads_ptr": "*i64", "chunks_ptr": "*i32"},
-        {"GRAD_DTYPE": TRITON_DTYPES[grad], "GLOBAL_FORMAT": stored, "VECTOR": vector_elements(grad, *codes)},
+        {"GRAD_DTYPE": TRITON_DTYPES[grad], "GLOBAL_FORMAT": stored, **access(path, vector_elements(grad, *codes))},
         grad.itemsize + _stored_bytes(stored),
         grad.itemsize + (0.0 if stored == "none" else STORAGE_FORMATS[stored].bits / 8),
     )
@@ -104,7 +110,7 @@ def quantize_variant(decode: bool, format: str, dense: torch.dtype) -> Variant:
         f"decode {format} to {_short(dense)}" if decode else f"encode {_short(dense)} to {format}",
         quantize.quantize_kernel,
         {"pointers_ptr": "*i64", "chunks_ptr": "*i32"},
-        quantize.constants(decode, format, dense),
+        {**quantize.constants(decode, format, dense), **access("aligned", vector_elements(dense, chosen.dtype))},
         dense.itemsize + chosen.bytes_per_parameter,
         chosen.bits / 8 if decode else dense.itemsize,
     )
@@ -121,7 +127,7 @@ def accumulate_variant(grad: torch.dtype) -> Variant:
             "squared_norms_ptr": "*fp64",
             "weight": "fp32",
         },
-        {"GRAD_DTYPE": TRITON_DTYPES[grad], "VECTOR": vector_elements(grad, FP32)},
+        {"GRAD_DTYPE": TRITON_DTYPES[grad], **access("aligned", vector_elements(grad, FP32))},
         8 + grad.itemsize,
         4 + grad.itemsize,
     )
@@ -200,5 +206,5 @@ def compile_variant(variant: Variant, target: str) -> Any:
     source = ASTSource(variant.kernel, signature=signature, constexprs=constants, attrs=aligned)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        options = {"num_warps": THREADS // TARGETS[target].warp_size}
+        options = {**LAUNCH, "num_warps": THREADS // TARGETS[target].warp_size}
         return triton.compile(source, target=TARGETS[target], options=options)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ..formats import StepSettings, StepTables
 from . import columns as col
+from .common import LAUNCH
 from .tables import on_device
 
 PARAM_BLOCK = tl.constexpr(256)
@@ -248,5 +249,5 @@ def coefficients(
             HIGH=float(settings.bounds[1]),
             MAX_GRAD_NORM=settings.max_grad_norm,
             REDUCE=settings.reduce,
-            num_warps=4,
+            **LAUNCH,
         )
