@@ -142,7 +142,7 @@ def coefficients_variant() -> Variant:
         "n_active": "i32",
     }
     settings = {"BOOST": 0.2, "TOTAL_STEPS": 1000.0, "BOOST_MAX": 0.5, "CORRECTION": "cosine", "GLOBAL_SCOPE": False}
-    settings |= {"LOW": 0.0, "HIGH": 2.0, "MAX_GRAD_NORM": 1.0, "REDUCE": True}
+    settings |= {"LOW": 0.0, "HIGH": 2.0, "MAX_GRAD_NORM": 1.0, "REDUCE": True, "BLOCK": 256}
     return Variant("coefficients cosine, clipped", coefficients.coefficients_kernel, pointers, settings, 0.0)
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import state
+from . import ops, state
 from .distributed import PLAIN_TYPES, Sharding, layout_of, local
 from .formats import matrix_shape
 from .global_gradient import normalize_name
@@ -157,7 +157,8 @@ class Plan:
             for i, name in enumerate(self.names):
                 if name in gg:
                     stored = gg.stored(name, self.sharding.rows[i])
-                    self.stored[i], global_sq[i] = stored.to(self.params[i].device), gg.global_sq(name)
+                    self.stored[i] = ops.bind(stored, self.params[i].device, self.optimizer.backend)
+                    global_sq[i] = gg.global_sq(name)
             self._warn_unbound()
         self.global_sq = torch.tensor(global_sq, dtype=torch.float64, device=self.device)
 

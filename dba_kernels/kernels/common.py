@@ -27,7 +27,8 @@ MASKED_TILE = tl.constexpr(1024 if INTERPRETED.value else 256)
 """Positions of a tile with masks: 2 per thread, so that its addresses need no more registers than a full tile. The
 interpreter has no registers, and pays per tile."""
 THREADS = 128
-LAUNCH = {"num_warps": THREADS // (64 if torch.version.hip else 32), "enable_fp_fusion": True}
+WARP = 64 if torch.version.hip else 32
+LAUNCH = {"num_warps": THREADS // WARP, "enable_fp_fusion": True}
 """Options of every launch. Fused multiply-adds are stated because the compiler's default may change."""
 ALIGNMENT = tl.constexpr(16)
 """Bytes that the addresses of full tiles are multiples of; those of gradients need not be (:class:`.tables.Kind`)."""
