@@ -51,9 +51,10 @@ def chunk_range(chunk, rows, cols, MASKED: tl.constexpr):
     return first, end
 
 
-@triton.jit
-def tile_of(MASKED: tl.constexpr):
-    return MASKED_TILE if MASKED else TILE
+@triton.constexpr_function
+def tile_of(MASKED):
+    """Positions of a tile."""
+    return MASKED_TILE.value if MASKED else TILE.value
 
 
 @triton.jit
@@ -66,7 +67,7 @@ def tile_offsets(start, rows, cols, LANES: tl.constexpr, MASKED: tl.constexpr, C
     Returns:
         (offset of the first item, offsets relative to it ``[groups, LANES · COPIES]``, mask of the same shape)
     """
-    group = tl.arange(0, (MASKED_TILE if MASKED else TILE) // GROUP)[:, None]
+    group = tl.arange(0, tile_of(MASKED) // GROUP)[:, None]
     lane = tl.arange(0, LANES * COPIES)[None, :] // COPIES
     if MASKED:
         groups_per_row = tl.maximum(tl.cdiv(cols, LANES), 1)
@@ -91,7 +92,7 @@ def tile_offsets(start, rows, cols, LANES: tl.constexpr, MASKED: tl.constexpr, C
 @triton.jit
 def group_offsets(start, rows, cols, MASKED: tl.constexpr):
     """Like :func:`tile_offsets`, for the scales: one per group, ``[groups, 1]``."""
-    group = tl.arange(0, (MASKED_TILE if MASKED else TILE) // GROUP)[:, None]
+    group = tl.arange(0, tile_of(MASKED) // GROUP)[:, None]
     if MASKED:
         return start // GROUP, group, start // GROUP + group < rows * tl.cdiv(cols, GROUP)
     else:

@@ -31,7 +31,9 @@ from .tables import TRITON_DTYPES, Entry, Tables, address_of, on_device, vector_
 
 
 @triton.jit
-def encode_tile(tensors, start, rows, cols, FORMAT: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr, MASKED: tl.constexpr):
+def encode_tile(
+    tensors, start, rows, cols, FORMAT: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr, MASKED: tl.constexpr
+):
     dense_ptr, codes_ptr, scales_ptr = tensors
     at = tile_offsets(start, rows, cols, GROUP, MASKED)
     value = load(dense_ptr, at, MASKED).to(tl.float32)

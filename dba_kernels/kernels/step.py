@@ -73,6 +73,11 @@ def update_tile(
     weight = load(param_ptr, at, MASKED)
     exp_avg = load(exp_avg_ptr, at, MASKED)
     exp_avg_sq = load(exp_avg_sq_ptr, at, MASKED)
+    remainder = load(remainder_ptr, at, MASKED) if PARAM_FORMAT != "native" else 0
+    if STATE_FORMAT == "int8" and not MASKED:
+        # ptxas puts a load off until its value is needed, which here is late: too few bytes would be in flight. It moves
+        # no load across a barrier, nor this barrier back, for the scales that come next are needed at once.
+        tl.debug_barrier()
     boosted = a * grad
     if GLOBAL_FORMAT != "none":  # eq. 3
         boosted += load_global(global_ptr, global_scale_ptr, b, start, rows, cols, at, GLOBAL_FORMAT, MASKED)
@@ -84,9 +89,9 @@ def update_tile(
     if PARAM_FORMAT == "native":
         param = weight.to(tl.float32)
     elif PARAM_FORMAT == "master":
-        param = load(remainder_ptr, at, MASKED)
+        param = remainder
     else:
-        param = join(weight, load(remainder_ptr, at, MASKED), PARAM_FORMAT)
+        param = join(weight, remainder, PARAM_FORMAT)
 
     exp_avg = decayed + one_minus_beta1 * boosted  # eq. 7
     exp_avg_sq = decayed_sq + one_minus_beta2 * (boosted * boosted)

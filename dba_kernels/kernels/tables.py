@@ -188,7 +188,7 @@ class Tables:
             first_slot += per_tensor[i]
         pointers = torch.empty(len(entries), col.POINTERS.value, dtype=torch.int64, device=device)
         self.pointers = copy_to(pointers, entries)
-        self._lists: dict[str, torch.Tensor] = {}
+        self.chunks: dict[str, torch.Tensor] = {}
         self._route(frozenset())
 
     def _route(self, misaligned: frozenset[int]) -> None:
@@ -198,14 +198,14 @@ class Tables:
             path = "masked" if masked else "narrow" if tensor in misaligned else "aligned"
             by_path[path].append((tensor, first, tiles, slot))
         device = self.pointers.device
-        self._lists = {
+        self.chunks = {
             path: copy_to(torch.empty(len(rows), col.CHUNKS.value, dtype=torch.int32, device=device), rows)
             for path, rows in by_path.items()
         }
 
     def launches(self, vector: int) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         """Of each launch that is needed its chunk table, int32 ``[n, CHUNKS]``, and its compile-time arguments."""
-        return [(chunks, access(path, vector)) for path, chunks in self._lists.items()]
+        return [(chunks, access(path, vector)) for path, chunks in self.chunks.items()]
 
 
 class GradTables(Tables):
