@@ -60,10 +60,10 @@ class DBAAdamW(Optimizer):
         total_steps: T, optimizer steps of the run (not micro-batches); needed with a global gradient. ``"later"``:
             :meth:`set_total_steps` will give it before the first step, as a framework does that counts its steps only
             when it has started.
-        boost: ``"auto"`` (k₀ = min(200, 0.003/lr)/T, at most 0.5: ``bench/quality/README.md``; lr is the largest group's at
-            construction), ``"paper"`` (k₀ = 200/T), k₀ as a number, or ``f(step, total_steps) → γ`` where ``step``, an
-            int64 scalar tensor on the parameters' device, counts the steps done without skipped ones. 0 switches the
-            boost off.
+        boost: ``"auto"`` (k₀ = min(200, 0.003/lr)/T, at most 0.5: ``bench/quality/README.md``; lr is the largest
+            group's at construction), ``"paper"`` (k₀ = 200/T), k₀ as a number, or ``f(step, total_steps) → γ`` where
+            ``step``, an int64 scalar tensor on the parameters' device, counts the steps done without skipped ones. 0
+            switches the boost off.
         boost_max: upper clamp of γ, in [0, 1].
         correction: ``"cosine"`` (eq. 5), ``"none"`` (α = 1), ``"agem"`` or ``"pcgrad"`` (projections in place of the
             boost, against the *stored* global gradient, where the originals recompute it at every step), or
@@ -231,7 +231,7 @@ class DBAAdamW(Optimizer):
         overrides = StepOverrides(
             loss_scale=getattr(self, "grad_scale", None),
             found_inf=getattr(self, "found_inf", None),
-            gamma=self.method.scheduled_boost(plan.counters.select(0, 0)),
+            gamma=self.method.scheduled_boost(plan.counters),
         )
         sums_here = not (settings.reduce and plan.sharding.communicates)
         if sums_here and self.method.correction is None and ops.fuses(batches, self.backend):
@@ -252,8 +252,7 @@ class DBAAdamW(Optimizer):
 
     def _activate(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> tuple[Plan, ActiveSet]:
         if self._plan is not None:
-            active = self._plan.activate(params, grads, self.param_groups, self.state)
-            if active is not None:
+            if (active := self._plan.activate(params, grads, self.param_groups, self.state)) is not None:
                 return self._plan, active
             self._drop_plan()
         bound = (self.global_gradient, self.missing, self.backend)

@@ -1,8 +1,23 @@
-"""What ``DBAAdamW`` lays out once and reuses at every step: bound global gradients, tables, batches.
+"""How a step travels from ``DBAAdamW.step()`` to a kernel, and what is laid out once for all steps: the plan.
 
 A plan is made lazily, at the first step and again whenever parameters, state or groups were replaced, because
 frameworks create the optimizer first and shard, move or swap its tensors afterwards. Everything that must outlive a
-plan is in ``optimizer.state`` and ``optimizer.param_groups``.
+plan is in ``optimizer.state`` and ``optimizer.param_groups``. It knows no optimizer: it is given those two.
+
+One step, and the types that it passes through (the data are in :mod:`.stepdata`, formats in :mod:`.formats`)::
+
+    DBAAdamW.step()          parameters that have a gradient, and these gradients
+      Plan.activate()        → ActiveSet, kept per set of parameters: TensorBatches of one ParamTensors per parameter
+                               (weight, state, stored ĝ_G, seed), cut by device, dtypes and formats
+      Plan.upload_hyper()    lr, betas, … of the groups → StepTables.hyper, where they changed
+      Method                 → StepSettings (T, k₀, correction, clipping), StepOverrides (γ and α of a user's functions)
+      ops.similarity()       TensorBatch, gradients → StepTables.sums                        one pass over g and ĝ_G
+      Plan.gather_sums()     other devices' sums and other ranks' rows → StepTables.sums
+      ops.coefficients()     StepTables, StepSettings, StepOverrides → StepTables.table      scalars, per parameter
+      ops.step()             TensorBatch, gradients, StepTables.table → weights and state    one pass over everything
+
+``ops`` picks the backend and hands on the same types; a backend keeps its own view of a batch (table of pointers,
+descriptors) in ``TensorBatch.cache``. The native one runs the last three in one call, ``ops.fused_step()``.
 """
 
 from __future__ import annotations

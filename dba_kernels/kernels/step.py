@@ -75,8 +75,8 @@ def update_tile(
     exp_avg_sq = load(exp_avg_sq_ptr, at, MASKED)
     remainder = load(remainder_ptr, at, MASKED) if PARAM_FORMAT != "native" else 0
     if STATE_FORMAT == "int8" and not MASKED:
-        # ptxas puts a load off until its value is needed, which here is late: too few bytes would be in flight. It moves
-        # no load across a barrier, nor this barrier back, for the scales that come next are needed at once.
+        # ptxas puts a load off until its value is needed, which here is late: too few bytes would be in flight. It
+        # moves no load across a barrier, nor this barrier back: the scales that come next are needed at once.
         tl.debug_barrier()
     boosted = a * grad
     if GLOBAL_FORMAT != "none":  # eq. 3
