@@ -180,6 +180,21 @@ VARIANTS = [
 ]
 
 
+OTHER_PATHS = [
+    *(
+        step_variant(*formats, path)
+        for formats in (
+            (FP32, BF16, "native", "fp32", "int8"),
+            (BF16, BF16, "split16", "int8", "int8"),
+            (BF16, BF16, "split8", "int8", "int4"),
+        )
+        for path in ("narrow", "masked")
+    ),
+    *(similarity_variant(BF16, stored, path) for stored in ("int8", "int4") for path in ("narrow", "masked")),
+]
+"""What ragged tensors and misaligned gradients run, of the formats that people run."""
+
+
 def compile_variant(variant: Variant, target: str) -> Any:
     """Triton's compiled kernel, for a GPU that need not be there.
 
