@@ -7,8 +7,8 @@
 
 Times are *predicted*: bytes over measured copy bandwidth, instructions over the rates of their units, bytes read over
 what the bytes in flight allow at the memory's latency (Little's law), whichever takes longest; the last table says
-where each rate comes from. Masked tiles are those of ragged ends, padded rows and misaligned storage; narrow ones read a
-misaligned gradient element by element.
+where each rate comes from. Masked tiles are those of ragged ends, padded rows and misaligned storage; narrow ones read
+a misaligned gradient element by element.
 
 Arithmetic that the interpreter does not model, with the relative errors that NVIDIA's PTX manual states: fma.rn (rounds
 once instead of twice), sqrt.approx.ftz 2⁻²³, rsqrt.approx.ftz 2⁻²²·⁹, div.full 2 ulp. Their effect in eq. 8, to first

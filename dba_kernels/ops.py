@@ -217,9 +217,11 @@ def _module(batch: TensorBatch, backend: str, stem: str) -> ModuleType:
 def bind(stored: StoredTensor, device: torch.device, backend: str = "auto") -> StoredTensor | Factors:
     """A stored global gradient where a step wants it, low-rank factors decoded: done once, not at every step."""
     stored = stored.to(device)
-    if not isinstance(stored, LowRankTensor):
-        return stored
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _factors(stored, backend) if isinstance(stored, LowRankTensor) else stored
+
+
+def _factors(stored: LowRankTensor, backend: str) -> Factors:
+    dtype = torch.bfloat16 if stored.device.type == "cuda" else torch.float32
     u, v = decode_all([stored.u, stored.v], backend)  # [rows, r], [cols, r]
     return Factors(stored.shape, (u * stored.sigma).to(dtype), v.to(dtype).T)
 
@@ -244,7 +246,7 @@ def _dense_parts(
 def _rebuilt(batch: TensorBatch, backend: str) -> list[tuple[TensorBatch, Factors, torch.Tensor]]:
     """Per parameter a batch of its own whose global gradient lies in the shared buffer, the factors, that matrix."""
     stored = batch.all("global_grad")
-    bound = [low if isinstance(low, Factors) else bind(low, batch.device, backend) for low in stored]
+    bound = [low if isinstance(low, Factors) else _factors(low.to(batch.device), backend) for low in stored]
     buffer = bound[0].left.new_empty(max(math.prod(low.shape) for low in bound))
     name = "bf16" if buffer.dtype == torch.bfloat16 else "fp32"
     rebuilt = []

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-from .formats import StoredTensor
-
 
 class Coefficient:
     """Columns of the coefficient table, float64 ``[n_params, Coefficient.COUNT]``.
@@ -193,7 +191,7 @@ class ParamTensors:
     exp_avg_sq: Part = None
     exp_avg_scale: Part = None
     exp_avg_sq_scale: Part = None
-    global_grad: StoredTensor | Factors | None = None
+    global_grad: Any = None
     seed: int = 0
     offset: int = 0
 
