@@ -176,6 +176,7 @@ class Tables:
     Args (attributes):
         pointers: int64 ``[n, POINTERS]``.
         n_chunks: of all launches together.
+        chunks: of each launch, by its way of access: int32 ``[n, CHUNKS]``.
     """
 
     def __init__(self, entries: list[Entry], device: torch.device):
@@ -188,20 +189,25 @@ class Tables:
             first_slot += per_tensor[i]
         pointers = torch.empty(len(entries), col.POINTERS.value, dtype=torch.int64, device=device)
         self.pointers = copy_to(pointers, entries)
-        self.chunks: dict[str, torch.Tensor] = {}
+        self._routes: dict[frozenset[int], dict[str, torch.Tensor]] = {}
         self._route(frozenset())
 
     def _route(self, misaligned: frozenset[int]) -> None:
-        """Cut the chunks into one list per way of access; ``misaligned`` tensors have a gradient that is."""
-        by_path = defaultdict(list)
-        for tensor, first, tiles, slot, masked in self._chunks:
-            path = "masked" if masked else "narrow" if tensor in misaligned else "aligned"
-            by_path[path].append((tensor, first, tiles, slot))
-        device = self.pointers.device
-        self.chunks = {
-            path: copy_to(torch.empty(len(rows), col.CHUNKS.value, dtype=torch.int32, device=device), rows)
-            for path, rows in by_path.items()
-        }
+        """One list of chunks per way of access; ``misaligned`` tensors have a gradient that is.
+
+        All routes are kept: gradients may come back to where they were, and a CUDA graph reads the lists at every replay.
+        """
+        if misaligned not in self._routes:
+            by_path = defaultdict(list)
+            for tensor, first, tiles, slot, masked in self._chunks:
+                path = "masked" if masked else "narrow" if tensor in misaligned else "aligned"
+                by_path[path].append((tensor, first, tiles, slot))
+            device = self.pointers.device
+            self._routes[misaligned] = {
+                path: copy_to(torch.empty(len(rows), col.CHUNKS.value, dtype=torch.int32, device=device), rows)
+                for path, rows in by_path.items()
+            }
+        self.chunks = self._routes[misaligned]
 
     def launches(self, vector: int) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         """Of each launch that is needed its chunk table, int32 ``[n, CHUNKS]``, and its compile-time arguments."""
@@ -220,7 +226,6 @@ class GradTables(Tables):
         super().__init__(entries, device)
         self.grads = Addresses(len(entries), device)
         self.partials = torch.empty(self.n_chunks, 2, dtype=torch.float32, device=device)
-        self._misaligned: frozenset[int] = frozenset()
 
     def refresh(self, grads: list[torch.Tensor]) -> torch.Tensor:
         """The table of these gradients' addresses; launches go where their alignment allows.
@@ -230,9 +235,7 @@ class GradTables(Tables):
         """
         if self.grads.refresh(grads):
             misaligned = frozenset(i for i, at in enumerate(self.grads.known) if at % ALIGNMENT.value)
-            if misaligned != self._misaligned:
-                self._route(misaligned)
-                self._misaligned = misaligned
+            self._route(misaligned)
         return self.grads.table
 
 
