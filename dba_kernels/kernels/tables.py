@@ -189,13 +189,15 @@ class Tables:
             first_slot += per_tensor[i]
         pointers = torch.empty(len(entries), col.POINTERS.value, dtype=torch.int64, device=device)
         self.pointers = copy_to(pointers, entries)
+        self._full = {tensor for tensor, *_, masked in self._chunks if not masked}
         self._routes: dict[frozenset[int], dict[str, torch.Tensor]] = {}
         self._route(frozenset())
 
     def _route(self, misaligned: frozenset[int]) -> None:
         """One list of chunks per way of access; ``misaligned`` tensors have a gradient that is.
 
-        All routes are kept: gradients may come back to where they were, and a CUDA graph reads the lists at every replay.
+        All routes are kept: gradients may come back to where they were, and a CUDA graph reads its lists at every
+        replay.
         """
         if misaligned not in self._routes:
             by_path = defaultdict(list)
@@ -234,8 +236,7 @@ class GradTables(Tables):
             ValueError: as :meth:`Addresses.refresh`.
         """
         if self.grads.refresh(grads):
-            misaligned = frozenset(i for i, at in enumerate(self.grads.known) if at % ALIGNMENT.value)
-            self._route(misaligned)
+            self._route(frozenset(i for i in self._full if self.grads.known[i] % ALIGNMENT.value))
         return self.grads.table
 
 
