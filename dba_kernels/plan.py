@@ -40,7 +40,7 @@ from .base_model import Groups, names_of, normalize_name
 from .distributed import PLAIN_TYPES, Sharding, layout_of, local
 from .formats import matrix_shape
 from .global_gradient import GlobalGradient
-from .state import StateOptions, States, Witness, formats_of, prepare
+from .state import StateOptions, States, Witness, formats_of, prepare, same_tensors
 from .stepdata import (
     PROJECTIONS,
     UPDATED_PARTS,
@@ -107,7 +107,7 @@ class ActiveSet:
                 self.addresses == _addresses(params)
                 and (self.plain or all(_same_place(p, g) for p, g in zip(params, grads, strict=True)))
                 and all(
-                    _same_tensors(known, states.get(p)) and addresses == _addresses(known.values())
+                    same_tensors(known, states.get(p)) and addresses == _addresses(known.values())
                     for p, (known, addresses) in zip(params, self.states, strict=True)
                 )
             )
@@ -122,10 +122,6 @@ class ActiveSet:
 
 def _kinds(grads: list[torch.Tensor]) -> list[tuple[torch.dtype, torch.layout]]:
     return list(map(operator.attrgetter("dtype", "layout"), grads))
-
-
-def _same_tensors(known: dict[str, torch.Tensor], now: dict[str, torch.Tensor] | None) -> bool:
-    return now is not None and all(now.get(key) is tensor for key, tensor in known.items())
 
 
 class Plan:

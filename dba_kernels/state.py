@@ -122,6 +122,11 @@ def allocate(named: Iterable[tuple[str, torch.Tensor]], states: States, options:
         prepare(states[param], param, *formats_of(param, options), name)
 
 
+def same_tensors(known: dict[str, torch.Tensor], now: dict[str, torch.Tensor] | None) -> bool:
+    """Whether a parameter's entry of the state still holds these, and not others in their place."""
+    return now is not None and all(now.get(key) is tensor for key, tensor in known.items())
+
+
 @dataclass
 class Witness:
     """Plain tensors that were seen, in flat lists which are compared without a line of Python per tensor.
