@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "snapshots": {"distributed", "files", "sums"},
     "sums": {"ops", "distributed", "formats", "files", "records"},
     "state": {"distributed", "backends", "formats"},
-    "plan": {"state", "distributed", "global_gradient", "base_model", "formats", "stepdata"},
+    "plan": {"ops", "state", "distributed", "global_gradient", "base_model", "formats", "stepdata"},
     "integrations": {PUBLIC, "integrations"},
     "cli": {PUBLIC, "cli"},
     "__main__": {PUBLIC, "cli"},
