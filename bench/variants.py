@@ -15,16 +15,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dba_kernels.formats import GROUP, REMAINDER_DTYPES, STORAGE_FORMATS
+from dba_kernels.formats import PARAM_FORMATS, STATE_FORMATS, STORAGE_FORMATS
 from dba_kernels.kernels import accumulate, coefficients, quantize, similarity, step
-from dba_kernels.kernels.common import THREADS
-from dba_kernels.kernels.tables import TRITON_DTYPES, vector_elements
+from dba_kernels.kernels.common import LAUNCH, THREADS
+from dba_kernels.kernels.tables import TRITON_DTYPES, access, vector_elements
 
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -49,49 +48,51 @@ class Variant:
     bytes_read: float = 0.0
 
 
-def _scale_bytes(format: str) -> float:
-    return 4 / GROUP if format == "int8" else 0.0
-
-
 def _stored_bytes(format: str) -> float:
     return 0.0 if format == "none" else STORAGE_FORMATS[format].bytes_per_parameter
 
 
-def step_variant(param: torch.dtype, grad: torch.dtype, kind: str, state: str, stored: str) -> Variant:
+def named(name: str, path: str) -> str:
+    return name if path == "aligned" else f"{name}, {path}"
+
+
+def step_variant(
+    param: torch.dtype, grad: torch.dtype, kind: str, state: str, stored: str, path: str = "aligned"
+) -> Variant:
     """The update of parameters of one dtype and format combination."""
-    rest = None if kind == "native" else REMAINDER_DTYPES[kind]
-    moment = STATE_DTYPES[state]
-    dtypes = [param, grad, moment] + [rest] * (rest is not None)
+    rest, moments = PARAM_FORMATS[kind].remainder, STATE_FORMATS[state]
+    dtypes = [param, grad, moments.exp_avg] + [rest] * (rest is not None)
     if stored != "none":
         dtypes.append(STORAGE_FORMATS[stored].dtype)
-    kept = param.itemsize + (rest.itemsize if rest is not None else 0) + 2 * moment.itemsize
+    kept = param.itemsize + PARAM_FORMATS[kind].bytes_per_parameter
+    codes = moments.exp_avg.itemsize + moments.exp_avg_sq.itemsize
     constants = {
         "PARAM_DTYPE": TRITON_DTYPES[param],
         "GRAD_DTYPE": TRITON_DTYPES[grad],
         "PARAM_FORMAT": kind,
         "STATE_FORMAT": state,
         "GLOBAL_FORMAT": stored,
-        "VECTOR": vector_elements(*dtypes),
+        **access(path, vector_elements(*dtypes)),
     }
     not_read = param.itemsize if kind == "master" else 0  # the weight of a master copy is only written
     return Variant(
-        f"step {_short(param)} {kind}, {_short(grad)} grad, {state} state, {stored} ĝ",
+        named(f"step {_short(param)} {kind}, {_short(grad)} grad, {state} state, {stored} ĝ", path),
         step.step_kernel,
         {"pointers_ptr": "*i64", "grads_ptr": "*i64", "chunks_ptr": "*i32", "table_ptr": "*fp64"},
         constants,
-        2 * (kept + 2 * _scale_bytes(state)) - not_read + grad.itemsize + _stored_bytes(stored),
-        kept - not_read + grad.itemsize + (0.0 if stored == "none" else STORAGE_FORMATS[stored].bits / 8),
+        2 * (kept + moments.bytes_per_parameter) - not_read + grad.itemsize + _stored_bytes(stored),
+        kept + codes - not_read + grad.itemsize + (0.0 if stored == "none" else STORAGE_FORMATS[stored].bits / 8),
     )
 
 
-def similarity_variant(grad: torch.dtype, stored: str) -> Variant:
+def similarity_variant(grad: torch.dtype, stored: str, path: str = "aligned") -> Variant:
     """The reduction before the update."""
     codes = [] if stored == "none" else [STORAGE_FORMATS[stored].dtype]
     return Variant(
-        f"similarity {_short(grad)} grad, {stored} ĝ",
+        named(f"similarity {_short(grad)} grad, {stored} ĝ", path),
         similarity.reduce_kernel,
         {"partials_ptr": "*fp32", "pointers_ptr": "*i64", "grads_ptr": "*i64", "chunks_ptr": "*i32"},
-        {"GRAD_DTYPE": TRITON_DTYPES[grad], "GLOBAL_FORMAT": stored, "VECTOR": vector_elements(grad, *codes)},
+        {"GRAD_DTYPE": TRITON_DTYPES[grad], "GLOBAL_FORMAT": stored, **access(path, vector_elements(grad, *codes))},
         grad.itemsize + _stored_bytes(stored),
         grad.itemsize + (0.0 if stored == "none" else STORAGE_FORMATS[stored].bits / 8),
     )
@@ -104,7 +105,7 @@ def quantize_variant(decode: bool, format: str, dense: torch.dtype) -> Variant:
         f"decode {format} to {_short(dense)}" if decode else f"encode {_short(dense)} to {format}",
         quantize.quantize_kernel,
         {"pointers_ptr": "*i64", "chunks_ptr": "*i32"},
-        quantize.constants(decode, format, dense),
+        {**quantize.constants(decode, format, dense), **access("aligned", vector_elements(dense, chosen.dtype))},
         dense.itemsize + chosen.bytes_per_parameter,
         chosen.bits / 8 if decode else dense.itemsize,
     )
@@ -121,7 +122,7 @@ def accumulate_variant(grad: torch.dtype) -> Variant:
             "squared_norms_ptr": "*fp64",
             "weight": "fp32",
         },
-        {"GRAD_DTYPE": TRITON_DTYPES[grad], "VECTOR": vector_elements(grad, FP32)},
+        {"GRAD_DTYPE": TRITON_DTYPES[grad], **access("aligned", vector_elements(grad, FP32))},
         8 + grad.itemsize,
         4 + grad.itemsize,
     )
@@ -141,7 +142,7 @@ def coefficients_variant() -> Variant:
         "n_active": "i32",
     }
     settings = {"BOOST": 0.2, "TOTAL_STEPS": 1000.0, "BOOST_MAX": 0.5, "CORRECTION": "cosine", "GLOBAL_SCOPE": False}
-    settings |= {"LOW": 0.0, "HIGH": 2.0, "MAX_GRAD_NORM": 1.0, "REDUCE": True}
+    settings |= {"LOW": 0.0, "HIGH": 2.0, "MAX_GRAD_NORM": 1.0, "REDUCE": True, "BLOCK": 256}
     return Variant("coefficients cosine, clipped", coefficients.coefficients_kernel, pointers, settings, 0.0)
 
 
@@ -179,6 +180,21 @@ VARIANTS = [
 ]
 
 
+OTHER_PATHS = [
+    *(
+        step_variant(*formats, path)
+        for formats in (
+            (FP32, BF16, "native", "fp32", "int8"),
+            (BF16, BF16, "split16", "int8", "int8"),
+            (BF16, BF16, "split8", "int8", "int4"),
+        )
+        for path in ("narrow", "masked")
+    ),
+    *(similarity_variant(BF16, stored, path) for stored in ("int8", "int4") for path in ("narrow", "masked")),
+]
+"""What ragged tensors and misaligned gradients run, of the formats that people run."""
+
+
 def compile_variant(variant: Variant, target: str) -> Any:
     """Triton's compiled kernel, for a GPU that need not be there.
 
@@ -200,5 +216,5 @@ def compile_variant(variant: Variant, target: str) -> Any:
     source = ASTSource(variant.kernel, signature=signature, constexprs=constants, attrs=aligned)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        options = {"num_warps": THREADS // TARGETS[target].warp_size}
+        options = {**LAUNCH, "num_warps": THREADS // TARGETS[target].warp_size}
         return triton.compile(source, target=TARGETS[target], options=options)

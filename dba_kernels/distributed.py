@@ -29,7 +29,8 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
 def local(tensor: Any) -> torch.Tensor:
     """This rank's part of a DTensor, in the same memory; any other tensor itself."""
     # Not to_local(), which makes a new Parameter of a Parameter's part: as slow as all else that a step does with it.
-    return tensor._local_tensor if is_dtensor(tensor) else tensor
+    part: torch.Tensor = tensor._local_tensor if is_dtensor(tensor) else tensor
+    return part
 
 
 def layout_of(tensor: Any) -> str:
@@ -46,7 +47,8 @@ def like(param: Any, part: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor
         return part
     stride = torch.empty(shape, device="meta").stride()
     options: dict[str, Any] = dict(run_check=False, shape=torch.Size(shape), stride=stride)
-    return type(param).from_local(part.detach(), param.device_mesh, param.placements, **options)
+    whole: torch.Tensor = type(param).from_local(part.detach(), param.device_mesh, param.placements, **options)
+    return whole
 
 
 def zeros(param: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -148,14 +150,14 @@ def _rows(name: str, param: Any) -> tuple[tuple[int, int] | None, tuple[int, ...
 
 def _refuse_flattened(name: str, param: torch.Tensor) -> None:
     if getattr(param, "_fsdp_flattened", False) or "_fsdp_wrapped_module" in name.split("."):
-        kind, mend = "FSDP1", "shard with torch.distributed.fsdp.fully_shard (Accelerate: fsdp_version: 2)"
+        kind, fix = "FSDP1", "shard with torch.distributed.fsdp.fully_shard (Accelerate: fsdp_version: 2)"
     elif hasattr(param, "ds_id"):
-        kind, mend = "DeepSpeed ZeRO-3", "use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP"
+        kind, fix = "DeepSpeed ZeRO-3", "use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP"
     else:
         return
     raise ValueError(
         f"parameter {name!r}: expected the model's own tensor or a DTensor, got a part of a tensor that {kind} has "
-        f"flattened, in which rows and norms of single parameters are lost; {mend}"
+        f"flattened, in which rows and norms of single parameters are lost; {fix}"
     )
 
 
@@ -186,8 +188,9 @@ def fsdp_sharding(model: torch.nn.Module) -> Sharding:
 
 def gather(param: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """The whole tensor of ``param``'s shape of which every rank has its ``part``; all ranks of the mesh must call."""
-    whole: Any = like(param, part, tuple(param.shape))
-    return whole.full_tensor() if is_dtensor(whole) else whole
+    sharded: Any = like(param, part, tuple(param.shape))
+    whole: torch.Tensor = sharded.full_tensor() if is_dtensor(sharded) else sharded
+    return whole
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:

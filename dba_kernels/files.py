@@ -39,7 +39,7 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     temporary name carries host and process: what a killed process left behind is removed by the next write to ``path``.
 
     Raises:
-        OSError: naming ``path``, the cause and the mend; the old file is intact.
+        OSError: naming ``path``, the cause and the fix; the old file is intact.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
@@ -57,8 +57,8 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         if not isinstance(error, OSError):
             raise
         reason = error.strerror or str(error)
-        mend = "choose a folder that exists, is writable and has room"
-        raise OSError(error.errno, f"cannot write {path}: {reason}; an older file is untouched; {mend}") from error
+        fix = "choose a folder that exists, is writable and has room"
+        raise OSError(error.errno, f"cannot write {path}: {reason}; an older file is untouched; {fix}") from error
 
 
 def _remove_stale(path: Path) -> None:
@@ -273,7 +273,8 @@ class SavedTensors:
             raise _corrupt(self.path, "no description by this library")
         if text_digest(text) != digest:
             raise _corrupt(self.path, "its description does not match its digest")
-        return json.loads(text)
+        described: dict[str, Any] = json.loads(text)
+        return described
 
     def check_layout(self, expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         """Compare every tensor's dtype and shape, from the headers alone.
@@ -290,7 +291,8 @@ class SavedTensors:
                 raise _corrupt(self.path, f"tensor {key!r}: expected {want}, got {got}")
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        return self._files[key].get_tensor(key)
+        tensor: torch.Tensor = self._files[key].get_tensor(key)
+        return tensor
 
 
 def _map(path: Path) -> tuple[Any, dict[str, str]]:

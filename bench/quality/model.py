@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from bench.models import llama
 from bench.quality import data
-from dba_kernels.cli.training import autocast
+from dba_kernels.cli.demo.training import autocast
 
 BASE_STEPS = data.SIZE.base_steps
 BASE_BATCH = 8
@@ -23,7 +24,7 @@ BASE_LR = 2e-3
 def new_model() -> LlamaForCausalLM:
     """4 layers with tied embeddings and heads of 32, in fp32: 4,212,992 parameters at width 256, 230,976 at 64."""
     width = data.SIZE.width
-    config = LlamaConfig(
+    return llama(
         vocab_size=data.SIZE.vocabulary,
         hidden_size=width,
         intermediate_size=width * 43 // 16,
@@ -33,7 +34,6 @@ def new_model() -> LlamaForCausalLM:
         max_position_embeddings=data.SEQUENCE,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config)
 
 
 def token_losses(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
