@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from bench.quality import memory
+from bench.quality import data, memory
 from bench.quality.memory import Anchor, Factor
 from bench.quality.optimizers import GeneralStatistics, StudyAdamW
 from bench.quality.setting import Setting
@@ -177,3 +177,10 @@ def test_shrinkage_keeps_signal_and_drops_noise() -> None:
     statistics.shrink(batches)
     torch.testing.assert_close(statistics.mean["signal"], means["signal"] * (1 - 1 / (batches - 1)))
     assert statistics.mean["noise"].abs().max() == 0
+
+
+def test_an_unknown_size_is_refused_by_name() -> None:
+    """The variable, what it may be, what it was."""
+    assert data.size("0.2M").width < data.size("4M").width
+    with pytest.raises(ValueError, match=r"DBA_QUALITY_SIZE.*'7B'"):
+        data.size("7B")

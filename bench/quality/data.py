@@ -50,7 +50,16 @@ SIZES = {
         Size("0.2M", 64, 512, 2750, 40, (5e-4, 1e-3, 3e-3)),
     )
 }
-SIZE = SIZES[os.environ.get(SIZE_VARIABLE, "4M")]  # of this process and its workers
+
+
+def size(name: str) -> Size:
+    """The size of that name."""
+    if name not in SIZES:
+        raise ValueError(f"{SIZE_VARIABLE}: expected one of {', '.join(SIZES)}, got {name!r}; unset it for 4M")
+    return SIZES[name]
+
+
+SIZE = size(os.environ.get(SIZE_VARIABLE, "4M"))  # of this process and its workers
 
 
 @dataclass(frozen=True)
