@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from dba_kernels.formats import StepSettings, StepTables, TensorBatch
 from dba_kernels.kernels import accumulate, coefficients, quantize, similarity, step
 from dba_kernels.reference import quantize as reference
+from dba_kernels.stepdata import StepSettings, StepTables, TensorBatch
 from tests import cases, test_accumulate, test_quantize, test_similarity, test_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LISTS = ("params", "remainders", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales")
 
 
 def moved(batch: TensorBatch) -> TensorBatch:
     """The batch on the device, with storage of its own."""
-    tensors = {name: [tensor.to(DEVICE, copy=True) for tensor in getattr(batch, name)] for name in LISTS}
-    stored = [encoded.to(DEVICE) for encoded in batch.global_grads]
-    return dataclasses.replace(batch, **tensors, index=batch.index.to(DEVICE), global_grads=stored, cache={})
+    there = cases.with_parts(batch, lambda part: part.to(DEVICE, copy=True))
+    for tensor in there.tensors:
+        tensor.global_grad = None if tensor.global_grad is None else tensor.global_grad.to(DEVICE)
+    return there
 
 
 def step_on_device(batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor) -> None:
     """One step on the device, its results copied back into the batch."""
     there = moved(batch)
     step.step(there, [grad.to(DEVICE) for grad in grads], table.to(DEVICE))
-    for name in LISTS:
-        for target, source in zip(getattr(batch, name), getattr(there, name), strict=True):
-            target.copy_(source)
+    for target, source in zip(cases.written(batch), cases.written(there), strict=True):
+        target.copy_(source)
 
 
 def sums_on_device(batch: TensorBatch, grads: list[torch.Tensor], sums: torch.Tensor) -> None:

@@ -23,23 +23,16 @@ import numpy as np
 import torch
 
 from .formats import (
-    CORRECTIONS,
     PARAM_FORMATS,
-    REMAINDER_DTYPES,
     STATE_FORMATS,
     STORAGE_FORMATS,
-    Coefficient,
     EncodedTensor,
-    Hyper,
-    StepSettings,
-    StepTables,
-    Summary,
-    TensorBatch,
     check_name,
     matrix_shape,
     scales_shape,
     storage_format,
 )
+from .stepdata import CORRECTIONS, Coefficient, Hyper, StepSettings, StepTables, Summary, TensorBatch
 
 LIBRARY = "libdba_native.so"
 ABI = 1  # of csrc/api.cpp
@@ -48,11 +41,6 @@ ISA_VARIABLE = "DBA_KERNELS_ISA"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GLOBAL_FORMATS = ("none", "fp32", "bf16", "fp16", "fp8_e4m3", "int8", "int4")
-STATE_DTYPES = {
-    "fp32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "int8": (torch.int8, torch.uint8),
-}
 _DTYPE_CODE = {dtype: code for code, dtype in enumerate(DTYPES)}
 
 REBUILD = "reinstall with a C++17 compiler (g++ or clang++) at hand: pip install --force-reinstall --no-deps ."
@@ -177,15 +165,6 @@ def _address(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[i
     return tensor.data_ptr()
 
 
-def _addresses(
-    name: str, tensors: list[torch.Tensor], dtype: torch.dtype, shapes: Sequence[tuple[int, ...]]
-) -> list[int]:
-    return [
-        _address(f"{name}[{i}]", tensor, dtype, shape)
-        for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True))
-    ]
-
-
 def _set_grads(table: np.ndarray, grads: list[torch.Tensor], shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
     """Enter the gradients into ``table``; returns what must stay alive until the call is over."""
     kept = [grad if grad.is_contiguous() else grad.contiguous() for grad in grads]
@@ -216,14 +195,24 @@ def _encoded_addresses(name: str, stored: EncodedTensor, format: str) -> tuple[i
     return codes, _address(f"{name}.scales", stored.scales, torch.float32, scales_shape(stored.shape))
 
 
+_FIELD_OF = {
+    "param": _Field.PARAM,
+    "remainder": _Field.REMAINDER,
+    "exp_avg": _Field.EXP_AVG,
+    "exp_avg_sq": _Field.EXP_AVG_SQ,
+    "exp_avg_scale": _Field.EXP_AVG_SCALES,
+    "exp_avg_sq_scale": _Field.EXP_AVG_SQ_SCALES,
+}
+
+
 class _Descriptors:
     """The table of a batch, filled once; :meth:`enter` enters what changes from step to step."""
 
     def __init__(self, batch: TensorBatch, with_state: bool):
-        self.shapes: list[tuple[int, ...]] = [tuple(param.shape) for param in batch.params]
-        self.params = [param.data_ptr() for param in batch.params]
+        self.shapes: list[tuple[int, ...]] = [tuple(tensor.param.shape) for tensor in batch.tensors]
+        self.params = [tensor.param.data_ptr() for tensor in batch.tensors]
         self.table = _table(self.shapes)
-        self.table[:, _Field.INDEX] = batch.index.numpy()
+        self.table[:, _Field.INDEX] = [tensor.index for tensor in batch.tensors]
         self.struct = _Batch(count=len(self.params), tensors=self.table.ctypes.data)
         self.struct.global_format = GLOBAL_FORMATS.index(batch.global_format)
         self._enter_global_grads(batch)
@@ -231,58 +220,39 @@ class _Descriptors:
             self._enter_state(batch)
 
     def _enter_global_grads(self, batch: TensorBatch) -> None:
-        for i, stored in enumerate(batch.global_grads):
+        for i, stored in enumerate(batch.all("global_grad")):
             if stored.shape != self.shapes[i]:
-                raise ValueError(f"global_grads[{i}]: expected shape {self.shapes[i]}, got {stored.shape}")
-            addresses = _encoded_addresses(f"global_grads[{i}]", stored, batch.global_format)
+                raise ValueError(f"tensors[{i}].global_grad: expected shape {self.shapes[i]}, got {stored.shape}")
+            addresses = _encoded_addresses(f"tensors[{i}].global_grad", stored, batch.global_format)
             self.table[i, _Field.GLOBAL_CODES], self.table[i, _Field.GLOBAL_SCALES] = addresses
 
     def _enter_state(self, batch: TensorBatch) -> None:
-        dtype = batch.params[0].dtype
+        dtype = batch.tensors[0].param.dtype
+        state, kept = STATE_FORMATS[batch.state_format], PARAM_FORMATS[batch.param_format]
         if dtype not in _DTYPE_CODE:
-            raise ValueError(f"params: expected float32, bfloat16 or float16, got {dtype}; use backend='reference'")
-        if batch.param_format in ("split16", "split8") and dtype == torch.float32:
-            raise ValueError(f"param_format: expected 'native' or 'master' for float32, got {batch.param_format!r}")
+            raise ValueError(f"param: expected float32, bfloat16 or float16, got {dtype}; use backend='reference'")
+        if kept.name in ("split16", "split8") and dtype == torch.float32:
+            raise ValueError(f"param_format: expected 'native' or 'master' for float32, got {kept.name!r}")
         self.struct.dtype = _DTYPE_CODE[dtype]
-        self.struct.param_format = PARAM_FORMATS.index(batch.param_format)
-        self.struct.state_format = STATE_FORMATS.index(batch.state_format)
-        columns = [
-            (_Field.PARAM, "params", batch.params, dtype, self.shapes),
-            *self._state_columns(batch),
-        ]
-        if batch.param_format != "native":
-            remainder = REMAINDER_DTYPES[batch.param_format]
-            columns.append((_Field.REMAINDER, "remainders", batch.remainders, remainder, self.shapes))
-        for field, name, tensors, wanted, shapes in columns:
-            self.table[:, field] = _addresses(name, tensors, wanted, shapes)
-        if batch.param_format == "split8" or batch.state_format == "bf16":  # the formats that round stochastically
-            self.table[:, _Field.SEED] = [seed & 0xFFFFFFFF for seed in batch.seeds]
-            self.table[:, _Field.OFFSET] = batch.offsets
-
-    def _state_columns(self, batch: TensorBatch) -> list[tuple]:
-        first, second = STATE_DTYPES[batch.state_format]
-        shapes: list[tuple[int, ...]] = self.shapes
-        if batch.state_format == "int8":
-            shapes = [matrix_shape(shape) for shape in self.shapes]
-        columns = [
-            (_Field.EXP_AVG, "exp_avgs", batch.exp_avgs, first, shapes),
-            (_Field.EXP_AVG_SQ, "exp_avg_sqs", batch.exp_avg_sqs, second, shapes),
-        ]
-        if batch.state_format == "int8":
-            shapes = [scales_shape(shape) for shape in self.shapes]
-            wide = torch.float32
-            columns += [
-                (_Field.EXP_AVG_SCALES, "exp_avg_scales", batch.exp_avg_scales, wide, shapes),
-                (_Field.EXP_AVG_SQ_SCALES, "exp_avg_sq_scales", batch.exp_avg_sq_scales, wide, shapes),
-            ]
-        return columns
+        self.struct.param_format = list(PARAM_FORMATS).index(kept.name)
+        self.struct.state_format = list(STATE_FORMATS).index(state.name)
+        for i, (tensor, shape) in enumerate(zip(batch.tensors, self.shapes, strict=True)):
+            wanted = {"param": (shape, dtype), **state.parts(shape)}
+            if kept.remainder is not None:
+                wanted["remainder"] = (shape, kept.remainder)
+            for part, (part_shape, part_dtype) in wanted.items():
+                address = _address(f"tensors[{i}].{part}", getattr(tensor, part), part_dtype, part_shape)
+                self.table[i, _FIELD_OF[part]] = address
+        if kept.stochastic or state.stochastic:
+            self.table[:, _Field.SEED] = [tensor.seed & 0xFFFFFFFF for tensor in batch.tensors]
+            self.table[:, _Field.OFFSET] = [tensor.offset for tensor in batch.tensors]
 
     @staticmethod
     def enter(batch: TensorBatch, grads: list[torch.Tensor], with_state: bool) -> tuple[_Batch, list[torch.Tensor]]:
         """The struct to pass, and what must stay alive until the call is over."""
         key = "native" if with_state else "native.similarity"
         known = batch.cache.get(key)
-        if known is None or known.params != [param.data_ptr() for param in batch.params]:
+        if known is None or known.params != [tensor.param.data_ptr() for tensor in batch.tensors]:
             known = batch.cache[key] = _Descriptors(batch, with_state)
         return known.struct, _set_grads(known.table, grads, known.shapes)
 
@@ -292,7 +262,7 @@ def _structs(
 ) -> tuple[ctypes.Array, list]:
     """The structs to pass, and what must stay alive until the call is over."""
     entered = [
-        _Descriptors.enter(batch, part, with_state) for batch, part in zip(batches, grads, strict=True) if batch.params
+        _Descriptors.enter(batch, part, with_state) for batch, part in zip(batches, grads, strict=True) if batch.tensors
     ]
     return (_Batch * len(entered))(*(struct for struct, _ in entered)), entered
 
@@ -310,7 +280,10 @@ def accumulate(
     shapes = [tuple(total.shape) for total in totals]
     table = _table(shapes)
     table[:, _Field.INDEX] = np.arange(len(totals))
-    table[:, _Field.PARAM] = _addresses("totals", totals, torch.float32, shapes)
+    table[:, _Field.PARAM] = [
+        _address(f"totals[{i}]", total, torch.float32, shape)
+        for i, (total, shape) in enumerate(zip(totals, shapes, strict=True))
+    ]
     kept = _set_grads(table, grads, shapes)
     norms = _address("squared_norms", squared_norms, torch.float64, (len(totals),))
     load().dba_accumulate(*_execution(), table.ctypes.data, len(kept), float(weight), norms)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -19,15 +20,13 @@ from .formats import (
     STORAGE_FORMATS,
     EncodedTensor,
     LowRankTensor,
-    StepSettings,
-    StepTables,
     StoredTensor,
-    TensorBatch,
     check_name,
     matrix_shape,
     scales_shape,
     storage_format,
 )
+from .stepdata import UPDATED_PARTS, ParamTensors, StepSettings, StepTables, TensorBatch
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -192,13 +191,13 @@ def similarity(batch: TensorBatch, grads: list[torch.Tensor], sums: torch.Tensor
 
     Args:
         grads: fp32, bf16 or fp16 (fp64 for fp64 parameters), contiguous, one per parameter.
-        sums: float64 ``[n_params, 2]``; rows ``batch.index`` are overwritten. A non-finite gradient makes its ‖g_D‖²
+        sums: float64 ``[n_params, 2]``; the batch's rows are overwritten. A non-finite gradient makes its ‖g_D‖²
             non-finite.
     """
     for part, part_grads in _dense_parts(batch, grads, backend):
         if _traced(sums):
             codes, scales = _flat_global_grads(part)
-            flat = (part.params, part_grads, codes, scales, part.index, sums, part.global_format, backend)
+            flat = (part.all("param"), part_grads, codes, scales, part.all("index"), sums, part.global_format, backend)
             torch.ops.dba_kernels.similarity(*flat)
         else:
             _implementation(part, backend, "similarity").similarity(part, part_grads, sums)
@@ -210,13 +209,13 @@ def _similarity_op(
     grads: list[torch.Tensor],
     codes: list[torch.Tensor],
     scales: list[torch.Tensor],
-    index: torch.Tensor,
+    index: list[int],
     sums: torch.Tensor,
     global_format: str,
     backend: str,
 ) -> None:
     stored = _stored(global_format, params, codes, scales)
-    batch = TensorBatch("native", "fp32", global_format, params, [], [], index, global_grads=stored)
+    batch = TensorBatch("native", "fp32", global_format, _records(index=index, param=params, global_grad=stored))
     _implementation(batch, backend, "similarity").similarity(batch, grads, sums)
 
 
@@ -312,8 +311,8 @@ def step(batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor, bac
         if _traced(table):
             codes, scales = _flat_global_grads(part)
             torch.ops.dba_kernels.step(
-                *(part.params, part.remainders, part.exp_avgs, part.exp_avg_scales, part.exp_avg_sqs),
-                *(part.exp_avg_sq_scales, part_grads, codes, scales, part.index, table, part.seeds, part.offsets),
+                *(part.all(name) for name in UPDATED_PARTS),
+                *(part_grads, codes, scales, table, *(part.all(name) for name in ("index", "seed", "offset"))),
                 *(part.param_format, part.state_format, part.global_format, backend),
             )
         else:
@@ -322,20 +321,20 @@ def step(batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor, bac
 
 @torch.library.custom_op(
     "dba_kernels::step",
-    mutates_args=("params", "remainders", "exp_avgs", "exp_avg_scales", "exp_avg_sqs", "exp_avg_sq_scales"),
+    mutates_args=("params", "remainders", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales"),
 )
 def _step_op(
     params: list[torch.Tensor],
     remainders: list[torch.Tensor],
     exp_avgs: list[torch.Tensor],
-    exp_avg_scales: list[torch.Tensor],
     exp_avg_sqs: list[torch.Tensor],
+    exp_avg_scales: list[torch.Tensor],
     exp_avg_sq_scales: list[torch.Tensor],
     grads: list[torch.Tensor],
     codes: list[torch.Tensor],
     scales: list[torch.Tensor],
-    index: torch.Tensor,
     table: torch.Tensor,
+    index: list[int],
     seeds: list[int],
     offsets: list[int],
     param_format: str,
@@ -343,10 +342,15 @@ def _step_op(
     global_format: str,
     backend: str,
 ) -> None:
-    batch = TensorBatch(
-        *(param_format, state_format, global_format, params, exp_avgs, exp_avg_sqs, index, remainders),
-        *(exp_avg_scales, exp_avg_sq_scales, _stored(global_format, params, codes, scales), seeds, offsets),
+    updated = (params, remainders, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales)
+    records = _records(
+        **dict(zip(UPDATED_PARTS, updated, strict=True)),
+        global_grad=_stored(global_format, params, codes, scales),
+        index=index,
+        seed=seeds,
+        offset=offsets,
     )
+    batch = TensorBatch(param_format, state_format, global_format, records)
     _implementation(batch, backend, "step").step(batch, grads, table)
 
 
@@ -359,7 +363,7 @@ def fuses(batches: list[tuple[TensorBatch, list[torch.Tensor]]], backend: str) -
     """Whether :func:`fused_step` can take all of these batches: one call of a backend that has it, nothing traced."""
     return all(
         batch.global_format != "lowrank"
-        and not _traced(batch.params[0])
+        and not _traced(batch.tensors[0].param)
         and hasattr(_implementation(batch, backend, "step"), "fused_step")
         for batch, _ in batches
     )
@@ -387,11 +391,17 @@ def fused_step(
 
 
 def _implementation(batch: TensorBatch, backend: str, stem: str) -> ModuleType:
-    return implementation(select(backend, batch.params[0].device, batch.params[0].dtype), stem)
+    return implementation(select(backend, batch.device, batch.tensors[0].param.dtype), stem)
+
+
+def _records(**columns: list[Any]) -> list[ParamTensors]:
+    """One record per parameter from one list per part; an empty list where the formats have no such part."""
+    columns = {name: values for name, values in columns.items() if values}
+    return [ParamTensors(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
 def _flat_global_grads(batch: TensorBatch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    stored = batch.global_grads
+    stored = batch.all("global_grad")
     return [s.codes for s in stored], [s.scales for s in stored if s.scales is not None]
 
 
@@ -416,38 +426,18 @@ def _dense_parts(
     if batch.global_format != "lowrank":
         yield batch, grads
         return
+    stored = batch.all("global_grad")
     if "lowrank" not in batch.cache:
-        device = batch.params[0].device
-        name = "bf16" if device.type == "cuda" else "fp32"
-        buffer = torch.empty(max(p.numel() for p in batch.params), dtype=STORAGE_FORMATS[name].dtype, device=device)
-        shapes = [stored.shape for stored in batch.global_grads]
-        dense = [EncodedTensor(name, shape, buffer[: math.prod(shape)].view(shape)) for shape in shapes]
-        batch.cache["lowrank"] = [_single(batch, i, stored) for i, stored in enumerate(dense)]
-    for single, stored, grad in zip(batch.cache["lowrank"], batch.global_grads, grads, strict=True):
-        matrix = single.global_grads[0].codes.flatten(1)
-        u, v = decode_all([stored.u, stored.v], backend)  # [rows, r], [cols, r]
-        torch.matmul((u * stored.sigma).to(matrix.dtype), v.to(matrix.dtype).T, out=matrix)
+        name = "bf16" if batch.device.type == "cuda" else "fp32"
+        longest = max(math.prod(low.shape) for low in stored)
+        buffer = torch.empty(longest, dtype=STORAGE_FORMATS[name].dtype, device=batch.device)
+        dense = [EncodedTensor(name, low.shape, buffer[: math.prod(low.shape)].view(low.shape)) for low in stored]
+        batch.cache["lowrank"] = [
+            replace(batch, global_format=name, tensors=[replace(tensor, global_grad=rebuilt)], cache={})
+            for tensor, rebuilt in zip(batch.tensors, dense, strict=True)
+        ]
+    for single, low, grad in zip(batch.cache["lowrank"], stored, grads, strict=True):
+        matrix = single.tensors[0].global_grad.codes.flatten(1)
+        u, v = decode_all([low.u, low.v], backend)  # [rows, r], [cols, r]
+        torch.matmul((u * low.sigma).to(matrix.dtype), v.to(matrix.dtype).T, out=matrix)
         yield single, [grad]
-
-
-def _single(batch: TensorBatch, i: int, stored: EncodedTensor) -> TensorBatch:
-    """A batch of parameter ``i`` alone, with ``stored`` for its global gradient."""
-
-    def pick(items: list) -> list:
-        return items[i : i + 1]
-
-    return replace(
-        batch,
-        global_format=stored.format,
-        params=pick(batch.params),
-        exp_avgs=pick(batch.exp_avgs),
-        exp_avg_sqs=pick(batch.exp_avg_sqs),
-        index=batch.index[i : i + 1],
-        remainders=pick(batch.remainders),
-        exp_avg_scales=pick(batch.exp_avg_scales),
-        exp_avg_sq_scales=pick(batch.exp_avg_sq_scales),
-        global_grads=[stored],
-        seeds=pick(batch.seeds),
-        offsets=pick(batch.offsets),
-        cache={},
-    )

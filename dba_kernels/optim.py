@@ -19,18 +19,11 @@ from torch.optim import Optimizer
 from . import ops, state
 from .backends import BACKENDS
 from .distributed import Sharding, local
-from .formats import (
-    CORRECTION_SCOPES,
-    CORRECTIONS,
-    PARAM_FORMATS,
-    STATE_FORMATS,
-    Hyper,
-    StepSettings,
-    check_name,
-)
+from .formats import PARAM_FORMATS, STATE_FORMATS, check_name
 from .global_gradient import GlobalGradient, normalize_name
 from .plan import ActiveSet, Plan, metrics, names_of
 from .schedule import AUTO_BOOST_REACH, BOOSTS, initial_boost
+from .stepdata import CORRECTION_SCOPES, CORRECTIONS, Hyper, StepSettings
 
 LARGE_LR = 1e-4
 """Above it DBA warns: even the small boosts of ``boost="auto"`` did harm there (``python -m bench.quality``)."""

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from dba_kernels.formats import Coefficient, StepSettings, StepTables, Summary
 from dba_kernels.reference import similarity
 from dba_kernels.reference import step as step_module
+from dba_kernels.stepdata import Coefficient, StepSettings, StepTables, Summary
 from tests.oracle import BUSY, Case
 
 Arguments = dict[str, Any]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from dba_kernels.formats import Coefficient, Hyper, StepSettings, StepTables, Summary, TensorBatch
 from dba_kernels.reference import accumulate as accumulate_module
 from dba_kernels.reference import quantize, similarity
 from dba_kernels.reference import step as step_module
+from dba_kernels.stepdata import Coefficient, Hyper, ParamTensors, StepSettings, StepTables, Summary, TensorBatch
 from tests.broken_reference import CONTROLS, edited
 from tests.oracle import (
     BUSY,
@@ -65,16 +65,18 @@ def run_reference(case: Case) -> list[State]:
         grads = {name: torch.tensor(grad, dtype=case.dtype) for name, grad in gradients(case, t).items()}
         batches = []
         for members in ([x for x in grads if x in stored], [x for x in grads if x not in stored]):
-            batch = TensorBatch(
-                param_format="native",
-                state_format="fp32",
-                global_format="fp32" if members and members[0] in stored else "none",
-                params=[params[x] for x in members],
-                exp_avgs=[exp_avgs[x] for x in members],
-                exp_avg_sqs=[exp_avg_sqs[x] for x in members],
-                index=torch.tensor([NAMES.index(x) for x in members], dtype=torch.int64),
-                global_grads=[stored[x] for x in members if x in stored],
-            )
+            tensors = [
+                ParamTensors(
+                    NAMES.index(x),
+                    params[x],
+                    exp_avg=exp_avgs[x],
+                    exp_avg_sq=exp_avg_sqs[x],
+                    global_grad=stored.get(x),
+                )
+                for x in members
+            ]
+            global_format = "fp32" if members and members[0] in stored else "none"
+            batch = TensorBatch("native", "fp32", global_format, tensors)
             batches.append((batch, [grads[x] for x in members]))
         sums = torch.full((n, 2), math.nan, dtype=torch.float64)
         table = torch.full((n, Coefficient.COUNT), math.nan, dtype=torch.float64)

@@ -19,11 +19,11 @@ import torch
 
 from bench.bench_step import fresh_tables
 from dba_kernels import DBAAdamW
-from dba_kernels.formats import Coefficient, StepSettings, StepTables
 from dba_kernels.reference import similarity as reference_similarity
 from dba_kernels.reference import step as reference_step
+from dba_kernels.stepdata import Coefficient, StepSettings, StepTables
 
-from .cases import Case, build, clone, size_cases
+from .cases import Case, build, clone, size_cases, written
 from .test_step import assert_agrees
 
 native = pytest.importorskip("dba_kernels.native")
@@ -46,8 +46,7 @@ def _step_bytes(case: Case, threads: int) -> list[torch.Tensor]:
         native.step(batch, grads, table)
     finally:
         torch.set_num_threads(before)
-    written = [sums, *batch.params, *batch.remainders, *batch.exp_avgs, *batch.exp_avg_sqs]
-    return [*written, *batch.exp_avg_scales, *batch.exp_avg_sq_scales]
+    return [sums, *written(batch)]
 
 
 def _same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -170,7 +169,7 @@ def test_flush_to_zero_of_the_caller_changes_nothing():
     def prepare() -> tuple:
         batch, grads, table = build(tiny)
         table[:, Coefficient.STEP_SIZE] = 0
-        for tensor in (*grads, *batch.exp_avgs, *batch.exp_avg_sqs, *batch.params):
+        for tensor in (*grads, *written(batch)):
             tensor.mul_(2.0**-126)
         return batch, grads, table
 
@@ -183,7 +182,7 @@ def test_flush_to_zero_of_the_caller_changes_nothing():
         native.step(flushed, *arguments)
     finally:
         torch.set_flush_denormal(False)
-    assert _same_bits([*expected.params, *expected.exp_avgs], [*flushed.params, *flushed.exp_avgs])
+    assert _same_bits(written(expected), written(flushed))
 
 
 def test_calls_from_several_python_threads():
@@ -213,7 +212,7 @@ def test_survives_fork():
 
     def child() -> None:
         native.step(batch, grads, table)
-        queue.put(batch.exp_avg_sq_scales[-1].numpy().tobytes())
+        queue.put(batch.tensors[-1].exp_avg_sq_scale.numpy().tobytes())
 
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -249,7 +248,8 @@ def _model() -> tuple[list, list, StepTables]:
     batches, grads, count, has_global = [], [], 0, []
     for case in cases:
         batch, part, _ = build(case)
-        batch.index = torch.arange(len(case.shapes)) + count
+        for i, tensor in enumerate(batch.tensors):
+            tensor.index = count + i
         count += len(case.shapes)
         has_global += [case.global_format != "none"] * len(case.shapes)
         batches.append(batch)
@@ -258,9 +258,8 @@ def _model() -> tuple[list, list, StepTables]:
 
 
 def _everything(batches: list, tables: StepTables | None) -> list[torch.Tensor]:
-    parts = ("params", "remainders", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales")
     own = [] if tables is None else vars(tables).values()
-    return [*own, *(tensor for batch in batches for part in parts for tensor in getattr(batch, part))]
+    return [*own, *(tensor for batch in batches for tensor in written(batch))]
 
 
 SETTINGS = {
@@ -311,7 +310,7 @@ def test_fused_step_agrees_with_the_reference():
     for batch, part in zip(expected, expected_grads, strict=True):
         reference_step.step(batch, part, tables.table)
     for mine, theirs in zip(batches, expected, strict=True):
-        for a, b in zip(mine.params, theirs.params, strict=True):
+        for a, b in zip(mine.all("param"), theirs.all("param"), strict=True):
             step = 2**-7 if a.dtype == torch.bfloat16 else 1e-5
             torch.testing.assert_close(a.float(), b.float(), rtol=step, atol=1e-6)
 
@@ -328,8 +327,8 @@ def test_gradient_of_another_shape_is_refused():
 
 def test_parameter_that_is_not_contiguous_is_refused():
     batch, grads, table = build(FP32)
-    batch.params[0] = batch.params[0].T.contiguous().T
-    with pytest.raises(ValueError, match=r"params\[0\]: expected contiguous"):
+    batch.tensors[0].param = batch.tensors[0].param.T.contiguous().T
+    with pytest.raises(ValueError, match=r"tensors\[0\]\.param: expected contiguous"):
         native.step(batch, grads, table)
 
 
@@ -338,18 +337,18 @@ def test_gradient_that_is_not_contiguous_is_read_right():
     expected = clone(batch)
     native.step(expected, grads, table)
     native.step(batch, [grad.T.contiguous().T if grad.dim() == 2 else grad for grad in grads], table)
-    assert _same_bits(batch.params, expected.params)
+    assert _same_bits(written(batch), written(expected))
 
 
 def test_moved_parameters_are_noticed():
     """``p.data = other`` swaps the memory under the same tensor: the cached addresses must not be used."""
     batch, grads, table = build(FP32)
     native.step(batch, grads, table)
-    old = batch.params[0].clone()
-    kept = batch.params[0].data
-    batch.params[0].data = kept.clone()
+    param = batch.tensors[0].param
+    old, kept = param.clone(), param.data
+    param.data = kept.clone()
     native.step(batch, grads, table)
-    assert torch.equal(kept, old) and not torch.equal(batch.params[0], old)
+    assert torch.equal(kept, old) and not torch.equal(param, old)
 
 
 def test_library_is_plain_c():

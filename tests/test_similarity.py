@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from dba_kernels.formats import CORRECTIONS, Coefficient, Hyper, StepSettings, StepTables, Summary
 from dba_kernels.reference import quantize
 from dba_kernels.reference import similarity as reference
+from dba_kernels.stepdata import CORRECTIONS, Coefficient, Hyper, StepSettings, StepTables, Summary
 
 from .cases import FEW_SIZES, FLAT_SIZES, GLOBAL_FORMATS, GRAD_DTYPES, SIZES, Case, Misaligned, build
 from .tolerances import TOLERANCES
@@ -38,14 +38,15 @@ def assert_same_sums(similarity: object, case: Case, place: object = torch.clone
     if mutate is not None:
         mutate(placed, placed_grads)
     actual = sums_of(similarity, placed, placed_grads)
-    written = batch.index.tolist()
+    written = batch.all("index")
     for row in range(len(actual)):
         if row not in written:
             assert actual[row].isnan().all(), f"row {row} belongs to no tensor and was written"
             continue
         i = written.index(row)
         grad = grads[i].double()
-        stored = quantize.decode(batch.global_grads[i]).double() if batch.global_grads else torch.zeros_like(grad)
+        kept = batch.tensors[i].global_grad
+        stored = torch.zeros_like(grad) if kept is None else quantize.decode(kept).double()
         terms = torch.stack(((grad * stored).abs().sum(), grad.square().sum()))
         error = (actual[row] - expected[row]).abs()
         assert (error <= TOLERANCES["sum"].bound * terms).all(), f"row {row}: {actual[row]}, expected {expected[row]}"
@@ -74,7 +75,7 @@ def test_non_finite_gradient(backend, poison):
     batch, grads, _ = build(CASES[8])
     position = next(i for i, grad in enumerate(grads) if grad.numel() == 1025)
     grads[position].view(-1)[-1] = poison
-    finite = torch.isfinite(sums_of(backend.similarity, batch, grads)[batch.index, 1])
+    finite = torch.isfinite(sums_of(backend.similarity, batch, grads)[batch.all("index"), 1])
     assert finite.tolist() == [i != position for i in range(len(grads))]
 
 
@@ -83,7 +84,7 @@ def _one_element(batch, grads):
 
 
 def _neighbours_scale(batch, grads):
-    scales = batch.global_grads[-1].scales
+    scales = batch.tensors[-1].global_grad.scales
     scales.copy_(scales.roll(1, dims=1))
 
 

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formats import StepSettings, StepTables
+from ..stepdata import StepSettings, StepTables
 from . import columns as col
 from .tables import on_device
 

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formats import TensorBatch
+from ..stepdata import TensorBatch
 from . import columns as col
 from .codecs import load_global, stored_dtype
 from .coefficients import coefficients
@@ -112,7 +112,7 @@ def similarity(batch: TensorBatch, grads: list[torch.Tensor], sums: torch.Tensor
     if not grads:
         return
     tables = tables_of(batch)
-    codes = [stored.codes.dtype for stored in batch.global_grads[:1]]
+    codes = [stored.codes.dtype for stored in batch.all("global_grad")[:1]]
     with on_device(sums):
         if tables.n_chunks:
             reduce_kernel[(tables.n_chunks,)](

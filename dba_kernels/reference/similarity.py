@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from ..formats import Coefficient, Hyper, StepSettings, StepTables, Summary, TensorBatch
+from ..stepdata import Coefficient, Hyper, StepSettings, StepTables, Summary, TensorBatch
 from .quantize import decode
 
 
@@ -24,9 +24,9 @@ def similarity(batch: TensorBatch, grads: list[torch.Tensor], sums: torch.Tensor
     The gradients are taken as they are: not unscaled, not clipped, not negated. A NaN or an infinity in a gradient
     makes its ‖g_D‖² non-finite.
     """
-    stored = batch.global_grads or [None] * len(grads)
-    for row, grad, global_grad in zip(batch.index.tolist(), grads, stored, strict=True):
-        sums[row, 0], sums[row, 1] = reduce_one(grad, None if global_grad is None else decode(global_grad))
+    for tensor, grad in zip(batch.tensors, grads, strict=True):
+        global_grad = None if tensor.global_grad is None else decode(tensor.global_grad)
+        sums[tensor.index, 0], sums[tensor.index, 1] = reduce_one(grad, global_grad)
 
 
 def gamma(step: torch.Tensor, settings: StepSettings) -> torch.Tensor:
