@@ -73,7 +73,7 @@ class DBAAdamW(Optimizer):
         total_steps: T, optimizer steps of the run (not micro-batches); needed with a global gradient. ``"later"``:
             :meth:`set_total_steps` will give it before the first step, as a framework does that counts its steps only
             when it has started.
-        boost: ``"auto"`` (k₀ = min(200, 0.003/lr)/T, at most 0.5: README, "Does it work?"; lr is the largest group's at
+        boost: ``"auto"`` (k₀ = min(200, 0.003/lr)/T, at most 0.5: ``bench/quality/README.md``; lr is the largest group's at
             construction), ``"paper"`` (k₀ = 200/T), k₀ as a number, or ``f(step, total_steps) → γ`` where ``step``, an
             int64 scalar tensor on the parameters' device, counts the steps done without skipped ones. 0 switches the
             boost off.

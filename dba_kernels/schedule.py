@@ -17,7 +17,7 @@ AUTO_BOOST_MAX = 0.5
 
 AUTO_BOOST_REACH = 3e-3
 """Largest k₀ · T · η₀ under ``boost="auto"``, ours: it bounds how far θ follows the one direction ĝ_G, which has no
-noise that would average out, and which holds near the base model only (README, ``bench/quality``)."""
+noise that would average out, and which holds near the base model only (``bench/quality/README.md``)."""
 
 BOOSTS = ("auto", "paper")
 SHAPES = ("linear", "cosine", "constant")

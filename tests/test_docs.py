@@ -16,6 +16,7 @@ import dba_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = ("README.md", "dba_kernels/integrations/README.md", "bench/README.md", "bench/quality/README.md")
 MODULES = ("schedule", "backends", "base_model", "global_gradient", "collect", "optim", "integrations.transformers")
 
 
@@ -38,8 +39,14 @@ def test_every_public_name_has_a_docstring() -> None:
         assert (getattr(dba_kernels, name).__doc__ or "").strip(), name
 
 
-def python_blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def python_blocks() -> list[object]:
+    """Every Python block of every document, named after its document and its first line."""
+    blocks = []
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text()
+        for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            blocks.append(pytest.param(block, id=f"{document}: {block.splitlines()[0][:40]}"))
+    return blocks
 
 
 @pytest.fixture
@@ -56,9 +63,9 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fresh_accelerator", "one_rank")
-@pytest.mark.parametrize("block", python_blocks(), ids=lambda block: block.splitlines()[0][:40])
-def test_readme_python_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every Python block of the README runs as written, in an empty folder, on a small model that it is given."""
+@pytest.mark.parametrize("block", python_blocks())
+def test_python_of_the_documents_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Python block of the documents runs as written, in an empty folder, on a small model that it is given."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The study of a real model (``python -m bench.real_model``): what it compares, and that README shows its results.
+"""The study of a real model (``python -m bench.real_model``): what it compares, and that the studies' page shows its results.
 
 No model is loaded here.
 """
@@ -17,7 +17,7 @@ from bench import real_model
 from bench.real_model import BATCH, COLLECTED, DOMAIN, GENERAL, LONG, SEEDS, STEPS, Study
 from dba_kernels.cli.assets import Blocks
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+STUDIES = Path(__file__).resolve().parent.parent / "bench" / "quality" / "README.md"
 
 
 @pytest.fixture
@@ -56,4 +56,4 @@ def test_finished_runs_are_not_repeated() -> None:
 
 def test_readme_shows_the_committed_results() -> None:
     table = real_model.table(real_model.load(real_model.RESULTS)).replace("| -", "| −")
-    assert table in README.read_text(encoding="utf-8")
+    assert table in STUDIES.read_text(encoding="utf-8")
