@@ -1,0 +1,242 @@
+"""The anchor's part of a step: λ H (θ − θ₀) is added to the gradient before the moments (eqs. 10–12).
+
+Per tensor, with H Δ = B Δ A, A = U diag(t) Uᵀ + a I on the columns and B = V diag(s) Vᵀ + b I on the rows::
+
+    Q = Vᵀ Δ,   P = Δ U,   H Δ = V · s (Q U t Uᵀ + a Q)  +  (b P t) · Uᵀ  +  a b Δ
+
+one low-rank addend, two products of rank r and one of rank 2r with the tensor's elements. A global gradient that is
+stored low rank joins the same product. Rows go block by block through one scratch of :data:`BLOCK` elements, which holds
+g = a·g_D + λ H Δ in fp32 when the step takes it for its gradient; so the step itself is the one that runs without an
+anchor, on every backend, and memory beyond θ₀ and the factors does not grow with the model.
+
+Bytes per parameter with 16-bit θ₀, weights and remainders: 6 read for δ, 2 for g_D, 4 written and read again as the
+gradient, in place of the 2 of g_D alone; of tensors above a block those for δ once more. Products: 8 r operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from . import ops
+from .backends import implementation
+from .distributed import Sharding
+from .factors import Curvature, DiagonalFactor, KroneckerTerm, LowRankFactor
+from .formats import LowRankTensor, matrix_shape
+from .stepdata import UPDATED_PARTS, Coefficient, ParamTensors, TensorBatch
+
+BLOCK = 2**20
+"""Elements of a block: 4 MiB of fp32, which a CPU's last cache holds, and few enough calls."""
+
+
+@dataclass
+class AnchoredTensor:
+    """One parameter, or this rank's rows of it, with its anchor.
+
+    Args:
+        tensors: what a step reads and writes.
+        formats: of the parameter, its state and its global gradient.
+        origin: θ₀, in the parameter's dtype and shape.
+        curvature: H of these rows, on the parameter's device.
+        position: where the parameter stands among the step's gradients.
+        cut: whether other ranks hold other rows.
+    """
+
+    tensors: ParamTensors
+    formats: tuple[str, str, str]
+    origin: torch.Tensor
+    curvature: Curvature
+    position: int
+    cut: bool = False
+    blocks: list[Block] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        rows, cols = matrix_shape(tuple(self.tensors.param.shape))
+        step = rows if self.tensors.param.dim() == 0 else max(1, BLOCK // max(cols, 1))
+        self.blocks = [Block.of(self, start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.tensors.param.dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class Block:
+    """Rows ``start:stop`` of a parameter: views of everything that a step of them takes."""
+
+    start: int
+    stop: int
+    batch: TensorBatch
+    origin: torch.Tensor
+    curvature: Curvature
+    low_rank: LowRankTensor | None
+
+    @classmethod
+    def of(cls, whole: AnchoredTensor, start: int, stop: int) -> Block:
+        tensors, (param_format, state_format, global_format) = whole.tensors, whole.formats
+        stored, low_rank = tensors.global_grad, None
+        views: dict[str, Any] = {}
+        if tensors.param.dim() > 0:
+            views = {part: t[start:stop] for part in UPDATED_PARTS if (t := getattr(tensors, part)) is not None}
+            stored = None if stored is None else stored.row_slice(start, stop)
+        if isinstance(stored, LowRankTensor):
+            stored, low_rank, global_format = None, stored, "none"
+        offset = tensors.offset + start * matrix_shape(tuple(tensors.param.shape))[1]
+        part = replace(tensors, **views, global_grad=stored, offset=offset)
+        origin = whole.origin[start:stop] if whole.origin.dim() > 0 else whole.origin
+        batch = TensorBatch(param_format, state_format, global_format, [part])
+        return cls(start, stop, batch, origin, whole.curvature.rows(start, stop), low_rank)
+
+    def displacement(self, dtype: torch.dtype) -> torch.Tensor:
+        """δ = θ − θ₀ of the exact parameter, as a matrix (a vector of a vector)."""
+        part = self.batch.tensors[0]
+        exact = part.param
+        if self.batch.param_format != "native":
+            exact = implementation("reference", "remainder").join(exact, part.remainder, self.batch.param_format)
+        delta = exact.to(dtype) - self.origin.to(dtype)
+        return delta.flatten(1) if delta.dim() > 1 else delta
+
+
+class DecodedTerm:
+    """A Kronecker term with its factors decoded for one step."""
+
+    def __init__(self, term: KroneckerTerm, dtype: torch.dtype, backend: str) -> None:
+        self.u = ops.decode(term.right.u, backend).to(dtype)  # [cols, r]
+        self.t, self.a = term.right.sigma.to(dtype), term.right.rest
+        self.left = term.left
+        if isinstance(term.left, LowRankFactor):
+            self.v = ops.decode(term.left.u, backend).to(dtype)  # [rows, r]
+            self.s, self.b = term.left.sigma.to(dtype), term.left.rest
+            self.q = self.v.new_zeros(self.v.shape[1], self.u.shape[0])  # [r, cols]
+
+    def project(self, delta: torch.Tensor, start: int, stop: int) -> None:
+        """Q += Vᵀ Δ of these rows."""
+        if isinstance(self.left, LowRankFactor):
+            self.q.addmm_(self.v[start:stop].T, delta)
+
+    def mixed(self) -> torch.Tensor:
+        """s (Q U t Uᵀ + a Q), ``[r, cols]``: what V is multiplied with."""
+        return self.s.unsqueeze(1) * (((self.q @ self.u) * self.t) @ self.u.T + self.a * self.q)
+
+    def addend(
+        self, delta: torch.Tensor, start: int, stop: int, mixed: torch.Tensor | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | float]:
+        """H Δ of these rows: left and right factors of its low-rank part, and what multiplies Δ itself."""
+        p = (delta @ self.u) * self.t
+        if isinstance(self.left, DiagonalFactor):
+            weights = self.left.diagonal[start:stop].to(delta.dtype).unsqueeze(1)
+            return [weights * p], [self.u.T], weights * self.a
+        assert mixed is not None
+        return [self.v[start:stop], p * self.b], [mixed, self.u.T], self.a * self.b
+
+
+class AnchorStep:
+    """The step of all anchored parameters of one device, laid out once.
+
+    Args:
+        anchored: the parameters.
+        anchor: λ.
+        sharding: how rows lie on the ranks.
+    """
+
+    def __init__(self, anchored: Iterable[AnchoredTensor], anchor: float, sharding: Sharding) -> None:
+        self.anchored = list(anchored)
+        self.anchor = anchor
+        self.sharding = sharding
+        device = self.anchored[0].tensors.param.device
+        self.figures = torch.zeros(2, dtype=torch.float64, device=device)
+        """‖λ H δ‖² and ⟨δ, H δ⟩ of the last step, of the rows here."""
+
+    def run(self, grads: list[torch.Tensor], table: torch.Tensor, backend: str) -> None:
+        """Step every anchored parameter.
+
+        Args:
+            grads: of all active parameters; each is found by its position.
+            table: coefficient table, float64 ``[n_params, Coefficient.COUNT]``.
+        """
+        unit = table.clone()
+        unit[:, Coefficient.GRAD_WEIGHT] = 1.0  # the gradients that are handed on are weighted already
+        self.figures.zero_()
+        ahead = self._project_all(backend)
+        for whole in self.anchored:
+            terms = ahead.get(id(whole))
+            self._step_one(whole, terms, grads[whole.position], table, unit, backend)
+
+    def _project_all(self, backend: str) -> dict[int, list[DecodedTerm]]:
+        """Of parameters cut by rows, Q over all ranks' rows: one all-reduce for the model."""
+        if not self.sharding.communicates:
+            return {}
+        decoded: dict[int, list[DecodedTerm]] = {}
+        for whole in self.anchored:
+            if whole.cut:
+                terms = decoded[id(whole)] = self._decode(whole, backend)
+                for block in whole.blocks:
+                    self._project(terms, block, block.displacement(whole.dtype))
+        sums = [term.q for terms in decoded.values() for term in terms if isinstance(term.left, LowRankFactor)]
+        if sums:
+            flat = self.sharding.sum_(torch.cat([q.reshape(-1) for q in sums]))
+            for q, total in zip(sums, flat.split([q.numel() for q in sums]), strict=True):
+                q.copy_(total.view_as(q))
+        return decoded
+
+    @staticmethod
+    def _decode(whole: AnchoredTensor, backend: str) -> list[DecodedTerm]:
+        return [DecodedTerm(term, whole.dtype, backend) for term in whole.curvature.terms]
+
+    @staticmethod
+    def _project(terms: list[DecodedTerm], block: Block, delta: torch.Tensor) -> None:
+        for term in terms:
+            term.project(delta, block.start, block.stop)
+
+    def _step_one(
+        self,
+        whole: AnchoredTensor,
+        terms: list[DecodedTerm] | None,
+        grad: torch.Tensor,
+        table: torch.Tensor,
+        unit: torch.Tensor,
+        backend: str,
+    ) -> None:
+        kept: torch.Tensor | None = None  # δ of a tensor of one block serves both passes
+        if terms is None:
+            terms = self._decode(whole, backend)
+            for block in whole.blocks:
+                kept = block.displacement(whole.dtype)
+                self._project(terms, block, kept)
+        mixed = [term.mixed() if isinstance(term.left, LowRankFactor) else None for term in terms]
+        row = table[whole.tensors.index].to(whole.dtype)
+        for block in whole.blocks:
+            delta = kept if kept is not None and len(whole.blocks) == 1 else block.displacement(whole.dtype)
+            pull = self._pull(block, delta, terms, mixed)
+            flat = pull.reshape(-1)
+            self.figures += torch.stack((torch.dot(flat, flat), torch.dot(flat, delta.reshape(-1)) / self.anchor))
+            part = grad[block.start : block.stop] if grad.dim() > 0 else grad
+            boosted = pull.view_as(part) + part.to(whole.dtype) * row[Coefficient.GRAD_WEIGHT]
+            if block.low_rank is not None:
+                u, v = (t.to(whole.dtype) for t in ops.decode_all([block.low_rank.u, block.low_rank.v], backend))
+                weights = block.low_rank.sigma.to(whole.dtype) * row[Coefficient.GLOBAL_WEIGHT]
+                boosted.flatten(1).addmm_(u * weights, v.T)
+            ops.step(block.batch, [boosted], unit, backend)
+
+    def _pull(
+        self, block: Block, delta: torch.Tensor, terms: list[DecodedTerm], mixed: list[torch.Tensor | None]
+    ) -> torch.Tensor:
+        """λ H Δ of a block."""
+        diagonal = block.curvature.diagonal
+        if diagonal is not None:
+            return delta * (diagonal.to(delta.dtype) * self.anchor)
+        lefts: list[torch.Tensor] = []
+        rights: list[torch.Tensor] = []
+        own: torch.Tensor | float = 0.0
+        for term, its_mixed in zip(terms, mixed, strict=True):
+            left, right, weight = term.addend(delta, block.start, block.stop, its_mixed)
+            lefts += left
+            rights += right
+            own = own + weight
+        if torch.is_tensor(own):
+            delta, own = own * delta, 1.0
+        left, right = torch.cat(lefts, dim=1), torch.cat(rights)  # [rows, R], [R, cols]
+        return torch.addmm(delta, left, right, beta=own * self.anchor, alpha=self.anchor)
