@@ -17,8 +17,8 @@ import click
 import pytest
 import torch
 
-from dba_kernels import native
 from dba_kernels.formats import GROUP, PARAM_FORMATS, STATE_FORMATS, is_compressible
+from dba_kernels.native import quantize, step
 from dba_kernels.stepdata import Coefficient, Hyper, ParamTensors, StepSettings, StepTables, Summary, TensorBatch
 
 from .harness import Clock, Comparison, compare, machine_load
@@ -121,7 +121,7 @@ class NativeModel:
                     (torch.randn(shape) * 0.02).to(dtype),
                     None if rest is None else torch.zeros(shape, dtype=rest),
                     **state_tensors,
-                    global_grad=None if stored == "none" else native.encode(torch.randn(shape) * 1e-3, stored),
+                    global_grad=None if stored == "none" else quantize.encode(torch.randn(shape) * 1e-3, stored),
                     seed=i,
                 )
             )
@@ -130,7 +130,7 @@ class NativeModel:
         self.grads.append(batch_grads)
 
     def step(self) -> None:
-        native.fused_step(self.batches, self.grads, self.tables, self.settings)
+        step.fused_step(self.batches, self.grads, self.tables, self.settings)
 
 
 def torch_params(shapes: Shapes, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:

@@ -10,8 +10,8 @@ import torch
 
 from dba_kernels.kernels import accumulate, coefficients, quantize, similarity, step
 from dba_kernels.reference import quantize as reference
-from dba_kernels.stepdata import StepSettings, StepTables, TensorBatch
-from tests import cases, test_accumulate, test_quantize, test_similarity, test_step
+from dba_kernels.stepdata import StepOverrides, StepSettings, StepTables, TensorBatch
+from tests import cases, test_accumulate, test_coefficients, test_quantize, test_similarity, test_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -38,9 +38,9 @@ def sums_on_device(batch: TensorBatch, grads: list[torch.Tensor], sums: torch.Te
     sums.copy_(there)
 
 
-def coefficients_on_device(tables: StepTables, settings: StepSettings) -> None:
+def coefficients_on_device(tables: StepTables, settings: StepSettings, overrides: StepOverrides) -> None:
     there = {name: tensor.to(DEVICE) for name, tensor in vars(tables).items()}
-    coefficients.coefficients(StepTables(**there), settings)
+    coefficients.coefficients(StepTables(**there), settings, overrides)
     for name, tensor in vars(tables).items():
         tensor.copy_(there[name])
 
@@ -71,8 +71,8 @@ def checks(tiny: bool) -> dict[str, Any]:
     matrix = cases.size_cases()[1:2] if tiny else cases.pairwise_matrix() + cases.size_cases()
     matrix_tensor = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     jobs: dict[str, Callable[[], object]] = {
-        "coefficients": lambda: test_similarity.assert_same_coefficients(
-            coefficients_on_device, test_similarity.BASE, test_similarity.arguments()
+        "coefficients": lambda: test_coefficients.assert_same_coefficients(
+            coefficients_on_device, test_coefficients.BASE, test_coefficients.arguments()
         ),
         "accumulate": lambda: test_accumulate.assert_agrees(accumulate_on_device, torch.bfloat16),
     }

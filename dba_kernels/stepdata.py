@@ -58,6 +58,8 @@ class Summary:
 
 
 CORRECTIONS = ("cosine", "none", "agem", "pcgrad")
+PROJECTIONS = ("agem", "pcgrad")
+"""Corrections that weigh ĝ_G by its conflict with the gradient, not by a schedule."""
 CORRECTION_SCOPES = ("tensor", "global")
 
 
@@ -85,6 +87,26 @@ class StepSettings:
     bounds: tuple[float, float] = (0.0, 2.0)
     max_grad_norm: float | None = None
     reduce: bool = False
+
+
+@dataclass(frozen=True)
+class StepOverrides:
+    """What a step may be given from outside, each None for nothing.
+
+    Args:
+        loss_scale: scalar by which the gradients are too large.
+        found_inf: scalar, not 0 to skip the step.
+        gamma: scalar γ_t in place of eq. 2.
+        alpha: ``[n]`` α_t in place of eq. 5.
+    """
+
+    loss_scale: torch.Tensor | None = None
+    found_inf: torch.Tensor | None = None
+    gamma: torch.Tensor | None = None
+    alpha: torch.Tensor | None = None
+
+
+NO_OVERRIDES = StepOverrides()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from triton.runtime.interpreter import GridExecutor
 
 from dba_kernels import DBAAdamW, GlobalGradient
 from dba_kernels.formats import EncodedTensor
-from dba_kernels.kernels import accumulate, common, quantize, similarity, step, tables
+from dba_kernels.kernels import accumulate, coefficients, common, quantize, similarity, step, tables
 from dba_kernels.stepdata import UPDATED_PARTS, Coefficient, Hyper, StepSettings, StepTables, Summary, TensorBatch
 
 from . import guard_pages
@@ -97,7 +97,7 @@ class Step:
 
     def run(self) -> None:
         similarity.similarity(self.batch, self.grads, self.tables["sums"])
-        similarity.coefficients(StepTables(**self.tables), SETTINGS)
+        coefficients.coefficients(StepTables(**self.tables), SETTINGS)
         step.step(self.batch, self.grads, self.tables["table"])
 
 

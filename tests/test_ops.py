@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dba_kernels import ops
+from dba_kernels import operators, ops
 from dba_kernels.formats import STORAGE_FORMATS, EncodedTensor
-from dba_kernels.stepdata import UPDATED_PARTS, Coefficient, Hyper, ParamTensors, Summary, TensorBatch
+from dba_kernels.stepdata import Coefficient, Hyper, ParamTensors, Summary, TensorBatch
 
 ROWS, COLS = 66, 70
 
@@ -64,14 +64,10 @@ def test_opcheck_encode_and_decode(format: str) -> None:
 def test_opcheck_similarity_and_step() -> None:
     stored = [ops.encode(torch.randn(ROWS, COLS), "int8", backend="reference") for _ in range(2)]
     batch, grads = make_batch(stored, "int8")
-    codes, scales = [s.codes for s in stored], [s.scales for s in stored]
     sums = torch.zeros(2, 2, dtype=torch.float64)
-    args = (batch.all("param"), grads, codes, scales, [0, 1], sums, "int8", "reference")
+    args = (*operators.flat(batch), grads, sums, "reference")
     torch.library.opcheck(torch.ops.dba_kernels.similarity, args, test_utils=OPCHECK)
-    args = (
-        *(*(batch.all(part) for part in UPDATED_PARTS), grads, codes, scales, random_table(2)),
-        *([0, 1], [0, 0], [0, 0], "native", "fp32", "int8", "reference"),
-    )
+    args = (*operators.flat(batch), grads, random_table(2), "reference")
     torch.library.opcheck(torch.ops.dba_kernels.step, args, test_utils=OPCHECK)
 
 
@@ -91,7 +87,7 @@ def test_opcheck_coefficients() -> None:
         torch.zeros(Summary.COUNT, dtype=torch.float64),
     )
     assert tensors[2].shape[1] == Hyper.COUNT
-    scalars = (0.2, 1000, 0.5, "cosine", "tensor", 0.0, 2.0, 1.0, True, "reference")
+    scalars = (0.2, 1000, 0.5, "cosine", "tensor", (0.0, 2.0), 1.0, True, "reference")
     args = (*tensors, None, None, None, None, *scalars)
     torch.library.opcheck(torch.ops.dba_kernels.coefficients, args, test_utils=OPCHECK)
 
@@ -102,11 +98,7 @@ def test_registered_operator_equals_the_eager_call() -> None:
     eager, grads = make_batch(stored, "int4")
     traced, _ = make_batch(stored, "int4")
     ops.step(eager, grads, random_table(2), backend="reference")
-    torch.ops.dba_kernels.step(
-        *(*(traced.all(part) for part in UPDATED_PARTS), grads),
-        *([s.codes for s in stored], [s.scales for s in stored], random_table(2), [0, 1], [0, 0], [0, 0]),
-        *("native", "fp32", "int4", "reference"),
-    )
+    operators.step(traced, grads, random_table(2), "reference")
     assert all(torch.equal(a, b) for a, b in zip(eager.all("param"), traced.all("param"), strict=True))
 
 

@@ -339,8 +339,8 @@ def test_auto_boost_starts_from_the_learning_rate_that_was_given() -> None:
     annealing_schedule(optimizer, total_steps=200, warmup_steps=9)
     assert max(group["lr"] for group in optimizer.param_groups) == pytest.approx(1e-5)
     optimizer.set_total_steps(200)
-    assert optimizer.settings.boost == pytest.approx(0.15)
-    assert copy.deepcopy(optimizer).initial_lr == 1e-4
+    assert optimizer.method.settings.boost == pytest.approx(0.15)
+    assert copy.deepcopy(optimizer).method.initial_lr == 1e-4
 
 
 def test_boost_and_correction_may_be_functions() -> None:
@@ -574,7 +574,7 @@ def displacement_error(dtype: torch.dtype, backend: str, steps: int, spoil: floa
 def joined_value(optimizer: DBAAdamW, param: torch.nn.Parameter) -> torch.Tensor:
     if "remainder" not in optimizer.state[param]:
         return param.detach()
-    return remainder.join(param.detach(), optimizer.state[param]["remainder"], optimizer.param_format)
+    return remainder.join(param.detach(), optimizer.state[param]["remainder"], optimizer.options.param_format)
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])

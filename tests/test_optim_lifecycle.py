@@ -209,12 +209,12 @@ def test_a_loaded_state_brings_its_total_steps(recwarn: pytest.WarningsRecorder)
     train(params, optimizer, range(1, 3))
     resumed = dba(params, total_steps="later")
     resumed.load_state_dict(optimizer.state_dict())
-    assert resumed.settings == optimizer.settings
+    assert resumed.method.settings == optimizer.method.settings
     resumed.set_total_steps(500)
     assert not [w for w in recwarn if "total_steps" in str(w.message)]
     with pytest.warns(UserWarning, match="total_steps: changed from 500 to 600"):
         resumed.set_total_steps(600)
-    assert resumed.settings.boost == 200 / 600
+    assert resumed.method.settings.boost == 200 / 600
 
 
 def test_a_loaded_state_brings_its_boost(recwarn: pytest.WarningsRecorder) -> None:
@@ -225,9 +225,9 @@ def test_a_loaded_state_brings_its_boost(recwarn: pytest.WarningsRecorder) -> No
     resumed = dba(params, lr=1e-5, total_steps="later", boost="auto")
     resumed.load_state_dict(optimizer.state_dict())
     resumed.set_total_steps(200)
-    assert resumed.settings.boost == optimizer.settings.boost == pytest.approx(0.15)
+    assert resumed.method.settings.boost == optimizer.method.settings.boost == pytest.approx(0.15)
     assert not list(recwarn)
-    assert dba(params, lr=1e-5, total_steps=200, boost="auto").settings.boost == 0.5  # negative control
+    assert dba(params, lr=1e-5, total_steps=200, boost="auto").method.settings.boost == 0.5  # negative control
 
 
 def test_total_steps_without_a_use_for_them() -> None:
@@ -235,7 +235,7 @@ def test_total_steps_without_a_use_for_them() -> None:
     for optimizer in (DBAAdamW(make_params().items()), dba(make_params(), correction="agem", total_steps="later")):
         assert not optimizer.awaits_total_steps
         optimizer.set_total_steps(7)
-        assert optimizer.settings.total_steps == 0
+        assert optimizer.method.settings.total_steps == 0
 
 
 def test_other_kinds_of_adam_are_refused_wherever_they_come_from() -> None:

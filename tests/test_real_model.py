@@ -1,4 +1,4 @@
-"""The study of a real model (``python -m bench.real_model``): what it compares, and that the studies' page shows its results.
+"""The study of a real model (``python -m bench.real_model``): what it compares, and that its page shows the results.
 
 No model is loaded here.
 """
