@@ -4,10 +4,10 @@ Per tensor, with H Δ = B Δ A, A = U diag(t) Uᵀ + a I on the columns and B = 
 
     Q = Vᵀ Δ,   P = Δ U,   H Δ = V · s (Q U t Uᵀ + a Q)  +  (b P t) · Uᵀ  +  a b Δ
 
-one low-rank addend, two products of rank r and one of rank 2r with the tensor's elements. A global gradient that is
-stored low rank joins the same product. Rows go block by block through one scratch of :data:`BLOCK` elements, which holds
-g = a·g_D + λ H Δ in fp32 when the step takes it for its gradient; so the step itself is the one that runs without an
-anchor, on every backend, and memory beyond θ₀ and the factors does not grow with the model.
+one low-rank addend: two products of rank r and one of rank 2r with the tensor's elements. Rows go block by block, of
+:data:`BLOCK` elements, through a scratch that holds a·g_D + λ H Δ in fp32 and that the step takes for its gradient. So
+the step itself is the one that runs without an anchor, on every backend, and memory beyond θ₀ and the factors does not
+grow with the model. A global gradient that is stored low rank is added to the same scratch, by a product of its own.
 
 Bytes per parameter with 16-bit θ₀, weights and remainders: 6 read for δ, 2 for g_D, 4 written and read again as the
 gradient, in place of the 2 of g_D alone; of tensors above a block those for δ once more. Products: 8 r operations.
@@ -41,7 +41,6 @@ class AnchoredTensor:
         formats: of the parameter, its state and its global gradient.
         origin: θ₀, in the parameter's dtype and shape.
         curvature: H of these rows, on the parameter's device.
-        position: where the parameter stands among the step's gradients.
         cut: whether other ranks hold other rows.
     """
 
@@ -49,7 +48,6 @@ class AnchoredTensor:
     formats: tuple[str, str, str]
     origin: torch.Tensor
     curvature: Curvature
-    position: int
     cut: bool = False
     blocks: list[Block] = field(default_factory=list)
 
@@ -138,32 +136,32 @@ class AnchorStep:
 
     Args:
         anchored: the parameters.
-        anchor: λ.
         sharding: how rows lie on the ranks.
     """
 
-    def __init__(self, anchored: Iterable[AnchoredTensor], anchor: float, sharding: Sharding) -> None:
+    def __init__(self, anchored: Iterable[AnchoredTensor], sharding: Sharding) -> None:
         self.anchored = list(anchored)
-        self.anchor = anchor
         self.sharding = sharding
         device = self.anchored[0].tensors.param.device
         self.figures = torch.zeros(2, dtype=torch.float64, device=device)
-        """‖λ H δ‖² and ⟨δ, H δ⟩ of the last step, of the rows here."""
+        """‖λ H δ‖² and ⟨δ, H δ⟩ at the point where the last step began, over all ranks."""
 
-    def run(self, grads: list[torch.Tensor], table: torch.Tensor, backend: str) -> None:
+    def run(self, grads: list[torch.Tensor], table: torch.Tensor, anchor: float, backend: str = "auto") -> None:
         """Step every anchored parameter.
 
         Args:
-            grads: of all active parameters; each is found by its position.
+            grads: one per parameter, fp32, bf16 or fp16 (fp64 of fp64 parameters), contiguous.
             table: coefficient table, float64 ``[n_params, Coefficient.COUNT]``.
+            anchor: λ, above 0.
         """
         unit = table.clone()
         unit[:, Coefficient.GRAD_WEIGHT] = 1.0  # the gradients that are handed on are weighted already
         self.figures.zero_()
         ahead = self._project_all(backend)
-        for whole in self.anchored:
-            terms = ahead.get(id(whole))
-            self._step_one(whole, terms, grads[whole.position], table, unit, backend)
+        for whole, grad in zip(self.anchored, grads, strict=True):
+            self._step_one(whole, ahead.get(id(whole)), grad, table, unit, anchor, backend)
+        if self.sharding.communicates:
+            self.sharding.sum_(self.figures)
 
     def _project_all(self, backend: str) -> dict[int, list[DecodedTerm]]:
         """Of parameters cut by rows, Q over all ranks' rows: one all-reduce for the model."""
@@ -198,8 +196,10 @@ class AnchorStep:
         grad: torch.Tensor,
         table: torch.Tensor,
         unit: torch.Tensor,
+        anchor: float,
         backend: str,
     ) -> None:
+        counts = whole.cut or self.sharding.leads  # what all ranks hold whole, one of them brings into the figures
         kept: torch.Tensor | None = None  # δ of a tensor of one block serves both passes
         if terms is None:
             terms = self._decode(whole, backend)
@@ -210,9 +210,10 @@ class AnchorStep:
         row = table[whole.tensors.index].to(whole.dtype)
         for block in whole.blocks:
             delta = kept if kept is not None and len(whole.blocks) == 1 else block.displacement(whole.dtype)
-            pull = self._pull(block, delta, terms, mixed)
-            flat = pull.reshape(-1)
-            self.figures += torch.stack((torch.dot(flat, flat), torch.dot(flat, delta.reshape(-1)) / self.anchor))
+            pull = self._pull(block, delta, terms, mixed, anchor)
+            if counts:
+                flat = pull.reshape(-1)
+                self.figures += torch.stack((torch.dot(flat, flat), torch.dot(flat, delta.reshape(-1)) / anchor))
             part = grad[block.start : block.stop] if grad.dim() > 0 else grad
             boosted = pull.view_as(part) + part.to(whole.dtype) * row[Coefficient.GRAD_WEIGHT]
             if block.low_rank is not None:
@@ -221,13 +222,18 @@ class AnchorStep:
                 boosted.flatten(1).addmm_(u * weights, v.T)
             ops.step(block.batch, [boosted], unit, backend)
 
+    @staticmethod
     def _pull(
-        self, block: Block, delta: torch.Tensor, terms: list[DecodedTerm], mixed: list[torch.Tensor | None]
+        block: Block,
+        delta: torch.Tensor,
+        terms: list[DecodedTerm],
+        mixed: list[torch.Tensor | None],
+        anchor: float,
     ) -> torch.Tensor:
         """λ H Δ of a block."""
         diagonal = block.curvature.diagonal
         if diagonal is not None:
-            return delta * (diagonal.to(delta.dtype) * self.anchor)
+            return delta * (diagonal.to(delta.dtype) * anchor)
         lefts: list[torch.Tensor] = []
         rights: list[torch.Tensor] = []
         own: torch.Tensor | float = 0.0
@@ -236,7 +242,6 @@ class AnchorStep:
             lefts += left
             rights += right
             own = own + weight
-        if torch.is_tensor(own):
-            delta, own = own * delta, 1.0
-        left, right = torch.cat(lefts, dim=1), torch.cat(rights)  # [rows, R], [R, cols]
-        return torch.addmm(delta, left, right, beta=own * self.anchor, alpha=self.anchor)
+        scaled, beta = (delta, own * anchor) if isinstance(own, float) else (own * delta, anchor)
+        # [rows, R] · [R, cols]
+        return torch.addmm(scaled, torch.cat(lefts, dim=1), torch.cat(rights), beta=beta, alpha=anchor)

@@ -16,6 +16,8 @@ from torch import nn
 
 from .base_model import Fingerprint, fingerprint, named_once
 from .batches import LossFunction, digest_batch, loss_and_tokens
+from .curvature import CurvatureSums
+from .curvature_records import factor_format
 from .distributed import fsdp_sharding, same_on_ranks
 from .files import to_json
 from .formats import STORAGE_FORMATS, check_name
@@ -32,7 +34,7 @@ def collect_global_gradient(
     model: nn.Module,
     batches: Iterable[Any],
     loss_fn: LossFunction | None = None,
-    format: str = "int8",
+    format: str | None = "int8",
     rank: int | None = None,
     *,
     weighting: str = "tokens",
@@ -42,6 +44,7 @@ def collect_global_gradient(
     snapshot_every: int = 100,
     group: dist.ProcessGroup | None = None,
     save_to: str | os.PathLike[str] | None = None,
+    curvature: int | None = None,
 ) -> GlobalGradient:
     """ĝ_G = Σ_i w_i g_i / Σ_i w_i over the micro-batches (eq. 1), compressed.
 
@@ -53,7 +56,8 @@ def collect_global_gradient(
         batches: any iterable of micro-batches; an interrupted collection must see the same ones again.
         loss_fn: ``loss_fn(model, batch)`` → the batch's mean loss, or (mean loss, number of target tokens). None for
             Hugging Face models: the batch is a mapping with ``labels``, the loss is the output's.
-        format, rank: of the stored gradient, see :meth:`GlobalGradient.from_tensors`.
+        format, rank: of the stored gradient, see :meth:`GlobalGradient.from_tensors`. ``format=None`` keeps the
+            curvature alone.
         weighting: ``"tokens"``: w_i is the number of target tokens, so ĝ_G is the gradient of the mean loss per token
             over all the data (a loss function that gives no number: w_i = 1). ``"batch"``: w_i = 1.
         data: names of the data, recorded in the file.
@@ -65,6 +69,8 @@ def collect_global_gradient(
             ``torch.distributed.group.WORLD``. None: this process has all of it, or the model is sharded.
         save_to: write the result to this ``.safetensors`` file and return it mapped from there; needed for a model
             sharded by FSDP2, where one rank writes and all return what it wrote.
+        curvature: r, also collect the second order of the general loss (METHOD's eqs. 11, 12) in factors of this rank,
+            which ``DBAAdamW(anchor=…)`` holds the weights by. Every batch must say its number of target tokens.
 
     Raises:
         ValueError: a bad argument, batches without labels, or no batch with a finite loss.
@@ -77,11 +83,16 @@ def collect_global_gradient(
         >>> sorted(gg), gg.provenance.batches
         (['bias', 'weight'], 3)
     """
-    check_name("format", format, STORAGE_FORMATS)
+    _check_format(format, curvature)
     if rank is not None:  # before the long part
         check_rank(rank, {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad})
     collector = GlobalGradientCollector(
-        model, weighting=weighting, data=data, snapshot_path=snapshot_path, snapshot_every=snapshot_every
+        model,
+        weighting=weighting,
+        data=data,
+        snapshot_path=snapshot_path,
+        snapshot_every=snapshot_every,
+        curvature=curvature,
     )
     collector.check_destination(save_to)
     device_type = next(iter(model.parameters())).device.type
@@ -127,7 +138,8 @@ class GlobalGradientCollector:
 
     Args:
         model: the base model, as above.
-        weighting, data, snapshot_path, snapshot_every: see :func:`collect_global_gradient`.
+        weighting, data, snapshot_path, snapshot_every, curvature: see :func:`collect_global_gradient`. Curvature takes
+            4 bytes times (in + out) · (r + 16) of memory per linear map, and a whole model.
 
     Raises:
         ValueError: a bad argument, a model without trainable parameters, flattened by FSDP1 or ZeRO or sharded by
@@ -151,6 +163,7 @@ class GlobalGradientCollector:
         data: str | Iterable[str] = (),
         snapshot_path: str | os.PathLike[str] | None = None,
         snapshot_every: int = 100,
+        curvature: int | None = None,
     ) -> None:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise ValueError("model: expected the bare model, got DistributedDataParallel; pass model.module")
@@ -163,8 +176,18 @@ class GlobalGradientCollector:
             raise ValueError("model: expected parameters that require gradients, got none; unfreeze what to collect")
         sharding = fsdp_sharding(model)
         self._fingerprint: Fingerprint = fingerprint(everything.items())
-        self._sums = GradientSums(self._params)
-        identity = {"weighting": self.weighting, "data": list(self.data), "fingerprint": self._fingerprint}
+        identity: dict[str, Any] = {"weighting": self.weighting, "data": list(self.data)}
+        identity["fingerprint"] = self._fingerprint
+        second_order = None
+        if curvature is not None:
+            if sharding.mesh is not None:
+                raise ValueError(
+                    "curvature: expected a whole model, got one sharded by FSDP2, whose maps see a part of the data "
+                    "each; collect it with a whole model per process and reduce()"
+                )
+            second_order = CurvatureSums(model, self._params, curvature)
+            identity["curvature"] = curvature
+        self._sums = GradientSums(self._params, second_order)
         self._snapshots = Snapshots(snapshot_path, snapshot_every, identity, sharding)
         strategy = WholeModel if sharding.mesh is None else ShardedModel
         self._pass = strategy(self._params, self._sums, sharding)
@@ -228,6 +251,11 @@ class GlobalGradientCollector:
         self._check_not_reduced("backward()")
         self._check_untouched()
         tokens = None if tokens is None else int(tokens)
+        if tokens is None and self._sums.curvature is not None:
+            raise ValueError(
+                "tokens: expected the number of target tokens, by which the curvature is scaled, got None; return "
+                "(loss, number of tokens) from loss_fn"
+            )
         here = MicroBatch(loss, tokens, self._weight_of(tokens), bool(torch.isfinite(loss)))
         batch = self._pass.agreed(here)
         progress = self._sums.progress
@@ -319,7 +347,7 @@ class GlobalGradientCollector:
             )
 
     def finish(
-        self, format: str = "int8", rank: int | None = None, *, save_to: str | os.PathLike[str] | None = None
+        self, format: str | None = "int8", rank: int | None = None, *, save_to: str | os.PathLike[str] | None = None
     ) -> GlobalGradient:
         """Divide, compress and describe; the sums are freed as they are consumed.
 
@@ -335,7 +363,7 @@ class GlobalGradientCollector:
             RuntimeError: the rank that writes failed; its error says why.
         """
         self._check_usable()
-        check_name("format", format, STORAGE_FORMATS)
+        _check_format(format, None if self._sums.curvature is None else self._sums.curvature.rank)
         shapes = {name: tuple(param.shape) for name, param in self._params.items()}
         if rank is not None:
             check_rank(rank, shapes)
@@ -367,12 +395,16 @@ class GlobalGradientCollector:
         means: Iterator[tuple[str, torch.Tensor]],
         statistics: dict[str, TensorStatistics],
         shapes: dict[str, tuple[int, ...]],
-        format: str,
+        format: str | None,
         rank: int | None,
     ) -> GlobalGradient:
-        progress = self._sums.progress
+        progress, second_order = self._sums.progress, self._sums.curvature
+        curvatures = {}
+        if second_order is not None:
+            for name, found in second_order.curvatures(factor_format(format)):
+                curvatures[name] = shapes[name], found
         return GlobalGradient.from_tensors(
-            *(means, format, rank),
+            *((), "int8", None) if format is None else (means, format, rank),
             shapes=shapes,
             fingerprint=self._fingerprint,
             provenance=Provenance(
@@ -385,7 +417,15 @@ class GlobalGradientCollector:
                 empty_batches=progress.empty,
             ),
             statistics=statistics,
+            curvatures=curvatures,
         )
+
+
+def _check_format(format: str | None, curvature: int | None) -> None:
+    if format is not None:
+        check_name("format", format, STORAGE_FORMATS)
+    elif curvature is None:
+        raise ValueError("format: expected a name, got None and no curvature: nothing would be kept; give one of them")
 
 
 def _restore(

@@ -53,6 +53,8 @@ class WholeModel:
         for index, (name, param) in enumerate(self.params.items()):
             hook = param.register_post_accumulate_grad_hook(functools.partial(self._consume, index, name))
             stack.callback(hook.remove)
+        for handle in [] if self.sums.curvature is None else self.sums.curvature.attach():
+            stack.callback(handle.remove)
 
     def _consume(self, index: int, name: str, param: torch.Tensor) -> None:
         """Hook: the gradient of ``param`` is complete."""
@@ -76,8 +78,12 @@ class WholeModel:
         """Backward pass of a micro-batch, its gradients added to the sums."""
         self._seen.clear()
         self.weight = batch.weight
+        if self.sums.curvature is not None:
+            self.sums.curvature.begin(batch.tokens or 0)
         batch.loss.backward()
         self.weight = None
+        if self.sums.curvature is not None:
+            self.sums.curvature.end()
         self.sums.commit(batch.weight)
 
     def check_reducible(self) -> None:
