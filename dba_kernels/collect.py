@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from torch import nn
 
 from .base_model import Fingerprint, fingerprint, named_once
 from .batches import LossFunction, digest_batch, loss_and_tokens
-from .curvature import CurvatureSums
-from .curvature_records import factor_format
+from .curvature import curvature_sums
+from .curvature_records import check_kept, factor_format
 from .distributed import fsdp_sharding, same_on_ranks
 from .files import to_json
-from .formats import STORAGE_FORMATS, check_name
+from .formats import check_name
 from .global_gradient import GlobalGradient, Provenance, TensorStatistics
-from .passes import MicroBatch, ShardedModel, WholeModel
+from .passes import MicroBatch, ShardedModel, Untouched, WholeModel
 from .records import check_rank
 from .snapshots import Snapshots
 from .sums import GradientSums
@@ -83,7 +83,7 @@ def collect_global_gradient(
         >>> sorted(gg), gg.provenance.batches
         (['bias', 'weight'], 3)
     """
-    _check_format(format, curvature)
+    check_kept(format, curvature)
     if rank is not None:  # before the long part
         check_rank(rank, {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad})
     collector = GlobalGradientCollector(
@@ -180,19 +180,14 @@ class GlobalGradientCollector:
         identity["fingerprint"] = self._fingerprint
         second_order = None
         if curvature is not None:
-            if sharding.mesh is not None:
-                raise ValueError(
-                    "curvature: expected a whole model, got one sharded by FSDP2, whose maps see a part of the data "
-                    "each; collect it with a whole model per process and reduce()"
-                )
-            second_order = CurvatureSums(model, self._params, curvature)
+            second_order = curvature_sums(model, self._params, curvature, sharding)
             identity["curvature"] = curvature
         self._sums = GradientSums(self._params, second_order)
         self._snapshots = Snapshots(snapshot_path, snapshot_every, identity, sharding)
         strategy = WholeModel if sharding.mesh is None else ShardedModel
         self._pass = strategy(self._params, self._sums, sharding)
         self._active = contextlib.ExitStack()
-        self._versions: list[tuple[str, torch.Tensor, int]] = []  # of every parameter: torch counts in-place writes
+        self._untouched = Untouched(model, self._params)
         self._entered = False
         self._reduced = False
         self._finished = False
@@ -206,14 +201,8 @@ class GlobalGradientCollector:
     # --- the pass -----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> GlobalGradientCollector:
-        modes = [(module, module.training) for module in self.model.modules()]
-        grads = [(param, param.grad) for param in self._params.values()]
-        self._versions = [(name, param, param._version) for name, param in self.model.named_parameters()]
-        self._active.callback(_restore, modes, grads)
+        self._active.enter_context(self._untouched)
         self._entered = True
-        self.model.eval()
-        for param in self._params.values():
-            param.grad = None
         self._pass.watch(self._active)
         return self
 
@@ -221,15 +210,7 @@ class GlobalGradientCollector:
         self._entered = False
         self._active.close()
         if kind is None:
-            self._check_untouched()
-
-    def _check_untouched(self) -> None:
-        for name, param, version in self._versions:
-            if param._version != version:
-                raise RuntimeError(
-                    f"parameter {name!r}: expected untouched weights, got {param._version - version} writes during the "
-                    "collection; do not step an optimizer meanwhile"
-                )
+            self._untouched.check()
 
     def backward(self, loss: torch.Tensor, tokens: int | torch.Tensor | None = None) -> None:
         """Add the gradient of one micro-batch; stands in for ``loss.backward()``.
@@ -249,7 +230,7 @@ class GlobalGradientCollector:
                 "backward(): expected to be called within 'with collector:', which makes it see gradients"
             )
         self._check_not_reduced("backward()")
-        self._check_untouched()
+        self._untouched.check()
         tokens = None if tokens is None else int(tokens)
         if tokens is None and self._sums.curvature is not None:
             raise ValueError(
@@ -363,7 +344,7 @@ class GlobalGradientCollector:
             RuntimeError: the rank that writes failed; its error says why.
         """
         self._check_usable()
-        _check_format(format, None if self._sums.curvature is None else self._sums.curvature.rank)
+        check_kept(format, None if self._sums.curvature is None else self._sums.curvature.rank)
         shapes = {name: tuple(param.shape) for name, param in self._params.items()}
         if rank is not None:
             check_rank(rank, shapes)
@@ -399,10 +380,7 @@ class GlobalGradientCollector:
         rank: int | None,
     ) -> GlobalGradient:
         progress, second_order = self._sums.progress, self._sums.curvature
-        curvatures = {}
-        if second_order is not None:
-            for name, found in second_order.curvatures(factor_format(format)):
-                curvatures[name] = shapes[name], found
+        found = () if second_order is None else second_order.curvatures(factor_format(format))
         return GlobalGradient.from_tensors(
             *((), "int8", None) if format is None else (means, format, rank),
             shapes=shapes,
@@ -417,21 +395,5 @@ class GlobalGradientCollector:
                 empty_batches=progress.empty,
             ),
             statistics=statistics,
-            curvatures=curvatures,
+            curvatures={name: (shapes[name], curvature) for name, curvature in found},
         )
-
-
-def _check_format(format: str | None, curvature: int | None) -> None:
-    if format is not None:
-        check_name("format", format, STORAGE_FORMATS)
-    elif curvature is None:
-        raise ValueError("format: expected a name, got None and no curvature: nothing would be kept; give one of them")
-
-
-def _restore(
-    modes: Sequence[tuple[nn.Module, bool]], grads: Sequence[tuple[torch.Tensor, torch.Tensor | None]]
-) -> None:
-    for module, training in modes:
-        module.training = training
-    for param, grad in grads:
-        param.grad = grad

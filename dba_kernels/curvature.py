@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .distributed import all_reduce_, local, world_size
+from .distributed import Sharding, all_reduce_, local, world_size
 from .factors import Curvature, DiagonalFactor, KroneckerTerm, LowRankFactor
 from .formats import matrix_shape
 from .ops import encode
@@ -251,3 +251,19 @@ class CurvatureSums:
         sums = self.diagonals[name]
         targets, numel = max(float(sums.scalars[0]), 1.0), 1 if sums.squares.dim() else max(param.numel(), 1)
         return Curvature(diagonal=(sums.squares / (targets * numel)).float().cpu())
+
+
+def curvature_sums(
+    model: nn.Module, params: Mapping[str, torch.Tensor], rank: int, sharding: Sharding
+) -> CurvatureSums:
+    """The sums for a model as it lies on the ranks.
+
+    Raises:
+        ValueError: it is sharded, or no rank.
+    """
+    if sharding.mesh is not None:
+        raise ValueError(
+            "curvature: expected a whole model, got one sharded by FSDP2, whose maps see a part of the data each; "
+            "collect it with a whole model per process and reduce()"
+        )
+    return CurvatureSums(model, params, rank)

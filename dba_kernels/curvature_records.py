@@ -11,7 +11,7 @@ import torch
 
 from .factors import Curvature, DiagonalFactor, Factor, KroneckerTerm, LowRankFactor
 from .files import DTYPE_NAMES, as_bytes
-from .formats import STORAGE_FORMATS, EncodedTensor, scales_shape, storage_format
+from .formats import STORAGE_FORMATS, EncodedTensor, check_name, scales_shape, storage_format
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -169,6 +169,18 @@ def check_finite(name: str, curvature: Curvature) -> None:
     for part, tensor in parts(curvature).items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"curvature of {name!r}: expected finite {part}, got NaN or Inf; collect it anew")
+
+
+def check_kept(format: str | None, curvature: int | None) -> None:
+    """Refuse an unknown format of ĝ_G, and a collection of which nothing would be kept.
+
+    Raises:
+        ValueError: as said.
+    """
+    if format is not None:
+        check_name("format", format, STORAGE_FORMATS)
+    elif curvature is None:
+        raise ValueError("format: expected a name, got None and no curvature: nothing would be kept; give one of them")
 
 
 def factor_format(format: str | None) -> str:

@@ -13,13 +13,13 @@ import torch
 
 from .formats import check_name
 from .global_gradient import GlobalGradient
-from .schedule import AUTO_BOOST_REACH, BOOSTS, initial_boost
+from .schedule import ANCHORS, AUTO_BOOST_REACH, BOOSTS, initial_anchor, initial_boost
 from .stepdata import CORRECTION_SCOPES, CORRECTIONS, PROJECTIONS, StepSettings
 
 LARGE_LR = 1e-4
 """Above it DBA warns: even the small boosts of ``boost="auto"`` did harm there (``python -m bench.quality``)."""
 
-SAVED_SETTINGS = ("boost", "total_steps", "boost_max", "correction", "scope", "bounds", "max_grad_norm")
+SAVED_SETTINGS = ("boost", "total_steps", "boost_max", "correction", "scope", "bounds", "max_grad_norm", "anchor")
 """Settings that a resumed run should share with the one that was saved."""
 
 BoostSchedule = Callable[[torch.Tensor, int], Any]
@@ -30,13 +30,15 @@ class Method:
     """How a stored global gradient is used. Without one it is plain AdamW, with clipping at most.
 
     Args:
-        global_gradient, total_steps, boost, boost_max, correction, scope, bounds, max_grad_norm: arguments of
+        global_gradient, total_steps, boost, boost_max, correction, scope, bounds, max_grad_norm, anchor: arguments of
             ``DBAAdamW``.
 
     Attributes:
         settings: what the kernels are told; a function in place of a name leaves the neutral value there.
         schedule, correction: the functions that were given, or None.
         rule: the name of k₀ that was given, or None.
+        anchor_rule: the name of λ that was given, or None.
+        anchored: bare names of the parameters that the anchor holds.
         initial_lr: the largest group's learning rate at the start.
 
     Raises:
@@ -53,6 +55,7 @@ class Method:
         scope: str,
         bounds: tuple[float, float],
         max_grad_norm: float | None,
+        anchor: str | float = 0.0,
     ):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
@@ -64,24 +67,40 @@ class Method:
         self.rule: str | None = boost if isinstance(boost, str) else None
         self.initial_lr = 0.0
         settings = _checked(total_steps, boost, boost_max, correction, scope, bounds)
+        self.anchor_rule: str | None = anchor if isinstance(anchor, str) else None
+        strength = _checked_anchor(anchor, global_gradient)
+        held = global_gradient is not None and (self.anchor_rule is not None or strength > 0)
+        self.anchored = frozenset(global_gradient.curvature_records if held and global_gradient is not None else ())
         if global_gradient is None:
             if total_steps is not None:
                 warnings.warn("total_steps: given without a global_gradient; this is plain AdamW", stacklevel=3)
             settings = StepSettings()
-        elif settings.total_steps == 0 and settings.correction not in PROJECTIONS and total_steps != "later":
+        elif len(global_gradient) == 0:  # curvature alone
+            settings = StepSettings(total_steps=settings.total_steps)
+        if self.anchor_rule and self.anchored and settings.correction in PROJECTIONS:
+            raise ValueError(
+                f"anchor: expected a number with correction={settings.correction!r}, which has no total_steps, got "
+                f"{self.anchor_rule!r}; give λ, or 0"
+            )
+        if self.needs_total_steps_of(settings) and settings.total_steps == 0 and total_steps != "later":
             raise ValueError(
                 "total_steps: expected the number of optimizer steps of the run, not of micro-batches, over which the "
                 f"boost decays to 0; got {total_steps}"
             )
         reduce = global_gradient is not None or max_grad_norm is not None
-        self.settings = replace(settings, max_grad_norm=max_grad_norm, reduce=reduce)
+        self.settings = replace(settings, max_grad_norm=max_grad_norm, reduce=reduce, anchor=strength)
 
     # --- the length of the run ----------------------------------------------------------------------------------------
 
     @property
     def needs_total_steps(self) -> bool:
-        """Whether anything depends on T: there is a global gradient, and a schedule weighs it."""
-        return self.global_gradient is not None and self.settings.correction not in PROJECTIONS
+        """Whether anything depends on T: a schedule weighs the global gradient, or a named anchor follows from it."""
+        return self.needs_total_steps_of(self.settings)
+
+    def needs_total_steps_of(self, settings: StepSettings) -> bool:
+        gg = self.global_gradient
+        boosted = gg is not None and len(gg) > 0 and settings.correction not in PROJECTIONS
+        return boosted or (self.anchor_rule is not None and bool(self.anchored))
 
     @property
     def awaits_total_steps(self) -> bool:
@@ -114,8 +133,11 @@ class Method:
     def _settle(self, steps: int, boost: float | None = None) -> None:
         """Set T, and k₀ where it is given or a name stands for it."""
         if boost is None:
-            boost = initial_boost(self.rule, steps, self.initial_lr) if self.rule else self.settings.boost
+            named = self.rule if self.global_gradient else None
+            boost = initial_boost(named, steps, self.initial_lr) if named else self.settings.boost
         self.settings = replace(self.settings, total_steps=steps, boost=boost)
+        if self.anchor_rule and self.anchored:
+            self.settings = replace(self.settings, anchor=initial_anchor(steps, self.initial_lr))
 
     def _warn_about_boost(self) -> None:
         k0, limit, lr = self.settings.boost, self.settings.boost_max, self.initial_lr
@@ -136,7 +158,7 @@ class Method:
             )
 
     def _warn_about_lr(self) -> None:
-        if self.initial_lr > LARGE_LR:
+        if self.initial_lr > LARGE_LR and self.global_gradient:
             warnings.warn(
                 f"lr: {self.initial_lr:g} is large for a method that anneals: the stored global gradient holds near "
                 f"the base model only, and above {LARGE_LR:g} following it did harm in our study",
@@ -221,6 +243,21 @@ def _checked_total_steps(total_steps: Any) -> int:
     return steps
 
 
+def _checked_anchor(anchor: str | float, global_gradient: GlobalGradient | None) -> float:
+    """λ where it is a number; 0 where it is named, for it follows from T and the learning rate."""
+    if isinstance(anchor, str):
+        check_name("anchor", anchor, ANCHORS)
+        return 0.0
+    if not 0.0 <= anchor < float("inf"):
+        raise ValueError(f"anchor: expected a name or a number >= 0, got {anchor}")
+    if anchor > 0 and (global_gradient is None or not global_gradient.curvature_records):
+        raise ValueError(
+            f"anchor: expected a global gradient collected with curvature, got {anchor:g} without; collect it with "
+            "collect_global_gradient(..., curvature=64)"
+        )
+    return float(anchor)
+
+
 def _checked(
     total_steps: int | str | None,
     boost: str | float | BoostSchedule,
@@ -247,3 +284,24 @@ def _checked(
     if mode in PROJECTIONS:
         steps, k0 = 0, 0.0
     return StepSettings(k0, steps, float(boost_max), mode, scope, (float(bounds[0]), float(bounds[1])))
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Refuse what no kernel here does, in the constructor, a group of its own or a loaded state dict alike."""
+    lr, betas = group["lr"], group["betas"]
+    if torch.is_tensor(lr) and lr.numel() != 1:
+        raise ValueError(f"lr: expected a number or a tensor of one element, got shape {tuple(lr.shape)}")
+    for name in ("lr", "eps", "weight_decay"):
+        if not group[name] >= 0.0:
+            raise ValueError(f"{name}: expected a number >= 0, got {group[name]}")
+    for i, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"betas[{i}]: expected a number in [0, 1), got {beta}")
+    if group["amsgrad"]:
+        raise ValueError("amsgrad: expected False; it needs a third state tensor, which no kernel here updates")
+    if group["differentiable"]:
+        raise ValueError("differentiable: expected False; the fused step does not record gradients")
+    if not group["decoupled_weight_decay"]:
+        raise ValueError("decoupled_weight_decay: expected True (AdamW), got False (Adam)")
+    if group["foreach"] and group["fused"]:
+        raise ValueError("foreach, fused: expected at most one of them True, as in torch")

@@ -25,12 +25,11 @@ ANCHOR = 3.0
 CASES = [dataclasses.replace(case, shapes=SHAPES) for case in pairwise_matrix()]
 
 
-def factor(size: int, generator: torch.Generator) -> LowRankFactor:
-    rank = min(size, 6)
+def factor(size: int, generator: torch.Generator, rank: int) -> LowRankFactor:
+    rank = min(size, rank)
     u, _ = torch.linalg.qr(torch.randn(size, rank, generator=generator))
-    return LowRankFactor(
-        EncodedTensor("fp32", (size, rank), u.contiguous()), torch.rand(rank, generator=generator) + 0.5, 0.2
-    )
+    encoded = EncodedTensor("fp32", (size, rank), u.contiguous())
+    return LowRankFactor(encoded, torch.rand(rank, generator=generator) + 0.5, 0.2)
 
 
 def curvature_of(shape: tuple[int, ...], generator: torch.Generator, rank: int) -> Curvature:
