@@ -11,7 +11,7 @@ import torch
 from dba_kernels.kernels import accumulate, coefficients, quantize, similarity, step
 from dba_kernels.reference import quantize as reference
 from dba_kernels.stepdata import StepOverrides, StepSettings, StepTables, TensorBatch
-from tests import cases, test_accumulate, test_coefficients, test_quantize, test_similarity, test_step
+from tests.support import agreement, cases, step_agreement
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -59,7 +59,7 @@ def encode_on_device(tensor: torch.Tensor, format: str) -> Any:
 
 
 def assert_decodes_every_code(format: str) -> None:
-    encoded = test_quantize.every_code(format)
+    encoded = agreement.every_code(format)
     assert torch.equal(quantize.decode(encoded.to(DEVICE)).cpu(), reference.decode(encoded))
 
 
@@ -71,17 +71,17 @@ def checks(tiny: bool) -> dict[str, Any]:
     matrix = cases.size_cases()[1:2] if tiny else cases.pairwise_matrix() + cases.size_cases()
     matrix_tensor = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     jobs: dict[str, Callable[[], object]] = {
-        "coefficients": lambda: test_coefficients.assert_same_coefficients(
-            coefficients_on_device, test_coefficients.BASE, test_coefficients.arguments()
+        "coefficients": lambda: agreement.assert_same_coefficients(
+            coefficients_on_device, agreement.BASE, agreement.arguments()
         ),
-        "accumulate": lambda: test_accumulate.assert_agrees(accumulate_on_device, torch.bfloat16),
+        "accumulate": lambda: agreement.assert_same_totals(accumulate_on_device, torch.bfloat16),
     }
     for case in matrix:
-        jobs[f"step {case}"] = functools.partial(test_step.assert_agrees, step_on_device, case)
-        jobs[f"sums {case}"] = functools.partial(test_similarity.assert_same_sums, sums_on_device, case)
-    for name in test_quantize.GROUPED:
+        jobs[f"step {case}"] = functools.partial(step_agreement.assert_agrees, step_on_device, case)
+        jobs[f"sums {case}"] = functools.partial(agreement.assert_same_sums, sums_on_device, case)
+    for name in agreement.GROUPED:
         jobs[f"encode {name}"] = functools.partial(
-            test_quantize.assert_same_encoding, encode_on_device, matrix_tensor, name
+            agreement.assert_same_encoding, encode_on_device, matrix_tensor, name
         )
         jobs[f"decode {name}"] = functools.partial(assert_decodes_every_code, name)
     failures = {}

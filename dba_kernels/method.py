@@ -167,14 +167,15 @@ class Method:
 
     # --- a user's functions -------------------------------------------------------------------------------------------
 
-    def scheduled_boost(self, done: torch.Tensor) -> torch.Tensor | None:
+    def scheduled_boost(self, counters: torch.Tensor) -> torch.Tensor | None:
         """γ_t as the user's function gives it, clamped; None without one.
 
         Args:
-            done: int64 scalar, t.
+            counters: int64 ``[2]``, the first of them t.
         """
         if self.schedule is None:
             return None
+        done = counters.select(0, 0)
         value = _on_device(self.schedule(done, self.settings.total_steps), done.device)
         return torch.where(done < self.settings.total_steps, value, 0.0).clamp(0.0, self.settings.boost_max)
 

@@ -238,7 +238,7 @@ class DBAAdamW(Optimizer):
         overrides = StepOverrides(
             loss_scale=getattr(self, "grad_scale", None),
             found_inf=getattr(self, "found_inf", None),
-            gamma=self.method.scheduled_boost(plan.counters.select(0, 0)),
+            gamma=self.method.scheduled_boost(plan.counters),
         )
         sums_here = not (settings.reduce and plan.sharding.communicates)
         one_call = sums_here and self.method.correction is None and not any(active.anchors)

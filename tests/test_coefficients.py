@@ -8,76 +8,9 @@ import pytest
 import torch
 
 from dba_kernels.reference import coefficients as reference
-from dba_kernels.stepdata import CORRECTIONS, Coefficient, Hyper, StepOverrides, StepSettings, StepTables, Summary
+from dba_kernels.stepdata import CORRECTIONS, Coefficient, StepTables
 
-from .tolerances import TOLERANCES
-
-N, GROUPS, ACTIVE = 7, 3, [5, 0, 3, 6, 2]
-BASE = StepSettings(
-    boost=0.3,
-    total_steps=30,
-    boost_max=0.7,
-    correction="cosine",
-    scope="tensor",
-    bounds=(0.1, 1.7),
-    max_grad_norm=0.37,
-    reduce=True,
-)
-OUTPUTS = ("steps", "bias_corrections", "counters", "table", "report", "summary")
-
-
-def arguments(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Inputs of ``coefficients``: 7 parameters in 3 groups, 5 of them active, one without a global gradient."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(*shape: int) -> torch.Tensor:
-        return torch.rand(shape, generator=generator, dtype=torch.float64)
-
-    grad_sq, global_sq = uniform(N) + 0.1, uniform(N) + 0.1
-    sums = torch.stack(((2 * uniform(N) - 1) * (grad_sq * global_sq).sqrt(), grad_sq), dim=1)
-    global_sq[3] = -1.0
-    hyper = torch.empty(GROUPS, Hyper.COUNT, dtype=torch.float64)
-    hyper[:, Hyper.LR] = 1e-3 * uniform(GROUPS)
-    hyper[:, Hyper.BETA1] = 0.8 + 0.15 * uniform(GROUPS)
-    hyper[:, Hyper.BETA2] = 0.99 + 0.009 * uniform(GROUPS)
-    hyper[:, Hyper.EPS] = 1e-8 * uniform(GROUPS)
-    hyper[:, Hyper.WEIGHT_DECAY] = 0.1 * uniform(GROUPS)
-    hyper[:, Hyper.SIGN] = torch.tensor([1.0, -1.0, 1.0])
-    return {
-        "sums": sums,
-        "global_sq": global_sq,
-        "hyper": hyper,
-        "group": torch.tensor([0, 1, 2, 0, 1, 2, 0]),
-        "active": torch.tensor(ACTIVE),
-        "steps": torch.tensor([0.0, 4, 2, 7, 1, 0, 3]),
-        "bias_corrections": uniform(N, 2) * 0.5,
-        "counters": torch.tensor([11, 2]),
-        "table": torch.full((N, Coefficient.COUNT), float("nan"), dtype=torch.float64),
-        "report": torch.full((N, 2), float("nan"), dtype=torch.float64),
-        "summary": torch.full((Summary.COUNT,), float("nan"), dtype=torch.float64),
-    }
-
-
-def assert_same_coefficients(
-    coefficients: object, settings: StepSettings, inputs: dict, optional: dict | None = None, **spoiled: object
-) -> None:
-    """Everything that ``coefficients`` writes, NaN where the reference leaves NaN."""
-    optional = optional or {}
-    expected = {name: tensor.clone() for name, tensor in inputs.items()}
-    actual = {name: tensor.clone() for name, tensor in inputs.items()}
-    reference.coefficients(StepTables(**expected), settings, StepOverrides(**optional))
-    coefficients(StepTables(**actual), dataclasses.replace(settings, **spoiled), StepOverrides(**optional))
-    for name in OUTPUTS:
-        limit = TOLERANCES["table"].bound
-        torch.testing.assert_close(
-            actual[name],
-            expected[name],
-            rtol=limit,
-            atol=limit,
-            equal_nan=True,
-            msg=lambda m, name=name: f"{name}: {m}",
-        )
-
+from .support.agreement import ACTIVE, BASE, N, arguments, assert_same_coefficients
 
 VARIANTS = {
     **{
@@ -96,6 +29,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_coefficients(backend, name):
+    """Protects eqs. 2, 4 and 5: every mode, scope and limit gives the reference's coefficients."""
     assert_same_coefficients(backend.coefficients, dataclasses.replace(BASE, **VARIANTS[name]), arguments())
 
 
@@ -110,11 +44,13 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_optional_inputs(backend, name):
+    """Protects scalers and callables: loss scale, found_inf, own γ and own α act as in the reference."""
     assert_same_coefficients(backend.coefficients, BASE, arguments(), OPTIONS[name])
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_non_finite_sum_skips(backend, poison):
+    """Protects the weights: a sum that is not finite marks every active parameter as skipped, and counts."""
     inputs = arguments()
     inputs["sums"][3, 1] = poison
     assert_same_coefficients(backend.coefficients, BASE, inputs)
@@ -124,6 +60,7 @@ def test_non_finite_sum_skips(backend, poison):
 
 
 def test_non_finite_sum_of_an_inactive_parameter_is_ignored(backend):
+    """Protects the step: what an inactive parameter left in its row does not skip it."""
     inputs = arguments()
     inputs["sums"][1] = float("nan")
     backend.coefficients(StepTables(**inputs), BASE)
@@ -131,6 +68,7 @@ def test_non_finite_sum_of_an_inactive_parameter_is_ignored(backend):
 
 
 def test_more_parameters_than_one_block(backend):
+    """Protects large models: more parameters than one block holds, in any order."""
     n = 700
     inputs = {name: tensor.clone() for name, tensor in arguments().items()}
     for name in ("sums", "global_sq", "group", "steps", "bias_corrections", "table", "report"):
@@ -141,6 +79,7 @@ def test_more_parameters_than_one_block(backend):
 
 
 def test_zero_norms_mean_no_correction(backend):
+    """Protects eq. 4 at zero: where a norm is 0, φ is 0 and α is 1."""
     inputs = arguments()
     inputs["sums"][5], inputs["global_sq"][0] = 0.0, 0.0
     inputs["sums"][0, 0] = 0.0
@@ -163,5 +102,6 @@ def test_zero_norms_mean_no_correction(backend):
     ids=str,
 )
 def test_control_coefficients(wrong):
+    """Negative control: each changed setting is noticed."""
     with pytest.raises(AssertionError):
         assert_same_coefficients(reference.coefficients, BASE, arguments(), **wrong)

@@ -165,7 +165,7 @@ def test_import_column(path: Path) -> None:
         ("backends.py", "from .kernels import step"),
         ("optim.py", "from .reference import similarity"),
         ("ops.py", "from .optim import DBAAdamW"),
-        ("cli/demo.py", "from dba_kernels.optim import _private"),
+        ("cli/demo/comparison.py", "from dba_kernels.optim import _private"),
         ("integrations/trl.py", "from ..reference import step"),
         ("plan.py", "from .reference import step"),
         ("files.py", "from .plan import Plan"),
