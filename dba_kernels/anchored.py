@@ -146,20 +146,20 @@ class AnchorStep:
         self.figures = torch.zeros(2, dtype=torch.float64, device=device)
         """‖λ H δ‖² and ⟨δ, H δ⟩ at the point where the last step began, over all ranks."""
 
-    def run(self, grads: list[torch.Tensor], table: torch.Tensor, anchor: float, backend: str = "auto") -> None:
+    def run(self, grads: list[torch.Tensor], coefficients: torch.Tensor, anchor: float, backend: str = "auto") -> None:
         """Step every anchored parameter.
 
         Args:
             grads: one per parameter, fp32, bf16 or fp16 (fp64 of fp64 parameters), contiguous.
-            table: coefficient table, float64 ``[n_params, Coefficient.COUNT]``.
+            coefficients: float64 ``[n_params, Coefficient.COUNT]``.
             anchor: λ, above 0.
         """
-        unit = table.clone()
+        unit = coefficients.clone()
         unit[:, Coefficient.GRAD_WEIGHT] = 1.0  # the gradients that are handed on are weighted already
         self.figures.zero_()
         ahead = self._project_all(backend)
         for whole, grad in zip(self.anchored, grads, strict=True):
-            self._step_one(whole, ahead.get(id(whole)), grad, table, unit, anchor, backend)
+            self._step_one(whole, ahead.get(id(whole)), grad, coefficients, unit, anchor, backend)
         if self.sharding.communicates:
             self.sharding.sum_(self.figures)
 
@@ -194,7 +194,7 @@ class AnchorStep:
         whole: AnchoredTensor,
         terms: list[DecodedTerm] | None,
         grad: torch.Tensor,
-        table: torch.Tensor,
+        coefficients: torch.Tensor,
         unit: torch.Tensor,
         anchor: float,
         backend: str,
@@ -207,7 +207,7 @@ class AnchorStep:
                 kept = block.displacement(whole.dtype)
                 self._project(terms, block, kept)
         mixed = [term.mixed() if isinstance(term.left, LowRankFactor) else None for term in terms]
-        row = table[whole.tensors.index].to(whole.dtype)
+        own = coefficients[whole.tensors.index].to(whole.dtype)
         for block in whole.blocks:
             delta = kept if kept is not None and len(whole.blocks) == 1 else block.displacement(whole.dtype)
             pull = self._pull(block, delta, terms, mixed, anchor)
@@ -215,10 +215,10 @@ class AnchorStep:
                 flat = pull.reshape(-1)
                 self.figures += torch.stack((torch.dot(flat, flat), torch.dot(flat, delta.reshape(-1)) / anchor))
             part = grad[block.start : block.stop] if grad.dim() > 0 else grad
-            boosted = pull.view_as(part) + part.to(whole.dtype) * row[Coefficient.GRAD_WEIGHT]
+            boosted = pull.view_as(part) + part.to(whole.dtype) * own[Coefficient.GRAD_WEIGHT]
             if block.low_rank is not None:
                 u, v = (t.to(whole.dtype) for t in ops.decode_all([block.low_rank.u, block.low_rank.v], backend))
-                weights = block.low_rank.sigma.to(whole.dtype) * row[Coefficient.GLOBAL_WEIGHT]
+                weights = block.low_rank.sigma.to(whole.dtype) * own[Coefficient.GLOBAL_WEIGHT]
                 boosted.flatten(1).addmm_(u * weights, v.T)
             ops.step(block.batch, [boosted], unit, backend)
 

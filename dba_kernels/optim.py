@@ -234,7 +234,7 @@ class DBAAdamW(Optimizer):
         plan, active = self._activate(params, grads)
         plan.upload_hyper(self.param_groups)
         batches = active.batches(grads)
-        settings, tables = self.method.settings, plan.tables(active)
+        settings, scalars = self.method.settings, plan.scalars(active)
         overrides = StepOverrides(
             loss_scale=getattr(self, "grad_scale", None),
             found_inf=getattr(self, "found_inf", None),
@@ -243,21 +243,21 @@ class DBAAdamW(Optimizer):
         sums_here = not (settings.reduce and plan.sharding.communicates)
         one_call = sums_here and self.method.correction is None and not any(active.anchors)
         if one_call and ops.fuses(batches, self.backend):
-            ops.fused_step(batches, tables, settings, overrides, self.backend)
+            ops.fused_step(batches, scalars, settings, overrides, self.backend)
         else:
             if settings.reduce:
-                for batch, its_grads in batches:
-                    ops.similarity(batch, its_grads, plan.sums_on(batch), self.backend)
+                for batch, batch_grads in batches:
+                    ops.similarity(batch, batch_grads, plan.sums_on(batch), self.backend)
                 plan.gather_sums(active)
             if self.method.correction is not None:
                 sums = plan.unscaled_sums(active, overrides.loss_scale)
                 overrides = replace(overrides, alpha=self.method.corrections(*sums))
-            ops.coefficients(tables, settings, overrides, self.backend)
-            for (batch, its_grads), anchor in zip(batches, active.anchors, strict=True):
+            ops.coefficients(scalars, settings, overrides, self.backend)
+            for (batch, batch_grads), anchor in zip(batches, active.anchors, strict=True):
                 if anchor is None:
-                    ops.step(batch, its_grads, plan.table_on(batch), self.backend)
+                    ops.step(batch, batch_grads, plan.coefficients_on(batch), self.backend)
                 else:
-                    anchor.run(its_grads, plan.table_on(batch), settings.anchor, self.backend)
+                    anchor.run(batch_grads, plan.coefficients_on(batch), settings.anchor, self.backend)
         torch.autograd.graph.increment_version(params)  # kernels write through addresses, which torch does not see
         return loss
 

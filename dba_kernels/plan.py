@@ -9,15 +9,15 @@ One step, and the types that it passes through (the data are in :mod:`.stepdata`
     DBAAdamW.step()          parameters that have a gradient, and these gradients
       Plan.activate()        → ActiveSet, kept per set of parameters: TensorBatches of one ParamTensors per parameter
                                (weight, state, stored ĝ_G, seed), cut by device, dtypes and formats
-      Plan.upload_hyper()    lr, betas, … of the groups → StepTables.hyper, where they changed
+      Plan.upload_hyper()    lr, betas, … of the groups → StepScalars.hyper, where they changed
       Method                 → StepSettings (T, k₀, correction, clipping), StepOverrides (γ and α of a user's functions)
-      ops.similarity()       TensorBatch, gradients → StepTables.sums                        one pass over g and ĝ_G
-      Plan.gather_sums()     other devices' sums and other ranks' rows → StepTables.sums
-      ops.coefficients()     StepTables, StepSettings, StepOverrides → StepTables.table      scalars, per parameter
-      ops.step()             TensorBatch, gradients, StepTables.table → weights and state    one pass over everything
+      ops.similarity()       TensorBatch, gradients → StepScalars.sums                       one pass over g, ĝ_G
+      Plan.gather_sums()     other devices' sums and other ranks' rows → StepScalars.sums
+      ops.coefficients()     StepScalars, StepSettings, StepOverrides → StepScalars.coefficients
+      ops.step()             TensorBatch, gradients, StepScalars.coefficients → weights, state  one pass over all
       AnchorStep.run()       for anchored parameters: λ H δ added to the gradients, then ops.step(), by blocks
 
-``ops`` picks the backend and hands on the same types; a backend keeps its own view of a batch (table of pointers,
+``ops`` picks the backend and hands on the same types; a backend keeps its own view of a batch (pointers,
 descriptors) in ``TensorBatch.cache``. The native one runs the last three in one call, ``ops.fused_step()``.
 """
 
@@ -46,7 +46,7 @@ from .stepdata import (
     Coefficient,
     Hyper,
     ParamTensors,
-    StepTables,
+    StepScalars,
     Summary,
     TensorBatch,
 )
@@ -76,7 +76,7 @@ class ActiveSet:
     Holds no gradients: they are free as soon as the caller lets go of them.
 
     Args:
-        index: int64 ``[m]``, their rows in the plan's tables.
+        index: int64 ``[m]``, where they stand in the plan's scalars.
         parts: the batches.
         positions: per batch, where its parameters stand among the active ones.
         anchors: per batch, the step of its parameters where they are anchored, else None.
@@ -119,9 +119,9 @@ def _same_tensors(known: dict[str, torch.Tensor], now: dict[str, torch.Tensor] |
 
 
 class Plan:
-    """Tables on one device (that of the first parameter), one row per parameter of the optimizer.
+    """Scalars on one device (that of the first parameter), one entry per parameter of the optimizer.
 
-    The tables are those of :class:`dba_kernels.formats.StepTables`, documented there.
+    The scalars are those of :class:`dba_kernels.stepdata.StepScalars`, documented there.
 
     Raises:
         ValueError: the parameters do not fit the global gradient, or their state the optimizer's formats.
@@ -137,7 +137,7 @@ class Plan:
     ):
         self.options = options
         self.params = [p for group in groups for p in group["params"]]
-        self._row = {id(p): i for i, p in enumerate(self.params)}  # the plan keeps p alive: its id stays its own
+        self._index = {id(p): i for i, p in enumerate(self.params)}  # the plan keeps p alive: its id stays its own
         full_names = names_of(groups)
         self.names = [normalize_name(name) for name in full_names]
         self.sharding = Sharding(zip(full_names, self.params, strict=True))
@@ -146,12 +146,12 @@ class Plan:
         self._active: dict[Any, ActiveSet] = {}
         self.last: ActiveSet | None = None
 
-        def table(*shape: int) -> torch.Tensor:
+        def empty(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
         n = len(self.params)
-        self.sums, self.report, self.table = table(n, 2), table(n, 2), table(n, Coefficient.COUNT)
-        self.summary, self.hyper = table(Summary.COUNT), table(len(groups), Hyper.COUNT)
+        self.sums, self.report, self.coefficients = empty(n, 2), empty(n, 2), empty(n, Coefficient.COUNT)
+        self.summary, self.hyper = empty(Summary.COUNT), empty(len(groups), Hyper.COUNT)
         owner = [i for i, group in enumerate(groups) for _ in group["params"]]
         self.group = torch.tensor(owner, device=self.device)
         self._uploaded: list[tuple[float, ...]] | None = None
@@ -174,7 +174,7 @@ class Plan:
         self.counters = torch.tensor([done, groups[0]["steps_skipped"]], dtype=torch.int64, device=self.device)
         for param in self.params:
             if "step" in states.get(param, {}):
-                states[param]["step"] = self.steps.select(0, self._row[id(param)])
+                states[param]["step"] = self.steps.select(0, self._index[id(param)])
         self._bind(global_gradient, missing, fresh=done == 0)
 
     def _bind(self, gg: GlobalGradient | None, missing: str, fresh: bool) -> None:
@@ -227,13 +227,13 @@ class Plan:
         return active
 
     def _build(self, params: list[torch.Tensor], grads: list[torch.Tensor], states: States) -> ActiveSet:
-        rows = [self._row[id(p)] for p in params]
+        index = [self._index[id(p)] for p in params]
         by_format: dict[tuple[Any, Any, Any, bool, tuple[str, str, str]], list[int]] = defaultdict(list)
-        for i, (param, grad, row) in enumerate(zip(params, grads, rows, strict=True)):
-            _check_grad(param, grad, self.names[row])
-            stored = self.stored[row]
-            formats = (*self._prepare(param, row, states), "none" if stored is None else stored.format)
-            anchored = self.curvatures[row] is not None
+        for i, (param, grad, at) in enumerate(zip(params, grads, index, strict=True)):
+            _check_grad(param, grad, self.names[at])
+            stored = self.stored[at]
+            formats = (*self._prepare(param, at, states), "none" if stored is None else stored.format)
+            anchored = self.curvatures[at] is not None
             by_format[param.device, param.dtype, grad.dtype, anchored, formats].append(i)
         kept = [{k: v for k, v in states[p].items() if torch.is_tensor(v)} for p in params]
         parts = [
@@ -242,7 +242,7 @@ class Plan:
         ]
         pulled = [anchored for (*_, anchored, _) in by_format]
         return ActiveSet(
-            index=torch.tensor(rows, device=self.device),
+            index=torch.tensor(index, device=self.device),
             parts=parts,
             positions=list(by_format.values()),
             anchors=[self._anchors(part, states) if yes else None for part, yes in zip(parts, pulled, strict=True)],
@@ -252,9 +252,9 @@ class Plan:
             plain=self.sharding.mesh is None,
         )
 
-    def _prepare(self, param: torch.Tensor, row: int, states: States) -> tuple[str, str]:
+    def _prepare(self, param: torch.Tensor, index: int, states: States) -> tuple[str, str]:
         """State of ``param``, allocated or adopted; its formats."""
-        part, name = local(param), self.names[row]
+        part, name = local(param), self.names[index]
         if not part.is_contiguous() or part.is_complex():
             kind = "complex" if part.is_complex() else f"strides {part.stride()}"
             raise ValueError(
@@ -262,9 +262,9 @@ class Plan:
             )
         formats = formats_of(param, self.options)
         prepare(states[param], param, *formats, name)
-        if self.curvatures[row] is not None:
+        if self.curvatures[index] is not None:
             prepare_origin(states[param], param, name)
-        states[param]["step"] = self.steps.select(0, row)
+        states[param]["step"] = self.steps.select(0, index)
         return formats
 
     def _anchors(self, batch: TensorBatch, states: States) -> AnchorStep:
@@ -272,28 +272,28 @@ class Plan:
         formats = batch.param_format, batch.state_format, batch.global_format
         anchored = []
         for tensors in batch.tensors:
-            row = tensors.index
-            origin, curvature = local(states[self.params[row]]["anchor"]), self.curvatures[row]
+            at = tensors.index
+            origin, curvature = local(states[self.params[at]]["anchor"]), self.curvatures[at]
             assert curvature is not None
-            cut = self.sharding.rows[row] is not None
+            cut = self.sharding.rows[at] is not None
             anchored.append(AnchoredTensor(tensors, formats, origin, curvature, cut))
         return AnchorStep(anchored, self.sharding)
 
     def _tensors_of(self, param: torch.Tensor, own: dict[str, Any]) -> ParamTensors:
         """The record of ``param``, whose state is ``own``."""
-        row = self._row[id(param)]
-        first_row = (self.sharding.rows[row] or (0, 0))[0]
+        index = self._index[id(param)]
+        first_row = (self.sharding.rows[index] or (0, 0))[0]
         return ParamTensors(
-            index=row,
+            index=index,
             param=local(param),
             **{part: local(own[part]) for part in UPDATED_PARTS if part in own},
-            global_grad=self.stored[row],
-            seed=zlib.crc32(self.names[row].encode()),
+            global_grad=self.stored[index],
+            seed=zlib.crc32(self.names[index].encode()),
             offset=first_row * matrix_shape(tuple(param.shape))[1],
         )
 
     def upload_hyper(self, groups: Groups) -> None:
-        """Write the groups' hyperparameters to the table, where they changed; tensors are copied on the device."""
+        """Write the groups' hyperparameters where they changed; tensors are copied on the device."""
         rows, tensors = [], []
         for i, group in enumerate(groups):
             values = [
@@ -320,10 +320,10 @@ class Plan:
             self.bias_corrections.copy_(1.0 - powers)
         self._uploaded = rows
 
-    def tables(self, active: ActiveSet) -> StepTables:
-        """The tables that ``coefficients`` reads and writes."""
-        own = (field.name for field in fields(StepTables) if field.name != "active")
-        return StepTables(active=active.index, **{name: getattr(self, name) for name in own})
+    def scalars(self, active: ActiveSet) -> StepScalars:
+        """What ``coefficients`` reads and writes."""
+        own = (field.name for field in fields(StepScalars) if field.name != "active")
+        return StepScalars(active=active.index, **{name: getattr(self, name) for name in own})
 
     def unscaled_sums(
         self, active: ActiveSet, loss_scale: torch.Tensor | None
@@ -337,7 +337,7 @@ class Plan:
         dot, grad_sq, global_sq = (torch.where(used > 0, x, 0.0) for x in (dot, grad_sq, self.global_sq))
         return dot, grad_sq, global_sq
 
-    # Models spread over several devices: each device reduces into its own sums and reads its own copy of the table.
+    # Models spread over several devices: each reduces into its own sums and reads its own copy of the coefficients.
 
     def sums_on(self, batch: TensorBatch) -> torch.Tensor:
         if batch.device == self.device:
@@ -356,8 +356,8 @@ class Plan:
                 sums = sums.where(self.cut.index_select(0, active.index), 0.0)
             self.sums.index_copy_(0, active.index, self.sharding.sum_(sums))
 
-    def table_on(self, batch: TensorBatch) -> torch.Tensor:
-        return self.table.to(batch.device, non_blocking=True)
+    def coefficients_on(self, batch: TensorBatch) -> torch.Tensor:
+        return self.coefficients.to(batch.device, non_blocking=True)
 
 
 def _addresses(tensors: Iterable[torch.Tensor]) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import nn
 from dba_kernels import DBAAdamW, GlobalGradient, collect_global_gradient
 from dba_kernels.reference import anchor
 
-from .test_curvature import WORDS, Batch, Tiny, batches_of, loss_of
+from .support.linear_maps import WORDS, Batch, Tiny, batches_of, copy_of, loss_of
 
 STEPS = 6
 
@@ -112,11 +111,6 @@ def test_one_step_is_eq_10(tmp_path: Path) -> None:
             torch.testing.assert_close(
                 optimizer.state[param]["exp_avg"].double(), want, rtol=1e-4, atol=1e-5 * float(want.abs().max())
             )
-
-
-def copy_of(model: Tiny) -> Tiny:
-    model.seen = {}
-    return copy.deepcopy(model)
 
 
 @pytest.mark.parametrize(

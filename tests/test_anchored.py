@@ -17,7 +17,7 @@ from dba_kernels.reference import step as reference
 from dba_kernels.stepdata import Coefficient, TensorBatch
 
 from .support.cases import Case, build, clone, pairwise_matrix
-from .test_step import assert_same_param, assert_same_state, largest_terms
+from .support.step_agreement import assert_same_param, assert_same_state, largest_terms
 
 SHAPES = ((40, 128), (5, 205), (7, 777), (1, 63))
 FLAT = ((63,), (1025,), ())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 
@@ -12,61 +11,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
-from transformers.pytorch_utils import Conv1D
 
 from dba_kernels.curvature import CurvatureSums
 from dba_kernels.factors import Curvature, DiagonalFactor
 from dba_kernels.reference import anchor
 
-WORDS, WIDTH, IGNORED = 19, 12, -100
-Batch = tuple[torch.Tensor, torch.Tensor]
-
-
-class Tiny(nn.Module):
-    """Tied embedding and head, a transposed map, a frozen one, a norm, and stacked experts; ``seen`` keeps what each
-    map took and gave."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.embed = nn.Embedding(WORDS, WIDTH)
-        self.up = nn.Linear(WIDTH, WIDTH + 3)
-        self.frozen = nn.Linear(WIDTH + 3, WIDTH + 3).requires_grad_(False)
-        self.down = Conv1D(WIDTH, WIDTH + 3)
-        self.experts = nn.Parameter(torch.randn(2, WIDTH, WIDTH) * 0.3)
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, WORDS, bias=False)
-        self.head.weight = self.embed.weight
-        self.seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def keep(self, name: str, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        self.seen[name] = inputs, output
-        return output
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.keep("embed", ids, self.embed(ids))
-        x = x.cumsum(dim=1) / (1 + torch.arange(ids.shape[1])).to(x.dtype).unsqueeze(1)  # causal
-        inner = self.frozen(self.keep("up", x, self.up(x))).tanh()
-        x = self.norm(x + self.keep("down", inner, self.down(inner)))
-        x = x + torch.einsum("bti,eij->btj", x, self.experts).tanh()
-        return self.keep("head", x, self.head(x))
-
-
-def batches_of(count: int = 4) -> list[Batch]:
-    """Rows of eight tokens, the last of each row padding, and prompts that are not targets."""
-    generator = torch.Generator().manual_seed(1)
-    batches = []
-    for _ in range(count):
-        ids = torch.randint(0, WORDS, (3, 8), generator=generator)
-        labels = torch.randint(0, WORDS, (3, 8), generator=generator)
-        labels[0, 6:] = labels[1, 7:] = labels[2, :2] = IGNORED
-        batches.append((ids, labels))
-    return batches
-
-
-def loss_of(model: Tiny, batch: Batch) -> tuple[torch.Tensor, int]:
-    logits = model(batch[0]).flatten(0, 1).to(torch.promote_types(model.norm.weight.dtype, torch.float32))
-    return cross_entropy(logits, batch[1].flatten(), ignore_index=IGNORED), int((batch[1] != IGNORED).sum())
+from .support.linear_maps import IGNORED, WIDTH, WORDS, Batch, Tiny, batches_of, copy_of, loss_of
 
 
 def make_sums(model: Tiny, rank: int = 32) -> CurvatureSums:
@@ -94,14 +44,9 @@ def collected(model: Tiny, batches: list[Batch], **options: int) -> dict[str, Cu
     return dict(sums.curvatures("fp32"))
 
 
-def exact_copy(model: Tiny) -> Tiny:
-    model.seen = {}  # not leaves: they cannot be copied
-    return copy.deepcopy(model).double()
-
-
 def exact_factors(model: Tiny, batches: list[Batch], name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B of one map in fp64, over all batches, from autograd's gradients of the map's output."""
-    model, inputs, grads, targets = exact_copy(model), [], [], 0
+    model, inputs, grads, targets = copy_of(model).double(), [], [], 0
     for batch in batches:
         loss, count = loss_of(model, batch)
         x, y = model.seen[name]
@@ -146,7 +91,7 @@ def test_parameters_of_no_linear_map() -> None:
     found = collected(model, batches)
     squares: dict[str, list[torch.Tensor]] = {name: [] for name in ("norm.weight", "up.bias", "experts")}
     total = 0
-    exact = exact_copy(model)
+    exact = copy_of(model).double()
     for batch in batches:
         exact.zero_grad()
         loss, targets = loss_of(exact, batch)
