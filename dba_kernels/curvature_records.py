@@ -11,7 +11,7 @@ import torch
 
 from .factors import Curvature, DiagonalFactor, Factor, KroneckerTerm, LowRankFactor
 from .files import DTYPE_NAMES, as_bytes
-from .formats import STORAGE_FORMATS, EncodedTensor, check_name, scales_shape, storage_format
+from .formats import STORAGE_FORMATS, EncodedTensor, check_name, scales_shape
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -186,13 +186,3 @@ def check_kept(format: str | None, curvature: int | None) -> None:
 def factor_format(format: str | None) -> str:
     """The format of factors beside a global gradient in ``format``: they are few, so nothing below 8 bits."""
     return format if format in ("fp32", "bf16", "fp16") else "int8"
-
-
-def bytes_of(sizes: tuple[int, int], rank: int, format: str) -> int:
-    """Bytes of one Kronecker term of two low-rank factors of these sizes."""
-    total = 0
-    for size in sizes:
-        shape = (size, min(rank, size))
-        record = FactorRecord(size, shape[1], storage_format(format, shape).name)
-        total += sum(dtype.itemsize * torch.Size(s).numel() for dtype, s in record.layout().values())
-    return total

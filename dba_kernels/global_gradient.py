@@ -57,6 +57,9 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
     Made by :meth:`from_tensors`, :meth:`load` or ``collect_global_gradient``. Names are those of the bare model
     (:func:`normalize_name`), on the way in and on look-up. Stored tensors must not be written to.
 
+    It may also hold the curvature of the general loss (:meth:`curvature`), with or without ĝ_G, and its ``calibration``
+    κ: true rise of the general loss over the predicted one, along Adam's steps; None where nobody measured it.
+
     Example:
         >>> gg = GlobalGradient.from_tensors({"weight": torch.ones(64, 64)})
         >>> gg["weight"].dtype, gg.records["weight"].format, gg.global_sq("weight")
@@ -74,6 +77,7 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
         saved: SavedTensors | None = None,
         curvature_records: dict[str, CurvatureRecord] | None = None,
         curvatures: dict[str, Curvature] | None = None,
+        calibration: float | None = None,
     ) -> None:
         self.records = records
         self.fingerprint = fingerprint
@@ -83,6 +87,7 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
         self._saved = saved
         self.curvature_records = curvature_records or {}
         self._curvatures = curvatures or {}  # verified
+        self.calibration = calibration
 
     # --- mapping ------------------------------------------------------------------------------------------------------
 
@@ -360,6 +365,7 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
             *(records, content["fingerprint"], Provenance(**provenance), content["library_version"]),
             saved=saved,
             curvature_records=curvature,
+            calibration=content.get("calibration"),
         )
 
     def _content(self) -> dict[str, Any]:
@@ -372,4 +378,4 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
             "fingerprint": self.fingerprint,
             "provenance": asdict(self.provenance),
             "tensors": {name: asdict(record) for name, record in self.records.items()},
-        } | ({"curvature": curvature} if curvature else {})
+        } | ({"curvature": curvature, "calibration": self.calibration} if curvature else {})

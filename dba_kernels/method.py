@@ -13,7 +13,7 @@ import torch
 
 from .formats import check_name
 from .global_gradient import GlobalGradient
-from .schedule import ANCHORS, AUTO_BOOST_REACH, BOOSTS, initial_anchor, initial_boost
+from .schedule import ANCHORS, AUTO_ANCHOR, AUTO_BOOST_REACH, BOOSTS, initial_boost
 from .stepdata import CORRECTION_SCOPES, CORRECTIONS, PROJECTIONS, StepSettings
 
 LARGE_LR = 1e-4
@@ -37,7 +37,6 @@ class Method:
         settings: what the kernels are told; a function in place of a name leaves the neutral value there.
         schedule, correction: the functions that were given, or None.
         rule: the name of k₀ that was given, or None.
-        anchor_rule: the name of λ that was given, or None.
         anchored: bare names of the parameters that the anchor holds.
         initial_lr: the largest group's learning rate at the start.
 
@@ -67,22 +66,17 @@ class Method:
         self.rule: str | None = boost if isinstance(boost, str) else None
         self.initial_lr = 0.0
         settings = _checked(total_steps, boost, boost_max, correction, scope, bounds)
-        self.anchor_rule: str | None = anchor if isinstance(anchor, str) else None
         strength = _checked_anchor(anchor, global_gradient)
-        held = global_gradient is not None and (self.anchor_rule is not None or strength > 0)
-        self.anchored = frozenset(global_gradient.curvature_records if held and global_gradient is not None else ())
+        self.anchored: frozenset[str] = frozenset()
+        if global_gradient is not None and strength > 0:
+            self.anchored = frozenset(global_gradient.curvature_records)
         if global_gradient is None:
             if total_steps is not None:
                 warnings.warn("total_steps: given without a global_gradient; this is plain AdamW", stacklevel=3)
             settings = StepSettings()
         elif len(global_gradient) == 0:  # curvature alone
-            settings = StepSettings(total_steps=settings.total_steps)
-        if self.anchor_rule and self.anchored and settings.correction in PROJECTIONS:
-            raise ValueError(
-                f"anchor: expected a number with correction={settings.correction!r}, which has no total_steps, got "
-                f"{self.anchor_rule!r}; give λ, or 0"
-            )
-        if self.needs_total_steps_of(settings) and settings.total_steps == 0 and total_steps != "later":
+            settings = StepSettings()
+        elif settings.total_steps == 0 and settings.correction not in PROJECTIONS and total_steps != "later":
             raise ValueError(
                 "total_steps: expected the number of optimizer steps of the run, not of micro-batches, over which the "
                 f"boost decays to 0; got {total_steps}"
@@ -90,17 +84,18 @@ class Method:
         reduce = global_gradient is not None or max_grad_norm is not None
         self.settings = replace(settings, max_grad_norm=max_grad_norm, reduce=reduce, anchor=strength)
 
+    @property
+    def calibration(self) -> float:
+        """κ of the file; 1 where nobody measured it."""
+        gg = self.global_gradient
+        return 1.0 if gg is None or gg.calibration is None else gg.calibration
+
     # --- the length of the run ----------------------------------------------------------------------------------------
 
     @property
     def needs_total_steps(self) -> bool:
-        """Whether anything depends on T: a schedule weighs the global gradient, or a named anchor follows from it."""
-        return self.needs_total_steps_of(self.settings)
-
-    def needs_total_steps_of(self, settings: StepSettings) -> bool:
-        gg = self.global_gradient
-        boosted = gg is not None and len(gg) > 0 and settings.correction not in PROJECTIONS
-        return boosted or (self.anchor_rule is not None and bool(self.anchored))
+        """Whether anything depends on T: there is a global gradient, and a schedule weighs it."""
+        return bool(self.global_gradient) and self.settings.correction not in PROJECTIONS
 
     @property
     def awaits_total_steps(self) -> bool:
@@ -136,8 +131,6 @@ class Method:
             named = self.rule if self.global_gradient else None
             boost = initial_boost(named, steps, self.initial_lr) if named else self.settings.boost
         self.settings = replace(self.settings, total_steps=steps, boost=boost)
-        if self.anchor_rule and self.anchored:
-            self.settings = replace(self.settings, anchor=initial_anchor(steps, self.initial_lr))
 
     def _warn_about_boost(self) -> None:
         k0, limit, lr = self.settings.boost, self.settings.boost_max, self.initial_lr
@@ -245,10 +238,12 @@ def _checked_total_steps(total_steps: Any) -> int:
 
 
 def _checked_anchor(anchor: str | float, global_gradient: GlobalGradient | None) -> float:
-    """λ where it is a number; 0 where it is named, for it follows from T and the learning rate."""
+    """λ; a named one is the file's calibration, and 0 where the file has no curvature."""
     if isinstance(anchor, str):
         check_name("anchor", anchor, ANCHORS)
-        return 0.0
+        if global_gradient is None or not global_gradient.curvature_records:
+            return 0.0
+        return AUTO_ANCHOR if global_gradient.calibration is None else global_gradient.calibration
     if not 0.0 <= anchor < float("inf"):
         raise ValueError(f"anchor: expected a name or a number >= 0, got {anchor}")
     if anchor > 0 and (global_gradient is None or not global_gradient.curvature_records):

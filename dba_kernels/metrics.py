@@ -8,8 +8,8 @@ from .plan import Plan
 from .stepdata import PROJECTIONS, StepSettings
 
 
-def metrics(plan: Plan, settings: StepSettings) -> dict[str, float]:
-    """What ``DBAAdamW.metrics`` returns."""
+def metrics(plan: Plan, settings: StepSettings, calibration: float = 1.0) -> dict[str, float]:
+    """What ``DBAAdamW.metrics`` returns; ``calibration`` is κ."""
     done, skipped = plan.counters.tolist()
     gamma, clip_factor, grad_norm, global_norm = plan.summary.tolist()
     figures: dict[str, float] = {"steps": done, "skipped_steps": skipped}
@@ -19,7 +19,7 @@ def metrics(plan: Plan, settings: StepSettings) -> dict[str, float]:
     if active is not None and any(active.anchors):
         square, energy = (sum(float(step.figures[i]) for step in active.anchors if step) for i in range(2))
         ratio = math.sqrt(square) / grad_norm if grad_norm > 0 else math.nan
-        figures |= {"anchor_ratio": ratio, "predicted_rise": energy / 2}
+        figures |= {"anchor_ratio": ratio, "predicted_rise": calibration * energy / 2}
     if active is None or not bool((plan.global_sq[active.index] >= 0).any()):
         return figures
     if settings.correction not in PROJECTIONS:

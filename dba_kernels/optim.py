@@ -75,7 +75,8 @@ class DBAAdamW(Optimizer):
         max_grad_norm: clips g_D by its norm over all parameters, as ``clip_grad_norm_``, inside the step; None: never.
         anchor: λ, with which the general loss's second order holds the weights near the base model (eq. 10, ours),
             where the global gradient was collected with ``curvature``. λ H (θ − θ₀) is added to the clipped gradient;
-            similarity and clipping do not see it. ``"auto"``: 3 / (lr · T / 2), lr as in ``boost``; 0: none.
+            similarity and clipping do not see it. ``"auto"``: κ of the file's calibration, so that it weighs as much as
+            the domain loss; 0: none.
         state_format: ``"fp32"``, ``"bf16"`` or ``"int8"`` moments. 1-D and small tensors keep fp32.
         param_format: how parameters below fp32 keep what rounding would lose: ``"native"`` (they lose it),
             ``"split16"`` (a 16-bit remainder in the state: together the exact fp32 value), ``"split8"`` (8 bits,
@@ -299,12 +300,12 @@ class DBAAdamW(Optimizer):
             clipping) and ``clip_factor`` where there is a global gradient or a clip threshold; ``gamma`` γ_t,
             ``boost_ratio`` ‖γ ĝ_G‖ / ‖(1−γ) g_D‖, and ``cosine_*`` φ_t and ``correction_*`` α_t (``mean``, ``min``,
             ``max`` over the parameters that have a global gradient) where there is one; with an anchor
-            ``anchor_ratio`` ‖λ H δ‖ / ‖g_D‖ and ``predicted_rise`` ½⟨δ, H δ⟩, the rise of the general loss in nats per
-            token that the second order predicts, both of where the step began. After a skipped step they
+            ``anchor_ratio`` ‖λ H δ‖ / ‖g_D‖ and ``predicted_rise`` κ · ½⟨δ, H δ⟩, the rise of the general loss in nats
+            per token that the second order predicts, both of where the step began. After a skipped step they
             describe the gradients that were refused, and need not be finite. Empty before the first step of this
             object.
         """
-        return {} if self._plan is None else metrics(self._plan, self.method.settings)
+        return {} if self._plan is None else metrics(self._plan, self.method.settings, self.method.calibration)
 
     # --- state --------------------------------------------------------------------------------------------------------
 

@@ -24,13 +24,8 @@ SHAPES = ("linear", "cosine", "constant")
 
 
 ANCHORS = ("auto",)
-AUTO_ANCHOR_REACH = 3.0
-"""λ · Σ_t η_t of ``anchor="auto"``: Adam moves a weight by about Σ η_t at most, and Hδ grows with that."""
-
-
-def initial_anchor(total_steps: int, lr: float) -> float:
-    """λ of ``anchor="auto"``: 3 / Σ_t η_t, with the Σ_t η_t = η₀ T / 2 of a linear decay; 0 where nothing moves."""
-    return AUTO_ANCHOR_REACH / (lr * total_steps / 2) if lr > 0 else 0.0
+AUTO_ANCHOR = 30.0
+"""λ of ``anchor="auto"`` where the file has no calibration κ (``python -m bench.quality``)."""
 
 
 def initial_boost(rule: str, total_steps: int, lr: float) -> float:

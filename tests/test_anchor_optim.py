@@ -170,21 +170,26 @@ def test_metrics_name_the_predicted_rise() -> None:
             pull += float((2.0 * anchor.hessian_product(gg.curvature(name), delta)).square().sum())
     train(model, optimizer, 3, 4)
     figures = optimizer.metrics()
-    assert figures["predicted_rise"] == pytest.approx(rise, rel=1e-4)
+    assert figures["predicted_rise"] == pytest.approx(gg.calibration * rise, rel=1e-4)
     assert figures["anchor_ratio"] == pytest.approx(pull**0.5 / figures["grad_norm"], rel=1e-4)
     assert "predicted_rise" not in make(model, gg, anchor=0.0).metrics()
 
 
-def test_auto_follows_the_run() -> None:
-    """Protects "auto": λ = 3 / (η₀ T / 2), also when T comes later; 0 where the file has no curvature."""
+def test_auto_is_the_calibration() -> None:
+    """Protects "auto": λ = κ as the file has it, 30 where nobody measured it, 0 where the file has no curvature."""
     gg = collected(Tiny())
-    assert make(Tiny(), gg).method.settings.anchor == pytest.approx(3 / (1e-2 * STEPS / 2))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        later = DBAAdamW(Tiny().named_parameters(), lr=1e-3, global_gradient=gg, total_steps="later")
-        later.set_total_steps(100)
-    assert later.method.settings.anchor == pytest.approx(3 / (1e-3 * 50))
+    assert gg.calibration is not None and make(Tiny(), gg).method.settings.anchor == gg.calibration
+    gg.calibration = None
+    assert make(Tiny(), gg).method.settings.anchor == 30.0
     assert make(Tiny(), collected(Tiny(), curvature=None)).method.settings.anchor == 0
+
+
+def test_curvature_alone_needs_no_length_of_the_run() -> None:
+    """Protects the file without ĝ_G: nothing depends on T, and the boost and the correction are off."""
+    gg = collected(Tiny(), format=None)
+    optimizer = DBAAdamW(Tiny().named_parameters(), lr=1e-3, global_gradient=gg)
+    assert not optimizer.awaits_total_steps
+    assert optimizer.method.settings.correction == "none" and optimizer.method.settings.boost == 0
 
 
 def test_arguments_are_checked() -> None:
@@ -213,6 +218,7 @@ def test_files_keep_the_curvature(format: str | None, tmp_path: Path) -> None:
     gg = collected(Tiny(), format=format)
     loaded = GlobalGradient.load(gg.save(tmp_path / "general.safetensors"))
     loaded.verify()
+    assert loaded.calibration == gg.calibration
     assert loaded.digest == gg.digest != collected(Tiny(), format=format or "fp32", curvature=None).digest
     assert list(loaded.curvature_records) == [n for n, p in Tiny().named_parameters() if p.requires_grad]
     assert loaded.nbytes == gg.nbytes and loaded.curvature_nbytes == gg.curvature_nbytes > 0

@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "global_gradient": {
         *("ops", "distributed", "formats", "factors", "files", "base_model", "records", "curvature_records"),
     },
-    "collect": {
+    "collect": {"collector", "batches", "calibration", "curvature_records", "global_gradient", "records"},
+    "collector": {
         "ops",
         "distributed",
         "global_gradient",
@@ -52,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "passes",
         "curvature",
         "curvature_records",
+        "calibration",
     },
     "method": {"schedule", "formats", "stepdata", "global_gradient"},
     "optim": {
@@ -70,6 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "curvature": {"ops", "distributed", "formats", "factors", "sketch"},
     "sums": {"ops", "distributed", "formats", "files", "records", "curvature"},
     "curvature_records": {"formats", "factors", "files"},
+    "calibration": {"backends", "distributed", "factors"},
     "anchored": {"ops", "backends", "distributed", "formats", "factors", "stepdata"},
     "state": {"distributed", "backends", "base_model", "formats"},
     "plan": {
