@@ -6,6 +6,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -200,7 +201,13 @@ class CurvatureSums:
         self._targets = None
 
     def _watch(
-        self, sums: MapSums, factor: float, _: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor
+        self,
+        sums: MapSums,
+        factor: float,
+        _: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: torch.Tensor,
     ) -> None:
         if not output.requires_grad:
             return  # no backward pass will come by, or it recomputes this one

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import curvature_records, ops
+from .backends import implementation
 from .base_model import Fingerprint, check_names, check_weights, fingerprint, named_once, normalize_name
 from .curvature_records import CurvatureRecord
 from .factors import Curvature
@@ -49,6 +50,11 @@ class Provenance:
     data_digest: str = ""
     dropped_batches: int = 0
     empty_batches: int = 0
+
+
+def shrinkage(record: TensorRecord) -> float:
+    """s of eq. 13 for one tensor; see ``reference.anchor.shrinkage``."""
+    return float(implementation("reference", "anchor").shrinkage(record.signal, record.noise))
 
 
 class GlobalGradient(Mapping[str, torch.Tensor]):

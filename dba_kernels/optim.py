@@ -77,6 +77,8 @@ class DBAAdamW(Optimizer):
             where the global gradient was collected with ``curvature``. λ H (θ − θ₀) is added to the clipped gradient;
             similarity and clipping do not see it. ``"auto"``: κ of the file's calibration, so that it weighs as much as
             the domain loss; 0: none.
+        shrink: weigh each tensor of ĝ_G by its reliability, s = max(0, 1 − 1/SNR) (eq. 13, ours), from the statistics
+            in its file. None: with an anchor.
         state_format: ``"fp32"``, ``"bf16"`` or ``"int8"`` moments. 1-D and small tensors keep fp32.
         param_format: how parameters below fp32 keep what rounding would lose: ``"native"`` (they lose it),
             ``"split16"`` (a 16-bit remainder in the state: together the exact fp32 value), ``"split8"`` (8 bits,
@@ -121,6 +123,7 @@ class DBAAdamW(Optimizer):
         correction_bounds: tuple[float, float] = (0.0, 2.0),
         max_grad_norm: float | None = None,
         anchor: str | float = "auto",
+        shrink: bool | None = None,
         state_format: str = "fp32",
         param_format: str = "auto",
         missing: str = "error",
@@ -139,6 +142,7 @@ class DBAAdamW(Optimizer):
         )
         check_name("state_format", state_format, STATE_FORMATS)
         check_name("param_format", param_format, ("auto", *PARAM_FORMATS))
+        self.shrink = bool(self.method.anchored) if shrink is None else bool(shrink)
         self.missing = check_name("missing", missing, ("error", "adamw"))
         kept = "split16" if param_format == "auto" else param_format
         self.options = StateOptions(kept, state_format, self.method.anchored)
@@ -267,7 +271,9 @@ class DBAAdamW(Optimizer):
             if (active := self._plan.activate(params, grads, self.param_groups, self.state)) is not None:
                 return self._plan, active
             self._drop_plan()
-        plan = self._plan = Plan(self.param_groups, self.state, self.options, self.global_gradient, self.missing)
+        plan = self._plan = Plan(
+            self.param_groups, self.state, self.options, self.global_gradient, self.missing, self.shrink
+        )
         active = plan.activate(params, grads, self.param_groups, self.state)
         assert active is not None  # a plan just made is current
         return plan, active

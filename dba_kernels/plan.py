@@ -39,7 +39,7 @@ from .base_model import Groups, names_of, normalize_name
 from .distributed import PLAIN_TYPES, Sharding, layout_of, local
 from .factors import Curvature
 from .formats import matrix_shape
-from .global_gradient import GlobalGradient
+from .global_gradient import GlobalGradient, shrinkage
 from .state import StateOptions, States, formats_of, prepare, prepare_origin
 from .stepdata import (
     UPDATED_PARTS,
@@ -134,6 +134,7 @@ class Plan:
         options: StateOptions,
         global_gradient: GlobalGradient | None,
         missing: str,
+        shrink: bool = False,
     ):
         self.options = options
         self.params = [p for group in groups for p in group["params"]]
@@ -175,9 +176,9 @@ class Plan:
         for param in self.params:
             if "step" in states.get(param, {}):
                 states[param]["step"] = self.steps.select(0, self._index[id(param)])
-        self._bind(global_gradient, missing, fresh=done == 0)
+        self._bind(global_gradient, missing, fresh=done == 0, shrink=shrink)
 
-    def _bind(self, gg: GlobalGradient | None, missing: str, fresh: bool) -> None:
+    def _bind(self, gg: GlobalGradient | None, missing: str, fresh: bool, shrink: bool) -> None:
         """Find the stored global gradient of every parameter by name; on a fresh run check the base model too."""
         self.stored: list[Any] = [None] * len(self.params)
         self.curvatures: list[Curvature | None] = [None] * len(self.params)
@@ -189,6 +190,9 @@ class Plan:
                 if name in gg:
                     stored = gg.stored(name, self.sharding.rows[i])
                     self.stored[i], global_sq[i] = stored.to(self.params[i].device), gg.global_sq(name)
+                    if shrink:  # eq. 13, once for all steps
+                        factor = shrinkage(gg.record(name))
+                        self.stored[i], global_sq[i] = self.stored[i].scaled(factor), global_sq[i] * factor**2
                 if name in self.options.anchored:
                     found = gg.curvature(name, self.sharding.rows[i])
                     self.curvatures[i] = None if found is None else found.to(self.params[i].device)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from dba_kernels import DBAAdamW, GlobalGradient, collect_global_gradient
+from dba_kernels import DBAAdamW, GlobalGradient, collect_global_gradient, ops
+from dba_kernels.formats import STORAGE_FORMATS
 from dba_kernels.reference import anchor
 
 from .support.linear_maps import WORDS, Batch, Tiny, batches_of, copy_of, loss_of
@@ -182,6 +183,30 @@ def test_auto_is_the_calibration() -> None:
     gg.calibration = None
     assert make(Tiny(), gg).method.settings.anchor == 30.0
     assert make(Tiny(), collected(Tiny(), curvature=None)).method.settings.anchor == 0
+
+
+def test_shrinkage_weighs_the_global_gradient() -> None:
+    """Protects eq. 13 in the step: a run with shrink is one whose file holds s ĝ_G; an anchor asks for it."""
+    gg = collected(Tiny(), curvature=None)
+    factors = {name: anchor.shrinkage(r.signal, r.noise) for name, r in gg.records.items()}
+    assert any(0 < s < 1 for s in factors.values())
+    scaled = GlobalGradient.from_tensors({name: s * gg[name] for name, s in factors.items()}, "fp32")
+    got = trained(gg, shrink=True, correction="none", boost=0.3)
+    want = trained(scaled, correction="none", boost=0.3)
+    for name, param in got.named_parameters():
+        torch.testing.assert_close(param, want.get_parameter(name), rtol=1e-4, atol=1e-5)
+    assert make(Tiny(), collected(Tiny())).shrink and not make(Tiny(), gg).shrink
+
+
+@pytest.mark.parametrize("format", [*STORAGE_FORMATS, "lowrank"])
+def test_every_stored_format_can_be_weighed(format: str) -> None:
+    """Protects s ĝ_G in every format: what is decoded is s times what was, and the original is left alone."""
+    tensor = torch.randn(80, 96, generator=torch.Generator().manual_seed(0))
+    options = ("int8", 4) if format == "lowrank" else (format, None)
+    stored = GlobalGradient.from_tensors({"weight": tensor}, *options).stored("weight")
+    before = ops.decode(stored).clone()
+    torch.testing.assert_close(ops.decode(stored.scaled(0.25)), 0.25 * before, rtol=1e-6, atol=0)
+    assert torch.equal(ops.decode(stored), before)
 
 
 def test_curvature_alone_needs_no_length_of_the_run() -> None:

@@ -36,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"operators", "backends", "formats", "stepdata"},
     "distributed": {"formats"},
     "global_gradient": {
-        *("ops", "distributed", "formats", "factors", "files", "base_model", "records", "curvature_records"),
+        *("ops", "backends", "distributed", "formats", "factors", "files", "base_model", "records"),
+        "curvature_records",
     },
     "collect": {"collector", "batches", "calibration", "curvature_records", "global_gradient", "records"},
     "collector": {

@@ -85,11 +85,11 @@ def predicted_rise(curvature: Curvature, delta: torch.Tensor) -> torch.Tensor:
 
 
 def shrinkage(signal: float | None, noise: float | None) -> float:
-    """s = max(0, 1 − 1/SNR) of a noisy mean  (eq. 13), SNR = ‖ĝ_G‖² / E‖ĝ_G − μ‖².
+    """s = max(0, 1 − 1/SNR) of a noisy mean  (eq. 13), SNR = ‖μ‖² / E‖ĝ_G − μ‖² as the file records both parts.
 
-    With the signal and noise that the file records, ‖ĝ_G‖² = signal + noise, so s = signal / (signal + noise), at
-    least 0: the factor that minimises E‖s ĝ_G − μ‖². 1 where they are unknown.
+    More careful than the factor that minimises E‖s ĝ_G − μ‖², SNR / (1 + SNR): the noise of a stored mean is the same
+    at every step, and does not average out. 1 where signal and noise are unknown.
     """
-    if signal is None or noise is None or signal + noise <= 0:
+    if signal is None or noise is None:
         return 1.0
-    return min(1.0, max(0.0, signal / (signal + noise)))
+    return max(0.0, 1.0 - noise / signal) if signal > 0 and noise > 0 else float(noise <= 0)
