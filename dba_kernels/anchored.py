@@ -15,7 +15,7 @@ gradient, in place of the 2 of g_D alone; of tensors above a block those for δ 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -142,9 +142,7 @@ class AnchorStep:
     def __init__(self, anchored: Iterable[AnchoredTensor], sharding: Sharding) -> None:
         self.anchored = list(anchored)
         self.sharding = sharding
-        device = self.anchored[0].tensors.param.device
-        self.figures = torch.zeros(2, dtype=torch.float64, device=device)
-        """‖λ H δ‖² and ⟨δ, H δ⟩ at the point where the last step began, over all ranks."""
+        self._figures: torch.Tensor | None = None
 
     def run(self, grads: list[torch.Tensor], coefficients: torch.Tensor, anchor: float, backend: str = "auto") -> None:
         """Step every anchored parameter.
@@ -156,23 +154,51 @@ class AnchorStep:
         """
         unit = coefficients.clone()
         unit[:, Coefficient.GRAD_WEIGHT] = 1.0  # the gradients that are handed on are weighted already
-        self.figures.zero_()
+        sums = self._new_figures() if self.sharding.communicates else None
         ahead = self._project_all(backend)
         for whole, grad in zip(self.anchored, grads, strict=True):
-            self._step_one(whole, ahead.get(id(whole)), grad, coefficients, unit, anchor, backend)
-        if self.sharding.communicates:
-            self.sharding.sum_(self.figures)
+            weights = coefficients[whole.tensors.index].to(whole.dtype)
+            for block, delta, pull in self._pulls(whole, ahead.get(id(whole)), anchor, backend):
+                if sums is not None:
+                    self._count(sums, whole, delta, pull)
+                part = grad[block.start : block.stop] if grad.dim() > 0 else grad
+                boosted = self._boosted(block, part, pull.view_as(part), weights, backend)
+                ops.step(block.batch, [boosted], unit, backend)
+        if sums is not None:
+            self._figures = self.sharding.sum_(sums)
+
+    @torch.no_grad()
+    def figures(self, anchor: float, backend: str = "auto") -> tuple[float, float]:
+        """‖λ H δ‖² and ½ ⟨δ, H δ⟩ at the weights as they are; of a sharded model, where the last step began, because
+        one rank may ask alone."""
+        sums = self._figures
+        if sums is None:
+            sums = self._new_figures()
+            for whole in self.anchored:
+                for _, delta, pull in self._pulls(whole, None, anchor, backend):
+                    self._count(sums, whole, delta, pull)
+        square, energy = sums.tolist()
+        return square, energy / (2 * anchor)
+
+    def _new_figures(self) -> torch.Tensor:
+        return torch.zeros(2, dtype=torch.float64, device=self.anchored[0].tensors.param.device)
+
+    def _count(self, sums: torch.Tensor, whole: AnchoredTensor, delta: torch.Tensor, pull: torch.Tensor) -> None:
+        """Add ‖λ H δ‖² and ⟨δ, λ H δ⟩ of a block; what all ranks hold whole, one of them brings in."""
+        if whole.cut or self.sharding.leads:
+            flat = pull.reshape(-1)
+            sums += torch.stack((torch.dot(flat, flat), torch.dot(flat, delta.reshape(-1))))
 
     def _project_all(self, backend: str) -> dict[int, list[DecodedTerm]]:
-        """Of parameters cut by rows, Q over all ranks' rows: one all-reduce for the model."""
+        """Of parameters cut by rows, Q over all ranks' rows: one all-reduce for all of them."""
         if not self.sharding.communicates:
             return {}
         decoded: dict[int, list[DecodedTerm]] = {}
         for whole in self.anchored:
             if whole.cut:
-                terms = decoded[id(whole)] = self._decode(whole, backend)
+                terms = decoded[id(whole)] = _decode(whole, backend)
                 for block in whole.blocks:
-                    self._project(terms, block, block.displacement(whole.dtype))
+                    _project(terms, block, block.displacement(whole.dtype))
         sums = [term.q for terms in decoded.values() for term in terms if isinstance(term.left, LowRankFactor)]
         if sums:
             flat = self.sharding.sum_(torch.cat([q.reshape(-1) for q in sums]))
@@ -180,68 +206,59 @@ class AnchorStep:
                 q.copy_(total.view_as(q))
         return decoded
 
-    @staticmethod
-    def _decode(whole: AnchoredTensor, backend: str) -> list[DecodedTerm]:
-        return [DecodedTerm(term, whole.dtype, backend) for term in whole.curvature.terms]
-
-    @staticmethod
-    def _project(terms: list[DecodedTerm], block: Block, delta: torch.Tensor) -> None:
-        for term in terms:
-            term.project(delta, block.start, block.stop)
-
-    def _step_one(
-        self,
-        whole: AnchoredTensor,
-        terms: list[DecodedTerm] | None,
-        grad: torch.Tensor,
-        coefficients: torch.Tensor,
-        unit: torch.Tensor,
-        anchor: float,
-        backend: str,
-    ) -> None:
-        counts = whole.cut or self.sharding.leads  # what all ranks hold whole, one of them brings into the figures
+    def _pulls(
+        self, whole: AnchoredTensor, terms: list[DecodedTerm] | None, anchor: float, backend: str
+    ) -> Iterator[tuple[Block, torch.Tensor, torch.Tensor]]:
+        """Every block of a parameter with δ and λ H δ; ``terms`` where Q is known already."""
         kept: torch.Tensor | None = None  # δ of a tensor of one block serves both passes
         if terms is None:
-            terms = self._decode(whole, backend)
-            for block in whole.blocks:
-                kept = block.displacement(whole.dtype)
-                self._project(terms, block, kept)
+            terms = _decode(whole, backend)
+            if terms:
+                for block in whole.blocks:
+                    kept = block.displacement(whole.dtype)
+                    _project(terms, block, kept)
         mixed = [term.mixed() if isinstance(term.left, LowRankFactor) else None for term in terms]
-        own = coefficients[whole.tensors.index].to(whole.dtype)
         for block in whole.blocks:
             delta = kept if kept is not None and len(whole.blocks) == 1 else block.displacement(whole.dtype)
-            pull = self._pull(block, delta, terms, mixed, anchor)
-            if counts:
-                flat = pull.reshape(-1)
-                self.figures += torch.stack((torch.dot(flat, flat), torch.dot(flat, delta.reshape(-1)) / anchor))
-            part = grad[block.start : block.stop] if grad.dim() > 0 else grad
-            boosted = pull.view_as(part) + part.to(whole.dtype) * own[Coefficient.GRAD_WEIGHT]
-            if block.low_rank is not None:
-                u, v = (t.to(whole.dtype) for t in ops.decode_all([block.low_rank.u, block.low_rank.v], backend))
-                weights = block.low_rank.sigma.to(whole.dtype) * own[Coefficient.GLOBAL_WEIGHT]
-                boosted.flatten(1).addmm_(u * weights, v.T)
-            ops.step(block.batch, [boosted], unit, backend)
+            yield block, delta, _pull(block, delta, terms, mixed, anchor)
 
     @staticmethod
-    def _pull(
-        block: Block,
-        delta: torch.Tensor,
-        terms: list[DecodedTerm],
-        mixed: list[torch.Tensor | None],
-        anchor: float,
+    def _boosted(
+        block: Block, grad: torch.Tensor, pull: torch.Tensor, weights: torch.Tensor, backend: str
     ) -> torch.Tensor:
-        """λ H Δ of a block."""
-        diagonal = block.curvature.diagonal
-        if diagonal is not None:
-            return delta * (diagonal.to(delta.dtype) * anchor)
-        lefts: list[torch.Tensor] = []
-        rights: list[torch.Tensor] = []
-        own: torch.Tensor | float = 0.0
-        for term, its_mixed in zip(terms, mixed, strict=True):
-            left, right, weight = term.addend(delta, block.start, block.stop, its_mixed)
-            lefts += left
-            rights += right
-            own = own + weight
-        scaled, beta = (delta, own * anchor) if isinstance(own, float) else (own * delta, anchor)
-        # [rows, R] · [R, cols]
-        return torch.addmm(scaled, torch.cat(lefts, dim=1), torch.cat(rights), beta=beta, alpha=anchor)
+        """a·g_D + λ H δ, and b·ĝ_G where that is stored low rank; written over ``pull``."""
+        pull.addcmul_(grad.to(pull.dtype), weights[Coefficient.GRAD_WEIGHT])
+        if block.low_rank is not None:
+            u, v = (t.to(pull.dtype) for t in ops.decode_all([block.low_rank.u, block.low_rank.v], backend))
+            sigma = block.low_rank.sigma.to(pull.dtype) * weights[Coefficient.GLOBAL_WEIGHT]
+            pull.flatten(1).addmm_(u * sigma, v.T)
+        return pull
+
+
+def _decode(whole: AnchoredTensor, backend: str) -> list[DecodedTerm]:
+    return [DecodedTerm(term, whole.dtype, backend) for term in whole.curvature.terms]
+
+
+def _project(terms: list[DecodedTerm], block: Block, delta: torch.Tensor) -> None:
+    for term in terms:
+        term.project(delta, block.start, block.stop)
+
+
+def _pull(
+    block: Block, delta: torch.Tensor, terms: list[DecodedTerm], mixed: list[torch.Tensor | None], anchor: float
+) -> torch.Tensor:
+    """λ H Δ of a block."""
+    diagonal = block.curvature.diagonal
+    if diagonal is not None:
+        return delta * (diagonal.to(delta.dtype) * anchor)
+    lefts: list[torch.Tensor] = []
+    rights: list[torch.Tensor] = []
+    own: torch.Tensor | float = 0.0
+    for term, its_mixed in zip(terms, mixed, strict=True):
+        left, right, weight = term.addend(delta, block.start, block.stop, its_mixed)
+        lefts += left
+        rights += right
+        own = own + weight
+    scaled, beta = (delta, own * anchor) if isinstance(own, float) else (own * delta, anchor)
+    # [rows, R] · [R, cols]
+    return torch.addmm(scaled, torch.cat(lefts, dim=1), torch.cat(rights), beta=beta, alpha=anchor)

@@ -17,9 +17,10 @@ def metrics(plan: Plan, settings: StepSettings, calibration: float = 1.0) -> dic
         figures |= {"grad_norm": grad_norm, "clip_factor": clip_factor}
     active = plan.last
     if active is not None and any(active.anchors):
-        square, energy = (sum(float(step.figures[i]) for step in active.anchors if step) for i in range(2))
+        found = [step.figures(settings.anchor) for step in active.anchors if step]
+        square, energy = (math.fsum(column) for column in zip(*found, strict=True))
         ratio = math.sqrt(square) / grad_norm if grad_norm > 0 else math.nan
-        figures |= {"anchor_ratio": ratio, "predicted_rise": calibration * energy / 2}
+        figures |= {"anchor_ratio": ratio, "predicted_rise": calibration * energy}
     if active is None or not bool((plan.global_sq[active.index] >= 0).any()):
         return figures
     if settings.correction not in PROJECTIONS:

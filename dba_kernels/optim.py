@@ -307,7 +307,8 @@ class DBAAdamW(Optimizer):
             ``boost_ratio`` ‖γ ĝ_G‖ / ‖(1−γ) g_D‖, and ``cosine_*`` φ_t and ``correction_*`` α_t (``mean``, ``min``,
             ``max`` over the parameters that have a global gradient) where there is one; with an anchor
             ``anchor_ratio`` ‖λ H δ‖ / ‖g_D‖ and ``predicted_rise`` κ · ½⟨δ, H δ⟩, the rise of the general loss in nats
-            per token that the second order predicts, both of where the step began. After a skipped step they
+            per token that the second order predicts, both of the weights as they are now (of a sharded model, as the
+            last step found them). After a skipped step they
             describe the gradients that were refused, and need not be finite. Empty before the first step of this
             object.
         """

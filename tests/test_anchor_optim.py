@@ -157,7 +157,7 @@ def test_a_run_begun_without_an_anchor_cannot_go_on_with_one() -> None:
 
 
 def test_metrics_name_the_predicted_rise() -> None:
-    """Protects metrics(): the ratio of the pull to the gradient, and ½⟨δ, Hδ⟩ of where the last step began."""
+    """Protects metrics(): the ratio of the pull to the gradient, and κ·½⟨δ, Hδ⟩ of the weights."""
     base = Tiny()
     gg = collected(base)
     model = copy_of(base)
@@ -169,7 +169,6 @@ def test_metrics_name_the_predicted_rise() -> None:
             delta = (param - base.get_parameter(name)).detach().double()
             rise += float(anchor.predicted_rise(gg.curvature(name), delta))
             pull += float((2.0 * anchor.hessian_product(gg.curvature(name), delta)).square().sum())
-    train(model, optimizer, 3, 4)
     figures = optimizer.metrics()
     assert figures["predicted_rise"] == pytest.approx(gg.calibration * rise, rel=1e-4)
     assert figures["anchor_ratio"] == pytest.approx(pull**0.5 / figures["grad_norm"], rel=1e-4)
