@@ -25,8 +25,8 @@ from . import ops
 from .backends import implementation
 from .distributed import Sharding
 from .factors import Curvature, DiagonalFactor, KroneckerTerm, LowRankFactor
-from .formats import LowRankTensor, matrix_shape
-from .stepdata import UPDATED_PARTS, Coefficient, ParamTensors, TensorBatch
+from .formats import matrix_shape
+from .stepdata import UPDATED_PARTS, Coefficient, Factors, ParamTensors, TensorBatch
 
 BLOCK = 2**20
 """Elements of a block: 4 MiB of fp32, which a CPU's last cache holds, and few enough calls."""
@@ -70,18 +70,18 @@ class Block:
     batch: TensorBatch
     origin: torch.Tensor
     curvature: Curvature
-    low_rank: LowRankTensor | None
+    low_rank: Factors | None
 
     @classmethod
     def of(cls, whole: AnchoredTensor, start: int, stop: int) -> Block:
         tensors, (param_format, state_format, global_format) = whole.tensors, whole.formats
         stored, low_rank = tensors.global_grad, None
+        if isinstance(stored, Factors):
+            low_rank, stored, global_format = replace(stored, left=stored.left[start:stop]), None, "none"
         views: dict[str, Any] = {}
         if tensors.param.dim() > 0:
             views = {part: t[start:stop] for part in UPDATED_PARTS if (t := getattr(tensors, part)) is not None}
             stored = None if stored is None else stored.row_slice(start, stop)
-        if isinstance(stored, LowRankTensor):
-            stored, low_rank, global_format = None, stored, "none"
         offset = tensors.offset + start * matrix_shape(tuple(tensors.param.shape))[1]
         part = replace(tensors, **views, global_grad=stored, offset=offset)
         origin = whole.origin[start:stop] if whole.origin.dim() > 0 else whole.origin
@@ -144,6 +144,23 @@ class AnchorStep:
         self.sharding = sharding
         self._figures: torch.Tensor | None = None
 
+    @classmethod
+    def of(
+        cls,
+        batch: TensorBatch,
+        origins: list[torch.Tensor],
+        curvatures: list[Curvature | None],
+        sharding: Sharding,
+    ) -> AnchorStep:
+        """The step of a batch, each of its parameters with its θ₀ and its curvature; cut ones by the sharding's rows."""
+        formats = batch.param_format, batch.state_format, batch.global_format
+        anchored = []
+        for tensors, origin, curvature in zip(batch.tensors, origins, curvatures, strict=True):
+            assert curvature is not None
+            cut = bool(sharding.rows) and sharding.rows[tensors.index] is not None
+            anchored.append(AnchoredTensor(tensors, formats, origin, curvature, cut))
+        return cls(anchored, sharding)
+
     def run(self, grads: list[torch.Tensor], coefficients: torch.Tensor, anchor: float, backend: str = "auto") -> None:
         """Step every anchored parameter.
 
@@ -162,7 +179,7 @@ class AnchorStep:
                 if sums is not None:
                     self._count(sums, whole, delta, pull)
                 part = grad[block.start : block.stop] if grad.dim() > 0 else grad
-                boosted = self._boosted(block, part, pull.view_as(part), weights, backend)
+                boosted = self._boosted(block, part, pull.view_as(part), weights)
                 ops.step(block.batch, [boosted], unit, backend)
         if sums is not None:
             self._figures = self.sharding.sum_(sums)
@@ -223,15 +240,12 @@ class AnchorStep:
             yield block, delta, _pull(block, delta, terms, mixed, anchor)
 
     @staticmethod
-    def _boosted(
-        block: Block, grad: torch.Tensor, pull: torch.Tensor, weights: torch.Tensor, backend: str
-    ) -> torch.Tensor:
+    def _boosted(block: Block, grad: torch.Tensor, pull: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """a·g_D + λ H δ, and b·ĝ_G where that is stored low rank; written over ``pull``."""
         pull.addcmul_(grad.to(pull.dtype), weights[Coefficient.GRAD_WEIGHT])
         if block.low_rank is not None:
-            u, v = (t.to(pull.dtype) for t in ops.decode_all([block.low_rank.u, block.low_rank.v], backend))
-            sigma = block.low_rank.sigma.to(pull.dtype) * weights[Coefficient.GLOBAL_WEIGHT]
-            pull.flatten(1).addmm_(u * sigma, v.T)
+            left = block.low_rank.left.to(pull.dtype) * weights[Coefficient.GLOBAL_WEIGHT]
+            pull.flatten(1).addmm_(left, block.low_rank.right.to(pull.dtype))
         return pull
 
 

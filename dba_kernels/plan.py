@@ -24,6 +24,7 @@ descriptors) in ``TensorBatch.cache``. The native one runs the last three in one
 from __future__ import annotations
 
 import functools
+import operator
 import warnings
 import zlib
 from collections import defaultdict
@@ -34,13 +35,14 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .anchored import AnchoredTensor, AnchorStep
+from . import ops
+from .anchored import AnchorStep
 from .base_model import Groups, names_of, normalize_name
 from .distributed import PLAIN_TYPES, Sharding, layout_of, local
 from .factors import Curvature
 from .formats import matrix_shape
 from .global_gradient import GlobalGradient, shrinkage
-from .state import StateOptions, States, formats_of, prepare, prepare_origin
+from .state import StateOptions, States, Witness, formats_of, prepare, prepare_origin, same_tensors
 from .stepdata import (
     UPDATED_PARTS,
     Coefficient,
@@ -83,7 +85,9 @@ class ActiveSet:
         addresses: of the parameters, in the order of the optimizer's groups.
         kinds: dtype and layout of each gradient.
         states: each parameter's state as it was: the tensors by key, and their addresses.
+        witness: the same for a check that costs little.
         plain: whether no parameter is a DTensor.
+        scalars: what :meth:`Plan.scalars` has made of it.
     """
 
     index: torch.Tensor
@@ -93,17 +97,21 @@ class ActiveSet:
     addresses: list[int]
     kinds: list[tuple[torch.dtype, torch.layout]]
     states: list[tuple[dict[str, torch.Tensor], list[int]]]
+    witness: Witness | None
     plain: bool
+    scalars: StepScalars | None = None
 
-    def is_current(self, params: list[torch.Tensor], grads: list[torch.Tensor], state: Mapping[Any, Any]) -> bool:
+    def is_current(self, params: list[torch.Tensor], grads: list[torch.Tensor], states: Mapping[Any, Any]) -> bool:
         """Whether parameters and state still are the tensors that the batches were made of, and gradients alike."""
-        return (
-            self.addresses == _addresses(params)
-            and self.kinds == [(g.dtype, g.layout) for g in grads]
-            and (self.plain or all(_same_place(p, g) for p, g in zip(params, grads, strict=True)))
-            and all(
-                _same_tensors(known, state.get(p)) and addresses == _addresses(known.values())
-                for p, (known, addresses) in zip(params, self.states, strict=True)
+        return self.kinds == _kinds(grads) and (
+            (self.witness is not None and self.witness.sees_no_change(params, states))
+            or (
+                self.addresses == _addresses(params)
+                and (self.plain or all(_same_place(p, g) for p, g in zip(params, grads, strict=True)))
+                and all(
+                    same_tensors(known, states.get(p)) and addresses == _addresses(known.values())
+                    for p, (known, addresses) in zip(params, self.states, strict=True)
+                )
             )
         )
 
@@ -114,8 +122,8 @@ class ActiveSet:
         return [(part, [usable[i] for i in at]) for part, at in zip(self.parts, self.positions, strict=True)]
 
 
-def _same_tensors(known: dict[str, torch.Tensor], now: dict[str, torch.Tensor] | None) -> bool:
-    return now is not None and all(now.get(key) is tensor for key, tensor in known.items())
+def _kinds(grads: list[torch.Tensor]) -> list[tuple[torch.dtype, torch.layout]]:
+    return list(map(operator.attrgetter("dtype", "layout"), grads))
 
 
 class Plan:
@@ -134,9 +142,10 @@ class Plan:
         options: StateOptions,
         global_gradient: GlobalGradient | None,
         missing: str,
+        backend: str,
         shrink: bool = False,
     ):
-        self.options = options
+        self.options, self._backend = options, backend
         self.params = [p for group in groups for p in group["params"]]
         self._index = {id(p): i for i, p in enumerate(self.params)}  # the plan keeps p alive: its id stays its own
         full_names = names_of(groups)
@@ -189,10 +198,10 @@ class Plan:
             for i, name in enumerate(self.names):
                 if name in gg:
                     stored = gg.stored(name, self.sharding.rows[i])
-                    self.stored[i], global_sq[i] = stored.to(self.params[i].device), gg.global_sq(name)
-                    if shrink:  # eq. 13, once for all steps
-                        factor = shrinkage(gg.record(name))
-                        self.stored[i], global_sq[i] = self.stored[i].scaled(factor), global_sq[i] * factor**2
+                    factor = shrinkage(gg.record(name)) if shrink else 1.0  # eq. 13, once for all steps
+                    stored = stored.scaled(factor) if shrink else stored
+                    self.stored[i] = ops.bind(stored, self.params[i].device, self._backend)
+                    global_sq[i] = gg.global_sq(name) * factor**2
                 if name in self.options.anchored:
                     found = gg.curvature(name, self.sharding.rows[i])
                     self.curvatures[i] = None if found is None else found.to(self.params[i].device)
@@ -251,8 +260,9 @@ class Plan:
             positions=list(by_format.values()),
             anchors=[self._anchors(part, states) if yes else None for part, yes in zip(parts, pulled, strict=True)],
             addresses=_addresses(params),
-            kinds=[(g.dtype, g.layout) for g in grads],
+            kinds=_kinds(grads),
             states=[(tensors, _addresses(tensors.values())) for tensors in kept],
+            witness=Witness.of(params, states),
             plain=self.sharding.mesh is None,
         )
 
@@ -273,15 +283,9 @@ class Plan:
 
     def _anchors(self, batch: TensorBatch, states: States) -> AnchorStep:
         """The step of a batch of anchored parameters."""
-        formats = batch.param_format, batch.state_format, batch.global_format
-        anchored = []
-        for tensors in batch.tensors:
-            at = tensors.index
-            origin, curvature = local(states[self.params[at]]["anchor"]), self.curvatures[at]
-            assert curvature is not None
-            cut = self.sharding.rows[at] is not None
-            anchored.append(AnchoredTensor(tensors, formats, origin, curvature, cut))
-        return AnchorStep(anchored, self.sharding)
+        index = [tensors.index for tensors in batch.tensors]
+        origins = [local(states[self.params[at]]["anchor"]) for at in index]
+        return AnchorStep.of(batch, origins, [self.curvatures[at] for at in index], self.sharding)
 
     def _tensors_of(self, param: torch.Tensor, own: dict[str, Any]) -> ParamTensors:
         """The record of ``param``, whose state is ``own``."""
@@ -326,8 +330,10 @@ class Plan:
 
     def scalars(self, active: ActiveSet) -> StepScalars:
         """What ``coefficients`` reads and writes."""
-        own = (field.name for field in fields(StepScalars) if field.name != "active")
-        return StepScalars(active=active.index, **{name: getattr(self, name) for name in own})
+        if active.scalars is None:
+            own = (field.name for field in fields(StepScalars) if field.name != "active")
+            active.scalars = StepScalars(active=active.index, **{name: getattr(self, name) for name in own})
+        return active.scalars
 
     def unscaled_sums(
         self, active: ActiveSet, loss_scale: torch.Tensor | None
@@ -378,7 +384,7 @@ def _same_place(param: Any, grad: Any) -> bool:
 
 
 def _grouping(groups: Groups) -> list[list[int]]:
-    return [[id(p) for p in group["params"]] for group in groups]
+    return [list(map(id, group["params"])) for group in groups]
 
 
 def _check_grad(param: torch.Tensor, grad: torch.Tensor, name: str) -> None:

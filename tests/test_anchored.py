@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from dba_kernels import anchored
+from dba_kernels import anchored, ops
 from dba_kernels.anchored import AnchoredTensor, AnchorStep
 from dba_kernels.distributed import Sharding
 from dba_kernels.factors import Curvature, DiagonalFactor, KroneckerTerm, LowRankFactor
@@ -149,7 +149,7 @@ def test_low_rank_global_gradient_joins() -> None:
         stored = quantize.decode(tensors.global_grad)
         u, sigma, v = quantize.truncated_svd(stored, 3)
         u, v = (EncodedTensor("fp32", tuple(t.shape), t.contiguous()) for t in (u, v))
-        other.global_grad = LowRankTensor(tuple(stored.shape), u, sigma, v)
+        other.global_grad = ops.bind(LowRankTensor(tuple(stored.shape), u, sigma, v), torch.device("cpu"))
         dense = (u.codes * sigma) @ v.codes.T
         tensors.global_grad = EncodedTensor("fp32", tuple(stored.shape), dense)
     low.global_format = "lowrank"
