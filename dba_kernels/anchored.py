@@ -152,7 +152,7 @@ class AnchorStep:
         curvatures: list[Curvature | None],
         sharding: Sharding,
     ) -> AnchorStep:
-        """The step of a batch, each of its parameters with its θ₀ and its curvature; cut ones by the sharding's rows."""
+        """The step of a batch, of whose parameters each has a θ₀ and a curvature."""
         formats = batch.param_format, batch.state_format, batch.global_format
         anchored = []
         for tensors, origin, curvature in zip(batch.tensors, origins, curvatures, strict=True):

@@ -127,9 +127,7 @@ def _kinds(grads: list[torch.Tensor]) -> list[tuple[torch.dtype, torch.layout]]:
 
 
 class Plan:
-    """Scalars on one device (that of the first parameter), one entry per parameter of the optimizer.
-
-    The scalars are those of :class:`dba_kernels.stepdata.StepScalars`, documented there.
+    """Scalars on one device (that of the first parameter), one entry per parameter: those of ``stepdata.StepScalars``.
 
     Raises:
         ValueError: the parameters do not fit the global gradient, or their state the optimizer's formats.
