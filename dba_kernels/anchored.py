@@ -91,10 +91,12 @@ class Block:
     def displacement(self, dtype: torch.dtype) -> torch.Tensor:
         """δ = θ − θ₀ of the exact parameter, as a matrix (a vector of a vector)."""
         part = self.batch.tensors[0]
-        exact = part.param
-        if self.batch.param_format != "native":
-            exact = implementation("reference", "remainder").join(exact, part.remainder, self.batch.param_format)
-        delta = exact.to(dtype) - self.origin.to(dtype)
+        if self.batch.param_format in ("native", "master"):
+            exact = part.param if self.batch.param_format == "native" else part.remainder
+            delta = exact.to(dtype) - self.origin.to(dtype)
+        else:
+            join = implementation("reference", "remainder").join
+            delta = join(part.param, part.remainder, self.batch.param_format).sub_(self.origin)
         return delta.flatten(1) if delta.dim() > 1 else delta
 
 
