@@ -23,6 +23,11 @@ BOOSTS = ("auto", "paper")
 SHAPES = ("linear", "cosine", "constant")
 
 
+ANCHORS = ("auto",)
+AUTO_ANCHOR = 30.0
+"""λ of ``anchor="auto"`` where the file has no calibration κ (``python -m bench.quality``)."""
+
+
 def initial_boost(rule: str, total_steps: int, lr: float) -> float:
     """k₀ by name: ``"paper"`` is 200/T (eq. 2); ``"auto"`` is min(200, 0.003/η₀)/T, at most 0.5.
 
