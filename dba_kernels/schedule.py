@@ -1,4 +1,4 @@
-"""Schedules: γ_t of the boost and η_t of the annealing (README eqs. 2 and 6). Scalars in, scalars out."""
+"""Schedules: γ_t of the boost and η_t of the annealing (eqs. 2 and 6). Scalars in, scalars out."""
 
 from __future__ import annotations
 
