@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import triton.language as tl
+
 from dba_kernels import DBAAdamW, GlobalGradient
 from dba_kernels.reference.remainder import join
 

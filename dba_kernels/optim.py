@@ -19,18 +19,11 @@ from torch.optim import Optimizer
 from . import ops, state
 from .backends import BACKENDS
 from .distributed import Sharding, local
-from .formats import (
-    CORRECTION_SCOPES,
-    CORRECTIONS,
-    PARAM_FORMATS,
-    STATE_FORMATS,
-    Hyper,
-    StepSettings,
-    check_name,
-)
+from .formats import PARAM_FORMATS, STATE_FORMATS, check_name
 from .global_gradient import GlobalGradient, normalize_name
 from .plan import ActiveSet, Plan, metrics, names_of
 from .schedule import AUTO_BOOST_REACH, BOOSTS, initial_boost
+from .stepdata import CORRECTION_SCOPES, CORRECTIONS, Hyper, StepOverrides, StepSettings
 
 LARGE_LR = 1e-4
 """Above it DBA warns: even the small boosts of ``boost="auto"`` did harm there (``python -m bench.quality``)."""
@@ -315,21 +308,17 @@ class DBAAdamW(Optimizer):
         batches = active.batches(grads)
         loss_scale = getattr(self, "grad_scale", None)
         tables = plan.tables(active)
-        scalars = dict(
-            loss_scale=loss_scale,
-            found_inf=getattr(self, "found_inf", None),
-            gamma_override=self._scheduled_boost(plan),
-        )
+        overrides = StepOverrides(loss_scale, getattr(self, "found_inf", None), self._scheduled_boost(plan))
         sums_here = not (self.settings.reduce and plan.sharding.communicates)
         if sums_here and self.correction_function is None and ops.fuses(batches, self.backend):
-            ops.fused_step(batches, tables, self.settings, **scalars, backend=self.backend)
+            ops.fused_step(batches, tables, self.settings, overrides, self.backend)
         else:
             if self.settings.reduce:
                 for batch, its_grads in batches:
                     ops.similarity(batch, its_grads, plan.sums_on(batch), self.backend)
                 plan.gather_sums(active)
-            alpha = self._custom_correction(plan, active, loss_scale)
-            ops.coefficients(tables, self.settings, **scalars, alpha_override=alpha, backend=self.backend)
+            overrides = replace(overrides, alpha=self._custom_correction(plan, active, loss_scale))
+            ops.coefficients(tables, self.settings, overrides, self.backend)
             for batch, its_grads in batches:
                 ops.step(batch, its_grads, plan.table_on(batch), self.backend)
         torch.autograd.graph.increment_version(params)  # kernels write through addresses, which torch does not see

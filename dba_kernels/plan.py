@@ -21,8 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import state
 from .distributed import PLAIN_TYPES, Sharding, layout_of, local
-from .formats import Coefficient, Hyper, StepSettings, StepTables, Summary, TensorBatch, matrix_shape
+from .formats import matrix_shape
 from .global_gradient import normalize_name
+from .stepdata import UPDATED_PARTS, Coefficient, Hyper, ParamTensors, StepSettings, StepTables, Summary, TensorBatch
 
 if TYPE_CHECKING:
     from .optim import DBAAdamW
@@ -53,7 +54,7 @@ class ActiveSet:
 
     Args:
         index: int64 ``[m]``, their rows in the plan's tables.
-        parts: the batches; each batch's ``index`` lies on its own device.
+        parts: the batches.
         positions: per batch, where its parameters stand among the active ones.
         addresses: of the parameters, in the order of the optimizer's groups.
         kinds: dtype and layout of each gradient.
@@ -190,7 +191,7 @@ class Plan:
 
     def _build(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> ActiveSet:
         rows = [self._row[id(p)] for p in params]
-        by_format: dict[Any, list[int]] = defaultdict(list)
+        by_format: dict[tuple[Any, Any, Any, tuple[str, str, str]], list[int]] = defaultdict(list)
         for i, (param, grad, row) in enumerate(zip(params, grads, rows, strict=True)):
             _check_grad(param, grad, self.names[row])
             stored = self.stored[row]
@@ -199,7 +200,10 @@ class Plan:
         states = [{k: v for k, v in self.optimizer.state[p].items() if torch.is_tensor(v)} for p in params]
         return ActiveSet(
             index=torch.tensor(rows, device=self.device),
-            parts=[self._batch([params[i] for i in at], *formats) for (*_, formats), at in by_format.items()],
+            parts=[
+                TensorBatch(*formats, [self._tensors_of(params[i]) for i in at])
+                for (_, _, _, formats), at in by_format.items()
+            ],
             positions=list(by_format.values()),
             addresses=_addresses(params),
             kinds=[(g.dtype, g.layout) for g in grads],
@@ -222,29 +226,17 @@ class Plan:
         own["step"] = self.steps.select(0, row)
         return formats
 
-    def _batch(
-        self, params: list[torch.Tensor], param_format: str, state_format: str, global_format: str
-    ) -> TensorBatch:
-        def of(key: str) -> list[torch.Tensor]:
-            return [local(self.optimizer.state[p][key]) for p in params]
-
-        rows = [self._row[id(p)] for p in params]
-        first_rows = [(self.sharding.rows[row] or (0, 0))[0] for row in rows]
-        compressed = state_format == "int8"
-        return TensorBatch(
-            param_format=param_format,
-            state_format=state_format,
-            global_format=global_format,
-            params=[local(p) for p in params],
-            exp_avgs=of("exp_avg"),
-            exp_avg_sqs=of("exp_avg_sq"),
-            index=torch.tensor(rows, device=params[0].device),
-            remainders=[] if param_format == "native" else of("remainder"),
-            exp_avg_scales=of("exp_avg_scale") if compressed else [],
-            exp_avg_sq_scales=of("exp_avg_sq_scale") if compressed else [],
-            global_grads=[] if global_format == "none" else [self.stored[row] for row in rows],
-            seeds=[zlib.crc32(self.names[row].encode()) for row in rows],
-            offsets=[start * matrix_shape(tuple(p.shape))[1] for start, p in zip(first_rows, params, strict=True)],
+    def _tensors_of(self, param: torch.Tensor) -> ParamTensors:
+        """The record of ``param``, whose state is prepared."""
+        row, own = self._row[id(param)], self.optimizer.state[param]
+        first_row = (self.sharding.rows[row] or (0, 0))[0]
+        return ParamTensors(
+            index=row,
+            param=local(param),
+            **{part: local(own[part]) for part in UPDATED_PARTS if part in own},
+            global_grad=self.stored[row],
+            seed=zlib.crc32(self.names[row].encode()),
+            offset=first_row * matrix_shape(tuple(param.shape))[1],
         )
 
     def upload_hyper(self, groups: list[dict[str, Any]]) -> None:
@@ -283,17 +275,15 @@ class Plan:
     # Models spread over several devices: each device reduces into its own sums and reads its own copy of the table.
 
     def sums_on(self, batch: TensorBatch) -> torch.Tensor:
-        device = batch.params[0].device
-        if device == self.device:
+        if batch.device == self.device:
             return self.sums
-        return self._sums_elsewhere.setdefault(device, torch.zeros_like(self.sums, device=device))
+        return self._sums_elsewhere.setdefault(batch.device, torch.zeros_like(self.sums, device=batch.device))
 
     def gather_sums(self, active: ActiveSet) -> None:
         for batch in active.parts:
-            device = batch.params[0].device
-            if device != self.device:
-                rows = batch.index.to(self.device, non_blocking=True)
-                self.sums[rows] = self._sums_elsewhere[device][batch.index].to(self.device, non_blocking=True)
+            if batch.device != self.device:
+                index = [tensor.index for tensor in batch.tensors]
+                self.sums[index] = self._sums_elsewhere[batch.device][index].to(self.device, non_blocking=True)
         if self.sharding.communicates:
             # Every rank has summed over its rows; what all ranks hold whole, one of them brings in.
             sums = self.sums.index_select(0, active.index)
@@ -302,7 +292,7 @@ class Plan:
             self.sums.index_copy_(0, active.index, self.sharding.sum_(sums))
 
     def table_on(self, batch: TensorBatch) -> torch.Tensor:
-        return self.table.to(batch.params[0].device, non_blocking=True)
+        return self.table.to(batch.device, non_blocking=True)
 
 
 def names_of(groups: list[dict[str, Any]]) -> list[str]:

@@ -10,25 +10,28 @@ from typing import Any
 import pytest
 import torch
 
-from dba_kernels.formats import Coefficient, StepSettings, StepTables, Summary
-from dba_kernels.reference import similarity
+from dba_kernels.reference import coefficients
 from dba_kernels.reference import step as step_module
+from dba_kernels.stepdata import Coefficient, StepOverrides, StepSettings, StepTables, Summary
 from tests.oracle import BUSY, Case
 
 Arguments = dict[str, Any]
-_coefficients = similarity.coefficients
+_coefficients = coefficients.coefficients
+Breaks = Callable[[pytest.MonkeyPatch], None]
 
 
-def patched(function: str, wrong: Callable[..., Any], module: Any = similarity) -> Callable[[pytest.MonkeyPatch], None]:
+def patched(
+    function: str, wrong: Callable[..., Any], module: Any = coefficients
+) -> Callable[[pytest.MonkeyPatch], None]:
     return lambda patch: patch.setattr(module, function, wrong)
 
 
 def edited(edit: Callable[[Arguments, torch.Tensor], None]) -> Callable[[pytest.MonkeyPatch], None]:
     """Coefficients changed after they were computed: ``edit(arguments, rows of the active parameters)``."""
 
-    def wrong(tables: StepTables, settings: StepSettings, **optional: Any) -> None:
-        _coefficients(tables, settings, **optional)
-        arguments = vars(tables) | {"settings": settings} | optional
+    def wrong(tables: StepTables, settings: StepSettings, overrides: StepOverrides) -> None:
+        _coefficients(tables, settings, overrides)
+        arguments = vars(tables) | {"settings": settings} | vars(overrides)
         rows = arguments["table"][arguments["active"]]
         edit(arguments, rows)
         arguments["table"][arguments["active"]] = rows
@@ -39,10 +42,15 @@ def edited(edit: Callable[[Arguments, torch.Tensor], None]) -> Callable[[pytest.
 def given(**change: Callable[[Arguments], Any]) -> Callable[[pytest.MonkeyPatch], None]:
     """Coefficients computed from wrong arguments."""
 
-    def wrong(tables: StepTables, settings: StepSettings, **optional: Any) -> None:
-        arguments = vars(tables) | {"settings": settings} | optional
+    def wrong(tables: StepTables, settings: StepSettings, overrides: StepOverrides) -> None:
+        arguments = vars(tables) | {"settings": settings} | vars(overrides)
         arguments |= {name: f(arguments) for name, f in change.items()}
-        _coefficients(StepTables(**{name: arguments.pop(name) for name in vars(tables)}), **arguments)
+        settings = arguments.pop("settings")
+        _coefficients(
+            StepTables(**{name: arguments[name] for name in vars(tables)}),
+            settings,
+            StepOverrides(**{name: arguments[name] for name in vars(overrides)}),
+        )
 
     return patched("coefficients", wrong)
 
@@ -130,14 +138,14 @@ def squares_of_deviation(
     return new, row[Coefficient.BETA2] * v + row[Coefficient.ONE_MINUS_BETA2] * (g - new) ** 2
 
 
-_gamma, _cosine = similarity.gamma, similarity.cosine
+_gamma, _cosine = coefficients.gamma, coefficients.cosine
 AGEM, PCGRAD = replace(BUSY, correction="agem"), replace(BUSY, correction="pcgrad")
 CONTROLS: dict[str, tuple[Case, Callable[[pytest.MonkeyPatch], None]]] = {
     "eq. 2: γ counts from 1": (BUSY, patched("gamma", lambda step, s: _gamma(step + 1, s))),
     "eq. 2: γ without clamp": (BUSY, patched("gamma", lambda step, s: _gamma(step, replace(s, boost_max=9.0)))),
     "eq. 2: γ counts skipped steps": (
         BUSY,
-        given(gamma_override=lambda x: _gamma(x["counters"].sum(), x["settings"])),
+        given(gamma=lambda x: _gamma(x["counters"].sum(), x["settings"])),
     ),
     "eq. 2: γ constant": (BUSY, patched("gamma", lambda step, s: _gamma(torch.zeros_like(step), s))),
     "eq. 3: weights swapped": (

@@ -15,15 +15,13 @@ import torch
 
 from dba_kernels.formats import (
     MIN_COMPRESSED_NUMEL,
-    REMAINDER_DTYPES,
     STATE_FORMATS,
     STORAGE_FORMATS,
-    Coefficient,
     EncodedTensor,
-    TensorBatch,
     scales_shape,
 )
 from dba_kernels.reference import quantize, remainder
+from dba_kernels.stepdata import UPDATED_PARTS, Coefficient, ParamTensors, TensorBatch
 
 Place = Callable[[torch.Tensor], torch.Tensor]
 
@@ -173,9 +171,32 @@ def _remainder(case: Case, exact: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 def clone(batch: TensorBatch) -> TensorBatch:
     """A copy of the batch with storage and cache of its own."""
-    lists = ("params", "remainders", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales")
-    copies = {name: [tensor.clone() for tensor in getattr(batch, name)] for name in lists}
-    return dataclasses.replace(batch, **copies, cache={})
+    return with_parts(batch, lambda part: part.clone())
+
+
+def with_parts(batch: TensorBatch, change: Callable[[torch.Tensor], torch.Tensor]) -> TensorBatch:
+    """The batch with ``change`` of every part that a step writes, and a cache of its own."""
+    tensors = []
+    for tensor in batch.tensors:
+        parts = {part: getattr(tensor, part) for part in UPDATED_PARTS}
+        changed = {part: change(value) for part, value in parts.items() if value is not None}
+        tensors.append(dataclasses.replace(tensor, **changed))
+    return dataclasses.replace(batch, tensors=tensors, cache={})
+
+
+def written(batch: TensorBatch) -> list[torch.Tensor]:
+    """Everything that a step writes, part by part."""
+    return [tensor for part in UPDATED_PARTS for tensor in batch.all(part)]
+
+
+def moments(state_format: str, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The state that stands for these moments, by the names of its parts."""
+    chosen = STATE_FORMATS[state_format]
+    if not chosen.grouped:
+        return {"exp_avg": exp_avg.to(chosen.exp_avg), "exp_avg_sq": exp_avg_sq.to(chosen.exp_avg_sq)}
+    codes, scale = quantize.encode_exp_avg(exp_avg)
+    codes_sq, scale_sq = quantize.encode_exp_avg_sq(exp_avg_sq)
+    return {"exp_avg": codes, "exp_avg_sq": codes_sq, "exp_avg_scale": scale, "exp_avg_sq_scale": scale_sq}
 
 
 def build(
@@ -183,35 +204,23 @@ def build(
 ) -> tuple[TensorBatch, list[torch.Tensor], torch.Tensor]:
     """``(batch, grads, table)`` of a case; on one device the same case gives the same values wherever it is placed.
 
-    The table has more rows than the batch has tensors, and ``batch.index`` names them out of order.
+    The table has more rows than the batch has tensors, and the tensors name theirs out of order.
     """
     generator = torch.Generator(device).manual_seed(case.seed)
     n = len(case.shapes)
-    index = place(torch.arange(n, device=device).flip(0) + 1)
-    batch = TensorBatch(case.param_format, case.state_format, case.global_format, [], [], [], index=index)
-    grads = []
+    batch, grads = TensorBatch(case.param_format, case.state_format, case.global_format, []), []
     for i, shape in enumerate(case.shapes):
         param, rest = _remainder(case, random_tensor(shape, generator, 0.05))
-        batch.params.append(place(param))
-        if rest is not None:
-            batch.remainders.append(place(rest.to(REMAINDER_DTYPES[case.param_format])))
+        parts = {"param": param} if rest is None else {"param": param, "remainder": rest}
         grads.append(place(random_tensor(shape, generator, 1e-2).to(case.grad_dtype)))
         exp_avg, exp_avg_sq = random_tensor(shape, generator, 1e-2), random_tensor(shape, generator, 1e-2).square()
-        if case.state_format == "int8":
-            codes, scales = quantize.encode_exp_avg(exp_avg)
-            codes_sq, scales_sq = quantize.encode_exp_avg_sq(exp_avg_sq)
-            batch.exp_avgs.append(place(codes))
-            batch.exp_avg_sqs.append(place(codes_sq))
-            batch.exp_avg_scales.append(place(scales))
-            batch.exp_avg_sq_scales.append(place(scales_sq))
-        else:
-            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.state_format]
-            batch.exp_avgs.append(place(exp_avg.to(dtype)))
-            batch.exp_avg_sqs.append(place(exp_avg_sq.to(dtype)))
+        parts |= moments(case.state_format, exp_avg, exp_avg_sq)
+        stored = None
         if case.global_format != "none":
             stored = encode_any_size(random_tensor(shape, generator, 3e-2), case.global_format)
             scales = None if stored.scales is None else place(stored.scales)
-            batch.global_grads.append(dataclasses.replace(stored, codes=place(stored.codes), scales=scales))
-        batch.seeds.append(1_000_003 * (i + 1))
-        batch.offsets.append(0 if i % 2 == 0 else 2**32 - 100)  # odd ones: shards that straddle 2**32
+            stored = dataclasses.replace(stored, codes=place(stored.codes), scales=scales)
+        offset = 0 if i % 2 == 0 else 2**32 - 100  # odd ones: shards that straddle 2**32
+        placed = {part: place(value) for part, value in parts.items()}
+        batch.tensors.append(ParamTensors(n - i, **placed, global_grad=stored, seed=1_000_003 * (i + 1), offset=offset))
     return batch, grads, coefficient_table(n + 2, generator)

@@ -6,8 +6,8 @@ import dataclasses
 
 import torch
 
-from dba_kernels.formats import CORRECTIONS, Coefficient, Hyper, StepSettings, StepTables, Summary
-from dba_kernels.reference import similarity as reference
+from dba_kernels.reference import coefficients as reference
+from dba_kernels.stepdata import CORRECTIONS, Coefficient, Hyper, StepOverrides, StepSettings, StepTables, Summary
 
 from .tolerances import TOLERANCES
 
@@ -64,8 +64,8 @@ def assert_same_coefficients(
     optional = optional or {}
     expected = {name: tensor.clone() for name, tensor in inputs.items()}
     actual = {name: tensor.clone() for name, tensor in inputs.items()}
-    reference.coefficients(StepTables(**expected), settings, **optional)
-    coefficients(StepTables(**actual), dataclasses.replace(settings, **spoiled), **optional)
+    reference.coefficients(StepTables(**expected), settings, StepOverrides(**optional))
+    coefficients(StepTables(**actual), dataclasses.replace(settings, **spoiled), StepOverrides(**optional))
     for name in OUTPUTS:
         limit = TOLERANCES["table"].bound
         torch.testing.assert_close(
@@ -96,6 +96,6 @@ OPTIONS = {
     "loss scale": {"loss_scale": torch.tensor(1024.0)},
     "found inf": {"loss_scale": torch.tensor(1024.0), "found_inf": torch.tensor(1.0)},
     "found none": {"found_inf": torch.tensor(0.0)},
-    "gamma": {"gamma_override": torch.tensor(0.123)},
-    "alpha": {"alpha_override": torch.linspace(0.2, 1.9, N)},
+    "gamma": {"gamma": torch.tensor(0.123)},
+    "alpha": {"alpha": torch.linspace(0.2, 1.9, N)},
 }

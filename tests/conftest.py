@@ -10,7 +10,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(1)  # small tensors: threads only cost
 
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +17,13 @@ from typing import Any
 
 import pytest
 
+from dba_kernels.backends import implementation, why_not
+
 STEMS = {
     "accumulate": ("accumulate",),
     "quantize": ("encode", "decode"),
-    "similarity": ("similarity", "coefficients"),
+    "similarity": ("similarity",),
+    "coefficients": ("coefficients",),
     "step": ("step",),
 }
 BACKENDS = ("triton", "native")
@@ -33,15 +35,11 @@ def backend_named(name: str) -> Any:
     Raises:
         RuntimeError: the backend cannot run here; says why.
     """
-    if name == "native":
-        module = importlib.import_module("dba_kernels.native")
-        if module.why_not() is not None:
-            raise RuntimeError(f"native: {module.why_not()}")
-        return module
-    folder = "kernels" if name == "triton" else name
+    if (reason := why_not(name)) is not None:
+        raise RuntimeError(f"{name}: {reason}")
     functions = {}
     for stem, names in STEMS.items():
-        module = importlib.import_module(f"dba_kernels.{folder}.{stem}")
+        module = implementation(name, stem)
         functions.update({function: getattr(module, function) for function in names})
     return SimpleNamespace(name=name, **functions)
 

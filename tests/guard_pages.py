@@ -83,7 +83,7 @@ def main(name: str, part: str = "all") -> None:
         backend.step(batch, grads, place(table))
         totals = [place(torch.zeros(grad.shape)) for grad in grads]
         backend.accumulate(totals, grads, 0.5, place(torch.zeros(len(grads), dtype=torch.float64)))
-        for stored, total in zip(batch.global_grads, totals, strict=False):
+        for stored, total in zip(batch.all("global_grad"), totals, strict=False):
             backend.decode(stored, total)
     shapes = CODED[:1] if part == "one" else CODED
     for format, shape, at_end in itertools.product(STORAGE_FORMATS, shapes, (True, False)):

@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 from dba_kernels import DBAAdamW, GlobalGradient
-from dba_kernels.formats import Coefficient, EncodedTensor, Hyper, StepSettings, StepTables, Summary, TensorBatch
-from dba_kernels.kernels import accumulate, common, quantize, similarity, step, tables
+from dba_kernels.formats import EncodedTensor
+from dba_kernels.kernels import accumulate, coefficients, common, quantize, similarity, step, tables
+from dba_kernels.stepdata import UPDATED_PARTS, Coefficient, Hyper, StepSettings, StepTables, Summary, TensorBatch
 
 from . import guard_pages
 from .cases import Case, build
@@ -85,7 +86,7 @@ class Step:
             "global_sq": table(rows) + 1,
             "hyper": table(1, Hyper.COUNT) + 0.5,
             "group": torch.zeros(rows, dtype=torch.int64),
-            "active": self.batch.index.clone(),
+            "active": torch.tensor(self.batch.all("index")),
             "steps": torch.zeros(rows),
             "bias_corrections": table(rows, 2),
             "counters": torch.zeros(2, dtype=torch.int64),
@@ -96,7 +97,7 @@ class Step:
 
     def run(self) -> None:
         similarity.similarity(self.batch, self.grads, self.tables["sums"])
-        similarity.coefficients(StepTables(**self.tables), SETTINGS)
+        coefficients.coefficients(StepTables(**self.tables), SETTINGS)
         step.step(self.batch, self.grads, self.tables["table"])
 
 
@@ -280,10 +281,10 @@ def test_grouped_tiles_cover_every_element_once():
     table[:] = 0.0
     table[:, Coefficient.LR_WEIGHT_DECAY] = 0.5
     table[:, Coefficient.EPS] = 1.0
-    for param in batch.params:
+    for param in batch.all("param"):
         param.fill_(1.0)
     step.step(batch, grads, table)
-    assert all((param == 0.5).all() for param in batch.params)
+    assert all((param == 0.5).all() for param in batch.all("param"))
 
 
 def virtual(numel: int, dtype: torch.dtype) -> torch.Tensor:
@@ -299,19 +300,19 @@ def test_offsets_beyond_32_bits():
     numel = 2**31 + tail
     case = Case(torch.bfloat16, "split8", "int8", "int8", torch.bfloat16, ((1, tail),))
     small, (small_grad,), table = build(case)
-    small.offsets = [2**31]
-    lists = ("params", "remainders", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales")
-    huge = dataclasses.replace(small, offsets=[0], cache={})
-    for name in lists:
-        (part,) = getattr(small, name)
-        scales = name.endswith("scales")
-        whole = virtual(2**31 // 64 + part.numel() if scales else numel, part.dtype)
-        whole[:, -part.numel() :] = part
-        setattr(huge, name, [whole])
-    stored = small.global_grads[0]
-    codes, scales = virtual(numel, torch.int8), virtual(2**31 // 64 + stored.scales.numel(), torch.float32)
-    codes[:, -tail:], scales[:, -stored.scales.numel() :] = stored.codes, stored.scales
-    huge.global_grads = [EncodedTensor("int8", (1, numel), codes, scales)]
+    (part,) = small.tensors
+    part.offset = 2**31
+
+    def grown(tail_of: torch.Tensor, scales: bool) -> torch.Tensor:
+        whole = virtual(2**31 // (64 if scales else 1) + tail_of.numel(), tail_of.dtype)
+        whole[:, -tail_of.numel() :] = tail_of
+        return whole
+
+    parts = {name: grown(getattr(part, name), name.endswith("scale")) for name in UPDATED_PARTS}
+    stored = part.global_grad
+    whole_stored = EncodedTensor("int8", (1, numel), grown(stored.codes, False), grown(stored.scales, True))
+    whole = dataclasses.replace(part, **parts, global_grad=whole_stored, offset=0)
+    huge = dataclasses.replace(small, tensors=[whole], cache={})
     grad = virtual(numel, torch.bfloat16)
     grad[:, -tail:] = small_grad
 
@@ -319,9 +320,9 @@ def test_offsets_beyond_32_bits():
     launched.chunks, launched.n_chunks = launched.chunks[-2:].clone(), 2
     step.step(huge, [grad], table)
     step.step(small, [small_grad], table)
-    for name in lists:
-        (part,), (whole,) = getattr(small, name), getattr(huge, name)
-        assert torch.equal(whole[:, -part.numel() :], part), name
+    for name in UPDATED_PARTS:
+        small_part, whole_part = getattr(part, name), getattr(whole, name)
+        assert torch.equal(whole_part[:, -small_part.numel() :], small_part), name
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -333,8 +334,8 @@ def small_batch() -> tuple[TensorBatch, list[torch.Tensor], torch.Tensor]:
 
 def test_strided_parameter_is_refused():
     batch, grads, table = small_batch()
-    batch.params[1] = torch.zeros(64, 2).T
-    with pytest.raises(ValueError, match=r"params\[1\].*contiguous"):
+    batch.tensors[1].param = torch.zeros(64, 2).T
+    with pytest.raises(ValueError, match=r"tensors\[1\]\.param.*contiguous"):
         step.step(batch, grads, table)
 
 
@@ -355,7 +356,7 @@ def test_mixed_gradient_dtypes_are_refused():
 def test_wrong_format_of_a_global_gradient_is_refused():
     batch, grads, table = build(Case(shapes=((4, 64),), global_format="int8"))
     batch.global_format = "int4"
-    with pytest.raises(ValueError, match=r"global_grads\[0\]: expected format 'int4', got 'int8'"):
+    with pytest.raises(ValueError, match=r"tensors\[0\]\.global_grad: expected format 'int4', got 'int8'"):
         step.step(batch, grads, table)
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from dba_kernels.formats import StepSettings
 from dba_kernels.reference import similarity
 from dba_kernels.schedule import annealing_factor, annealing_schedule, gamma, initial_boost
+from dba_kernels.stepdata import StepSettings
 
 
 def exact_gamma(t: int, total: int, boost: Fraction, boost_max: Fraction) -> float:

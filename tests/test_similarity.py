@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
-from dba_kernels.formats import Coefficient, StepTables
 from dba_kernels.reference import quantize
 from dba_kernels.reference import similarity as reference
 
 from .cases import FEW_SIZES, FLAT_SIZES, GLOBAL_FORMATS, GRAD_DTYPES, SIZES, Case, Misaligned, build
-from .coefficient_cases import ACTIVE, BASE, OPTIONS, VARIANTS, arguments, assert_same_coefficients
 from .tolerances import TOLERANCES
 
 CASES = [
@@ -39,14 +35,15 @@ def assert_same_sums(similarity: object, case: Case, place: object = torch.clone
     if mutate is not None:
         mutate(placed, placed_grads)
     actual = sums_of(similarity, placed, placed_grads)
-    written = batch.index.tolist()
+    written = batch.all("index")
     for row in range(len(actual)):
         if row not in written:
             assert actual[row].isnan().all(), f"row {row} belongs to no tensor and was written"
             continue
         i = written.index(row)
         grad = grads[i].double()
-        stored = quantize.decode(batch.global_grads[i]).double() if batch.global_grads else torch.zeros_like(grad)
+        kept = batch.tensors[i].global_grad
+        stored = torch.zeros_like(grad) if kept is None else quantize.decode(kept).double()
         terms = torch.stack(((grad * stored).abs().sum(), grad.square().sum()))
         error = (actual[row] - expected[row]).abs()
         assert (error <= TOLERANCES["sum"].bound * terms).all(), f"row {row}: {actual[row]}, expected {expected[row]}"
@@ -75,7 +72,7 @@ def test_non_finite_gradient(backend, poison):
     batch, grads, _ = build(CASES[8])
     position = next(i for i, grad in enumerate(grads) if grad.numel() == 1025)
     grads[position].view(-1)[-1] = poison
-    finite = torch.isfinite(sums_of(backend.similarity, batch, grads)[batch.index, 1])
+    finite = torch.isfinite(sums_of(backend.similarity, batch, grads)[batch.all("index"), 1])
     assert finite.tolist() == [i != position for i in range(len(grads))]
 
 
@@ -84,7 +81,7 @@ def _one_element(batch, grads):
 
 
 def _neighbours_scale(batch, grads):
-    scales = batch.global_grads[-1].scales
+    scales = batch.tensors[-1].global_grad.scales
     scales.copy_(scales.roll(1, dims=1))
 
 
@@ -92,70 +89,3 @@ def _neighbours_scale(batch, grads):
 def test_control_sums(spoil):
     with pytest.raises(AssertionError):
         assert_same_sums(reference.similarity, CASES[8], mutate=spoil)
-
-
-# --- coefficients -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_coefficients(backend, name):
-    assert_same_coefficients(backend.coefficients, dataclasses.replace(BASE, **VARIANTS[name]), arguments())
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_optional_inputs(backend, name):
-    assert_same_coefficients(backend.coefficients, BASE, arguments(), OPTIONS[name])
-
-
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_non_finite_sum_skips(backend, poison):
-    inputs = arguments()
-    inputs["sums"][3, 1] = poison
-    assert_same_coefficients(backend.coefficients, BASE, inputs)
-    backend.coefficients(StepTables(**inputs), BASE)
-    assert inputs["counters"].tolist() == [11, 3]
-    assert inputs["table"][ACTIVE, Coefficient.SKIP].tolist() == [1.0] * len(ACTIVE)
-
-
-def test_non_finite_sum_of_an_inactive_parameter_is_ignored(backend):
-    inputs = arguments()
-    inputs["sums"][1] = float("nan")
-    backend.coefficients(StepTables(**inputs), BASE)
-    assert inputs["counters"].tolist() == [12, 2]
-
-
-def test_more_parameters_than_one_block(backend):
-    n = 700
-    inputs = {name: tensor.clone() for name, tensor in arguments().items()}
-    for name in ("sums", "global_sq", "group", "steps", "bias_corrections", "table", "report"):
-        tensor = inputs[name]
-        inputs[name] = tensor.repeat(100, *[1] * (tensor.dim() - 1))
-    inputs["active"] = torch.arange(n - 1, -1, -1)
-    assert_same_coefficients(backend.coefficients, BASE, inputs)
-
-
-def test_zero_norms_mean_no_correction(backend):
-    inputs = arguments()
-    inputs["sums"][5], inputs["global_sq"][0] = 0.0, 0.0
-    inputs["sums"][0, 0] = 0.0
-    backend.coefficients(StepTables(**inputs), BASE)
-    assert inputs["report"][[5, 0]].tolist() == [[0.0, 1.0], [0.0, 1.0]]
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"boost": 0.3001},
-        {"total_steps": 31},
-        {"correction": "none"},
-        {"correction": "agem"},
-        {"scope": "global"},
-        {"bounds": (0.1, 1.3)},
-        {"max_grad_norm": 0.3701},
-        {"reduce": False},
-    ],
-    ids=str,
-)
-def test_control_coefficients(wrong):
-    with pytest.raises(AssertionError):
-        assert_same_coefficients(reference.coefficients, BASE, arguments(), **wrong)

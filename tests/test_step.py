@@ -9,11 +9,11 @@ import pytest
 import torch
 import triton.language as tl
 
-from dba_kernels.formats import Coefficient, TensorBatch
 from dba_kernels.reference import quantize, remainder
 from dba_kernels.reference import step as reference
+from dba_kernels.stepdata import Coefficient, TensorBatch
 
-from .cases import Case, Misaligned, build, clone, full_matrix, pairwise_matrix, size_cases
+from .cases import Case, Misaligned, build, clone, full_matrix, pairwise_matrix, size_cases, written
 from .tolerances import (
     FP16_SPLIT16_FLOOR,
     NARROW_STEP,
@@ -31,11 +31,13 @@ def largest_terms(
     batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor, i: int
 ) -> dict[str, torch.Tensor]:
     """fp64 magnitude of the largest term that enters each result of tensor ``i``, before the step is taken."""
-    row = table[batch.index[i]]
-    exp_avg, exp_avg_sq = (x.double() for x in reference._load_state(batch, i, torch.float32))
-    param = reference._load_param(batch, i, torch.float32).double()
+    tensor = batch.tensors[i]
+    row = table[tensor.index]
+    exp_avg, exp_avg_sq = (x.double() for x in reference.load_state(tensor, batch.state_format, torch.float32))
+    param = reference.load_param(tensor, batch.param_format, torch.float32).double()
     grad = row[Coefficient.GRAD_WEIGHT] * grads[i].double()
-    stored = quantize.decode(batch.global_grads[i]).double() if batch.global_grads else torch.zeros_like(grad)
+    kept = tensor.global_grad
+    stored = torch.zeros_like(grad) if kept is None else quantize.decode(kept).double()
     stored = row[Coefficient.GLOBAL_WEIGHT] * stored
     beta1, rest1 = row[Coefficient.BETA1], row[Coefficient.ONE_MINUS_BETA1]
     beta2, rest2 = row[Coefficient.BETA2], row[Coefficient.ONE_MINUS_BETA2]
@@ -51,34 +53,36 @@ def largest_terms(
 def assert_same_state(actual: TensorBatch, expected: TensorBatch, i: int, terms: dict[str, torch.Tensor]) -> None:
     """The moments of tensor ``i``, within the table of tolerances."""
     for name, largest in (("exp_avg", terms["exp_avg"]), ("exp_avg_sq", terms["exp_avg_sq"])):
-        got, want = getattr(actual, name + "s")[i], getattr(expected, name + "s")[i]
+        got, want = (getattr(batch.tensors[i], name) for batch in (actual, expected))
         if actual.state_format == "fp32":
             assert_fp32(name, got, want, largest)
         elif actual.state_format == "bf16":
             assert_narrow(name, got, want, largest, NARROW_STEP[torch.bfloat16])
         else:
-            scale, want_scale = getattr(actual, name + "_scales")[i], getattr(expected, name + "_scales")[i]
+            scale, want_scale = (getattr(batch.tensors[i], name + "_scale") for batch in (actual, expected))
             assert_fp32(name + "_scale", scale, want_scale, 2 * want_scale)
             assert_codes(name, got, want)
 
 
 def assert_same_param(actual: TensorBatch, expected: TensorBatch, i: int, largest: torch.Tensor) -> None:
     """The parameter of tensor ``i``, joined with its remainder."""
-    kind, dtype = actual.param_format, actual.params[i].dtype
+    kind = actual.param_format
+    weight, want_weight = actual.tensors[i].param, expected.tensors[i].param
+    dtype = weight.dtype
     if kind == "native":
-        got, want = actual.params[i], expected.params[i]
+        got, want = weight, want_weight
         if dtype == torch.float32:
             assert_fp32("param", got, want, largest)
         else:
             assert_narrow("param", got, want, largest, NARROW_STEP[dtype])
         return
-    got, want = (remainder.join(b.params[i], b.remainders[i], kind) for b in (actual, expected))
+    got, want = (remainder.join(b.tensors[i].param, b.tensors[i].remainder, kind) for b in (actual, expected))
     if kind == "split8":
         assert_narrow("param", got, want, largest, SPLIT8_STEP[dtype], share="random")
     else:
         floor = FP16_SPLIT16_FLOOR if (kind, dtype) == ("split16", torch.float16) else 2.0**-126
         assert_fp32("param", got, want, largest, floor)
-    assert_narrow("weight", actual.params[i], expected.params[i], largest, NARROW_STEP[dtype])
+    assert_narrow("weight", weight, want_weight, largest, NARROW_STEP[dtype])
 
 
 def assert_agrees(step: object, case: Case, place: object = torch.clone, mutate: object = None) -> None:
@@ -120,17 +124,6 @@ def test_misaligned_storage(backend, case):
     place.check()
 
 
-def tensors_of(batch: TensorBatch) -> list[torch.Tensor]:
-    return [
-        *batch.params,
-        *batch.remainders,
-        *batch.exp_avgs,
-        *batch.exp_avg_sqs,
-        *batch.exp_avg_scales,
-        *batch.exp_avg_sq_scales,
-    ]
-
-
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
 
@@ -140,12 +133,12 @@ def test_skipped_rows_stay_untouched(backend, case):
     batch, grads, table = build(case)
     before, stepped = clone(batch), clone(batch)
     skipped = [i for i in range(len(grads)) if i % 2 == 1]
-    table[batch.index[skipped], Coefficient.SKIP] = 1.0
     for i in skipped:
+        table[batch.tensors[i].index, Coefficient.SKIP] = 1.0
         grads[i].fill_(float("nan"))
     backend.step(batch, grads, table)
     reference.step(stepped, grads, table)
-    for after, original, other in zip(tensors_of(batch), tensors_of(before), tensors_of(stepped), strict=True):
+    for after, original, other in zip(written(batch), written(before), written(stepped), strict=True):
         assert torch.equal(bits(after), bits(original)) == torch.equal(bits(other), bits(original))
 
 
@@ -165,7 +158,7 @@ def test_same_input_twice_gives_the_same_bits(backend, case):
     again = clone(batch)
     backend.step(batch, grads, table)
     backend.step(again, grads, table)
-    assert all(torch.equal(bits(x), bits(y)) for x, y in zip(tensors_of(batch), tensors_of(again), strict=True))
+    assert all(torch.equal(bits(x), bits(y)) for x, y in zip(written(batch), written(again), strict=True))
 
 
 # --- negative controls: what the comparison must notice ---------------------------------------------------------------
@@ -191,18 +184,20 @@ WRONG_BY_ONE_PERCENT = [
 @pytest.mark.parametrize("case", size_cases()[:2], ids=str)
 def test_control_wrong_coefficient(case, column):
     def spoil(batch, table):
-        table[batch.index[-1], column] *= 1.01
+        table[batch.tensors[-1].index, column] *= 1.01
 
     with pytest.raises(AssertionError):
         assert_agrees(reference.step, case, mutate=spoil)
 
 
 def _other_seed(batch, table):
-    batch.seeds = [seed + 1 for seed in batch.seeds]
+    for tensor in batch.tensors:
+        tensor.seed += 1
 
 
 def _other_offset(batch, table):
-    batch.offsets = [offset + 64 for offset in batch.offsets]
+    for tensor in batch.tensors:
+        tensor.offset += 64
 
 
 def _other_step(batch, table):
@@ -210,11 +205,13 @@ def _other_step(batch, table):
 
 
 def _shifted_rows(batch, table):
-    batch.index = batch.index - 1
+    for tensor in batch.tensors:
+        tensor.index -= 1
 
 
 def _swapped_nibbles(batch, table):
-    codes = batch.global_grads[-1].codes if batch.global_grads else batch.exp_avgs[-1]
+    last = batch.tensors[-1]
+    codes = last.exp_avg if last.global_grad is None else last.global_grad.codes
     codes.copy_(codes.roll(1, dims=-1))
 
 

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from dba_kernels.formats import (
-    REMAINDER_DTYPES,
-    Coefficient,
-    StoredTensor,
-    TensorBatch,
-    matrix_shape,
-    scales_shape,
-)
+from dba_kernels.formats import PARAM_FORMATS, STATE_FORMATS, StoredTensor
 from dba_kernels.reference import remainder, step
+from dba_kernels.stepdata import Coefficient, ParamTensors, TensorBatch
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
@@ -44,37 +38,23 @@ def batch_of(
     start: torch.Tensor, dtype: torch.dtype, param_format: str, state_format: str, seed: int = 1, offset: int = 0
 ) -> TensorBatch:
     """One parameter with fresh state; ``start`` must be representable in ``dtype``."""
-    shape = tuple(start.shape)
-    if param_format == "native":
-        param, remainders = start.to(dtype), []
-    else:
+    param, rest = start.to(dtype), None
+    if param_format != "native":
         param, rest = remainder.split(start.float(), dtype, param_format)
-        remainders = [rest.clone()]
-        assert rest.dtype == REMAINDER_DTYPES[param_format]
-    int8 = state_format == "int8"
-    wide = dtype if dtype == torch.float64 else torch.float32
-    state = torch.bfloat16 if state_format == "bf16" else wide
-    return TensorBatch(
-        param_format=param_format,
-        state_format=state_format,
-        global_format="none",
-        params=[param.clone()],
-        exp_avgs=[torch.zeros(matrix_shape(shape), dtype=torch.int8) if int8 else torch.zeros(shape, dtype=state)],
-        exp_avg_sqs=[torch.zeros(matrix_shape(shape), dtype=torch.uint8) if int8 else torch.zeros(shape, dtype=state)],
-        index=torch.tensor([0]),
-        remainders=remainders,
-        exp_avg_scales=[torch.zeros(scales_shape(shape))] if int8 else [],
-        exp_avg_sq_scales=[torch.zeros(scales_shape(shape))] if int8 else [],
-        seeds=[seed],
-        offsets=[offset],
-    )
+        assert rest.dtype == PARAM_FORMATS[param_format].remainder
+    parts = STATE_FORMATS[state_format].parts(tuple(start.shape), dtype)
+    state = {name: torch.zeros(shape, dtype=kind) for name, (shape, kind) in parts.items()}
+    kept = None if rest is None else rest.clone()
+    tensor = ParamTensors(0, param.clone(), kept, **state, seed=seed, offset=offset)
+    return TensorBatch(param_format, state_format, "none", [tensor])
 
 
 def value_of(batch: TensorBatch) -> torch.Tensor:
     """float64 of the parameter that the batch stands for."""
+    (tensor,) = batch.tensors
     if batch.param_format == "native":
-        return batch.params[0].double()
-    return remainder.join(batch.params[0], batch.remainders[0], batch.param_format).double()
+        return tensor.param.double()
+    return remainder.join(tensor.param, tensor.remainder, batch.param_format).double()
 
 
 def displacement(
@@ -92,7 +72,7 @@ def displacement(
     batch = batch_of(start, dtype, param_format, state_format)
     gamma = 0.0
     if global_grad is not None:
-        batch.global_grads, batch.global_format, gamma = [global_grad], global_grad.format, 0.3
+        batch.tensors[0].global_grad, batch.global_format, gamma = global_grad, global_grad.format, 0.3
     for t in range(steps):
         row = coefficient_row(t, steps, lr, gamma, weight_decay)
         step.step(batch, [gradient(tuple(start.shape), t)], row)

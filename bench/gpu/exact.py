@@ -9,6 +9,7 @@ those that NVIDIA's PTX manual states; correctly rounded operations and fused mu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,12 +19,11 @@ from dba_kernels.formats import (
     GROUP,
     SMALLEST_SCALE,
     STORAGE_FORMATS,
-    Coefficient,
     EncodedTensor,
-    TensorBatch,
     matrix_shape,
 )
 from dba_kernels.reference import quantize, remainder
+from dba_kernels.stepdata import Coefficient, ParamTensors, TensorBatch
 
 HALF_ULP = 2.0**-24
 SQRT = 2.0**-23
@@ -69,14 +69,15 @@ def _root(square: Bounded) -> Bounded:
 
 def _state(batch: TensorBatch, i: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Both moments as they are stored, decoded in float64."""
-    first, second = batch.exp_avgs[i].double(), batch.exp_avg_sqs[i].double()
+    tensor = batch.tensors[i]
+    first, second = tensor.exp_avg.double(), tensor.exp_avg_sq.double()
     if batch.state_format != "int8":
         return first, second
-    shape = batch.params[i].shape
+    shape = tensor.param.shape
     first, second = first * first.abs(), second.square().square()
     scaled = [
         _per_element(scales.double(), codes.shape[1]) * codes
-        for codes, scales in ((first, batch.exp_avg_scales[i]), (second, batch.exp_avg_sq_scales[i]))
+        for codes, scales in ((first, tensor.exp_avg_scale), (second, tensor.exp_avg_sq_scale))
     ]
     return scaled[0].reshape(shape), scaled[1].reshape(shape)
 
@@ -86,9 +87,8 @@ def _per_element(per_group: torch.Tensor, cols: int) -> torch.Tensor:
     return per_group.repeat_interleave(GROUP, dim=1)[:, :cols]
 
 
-def stored(batch: TensorBatch, i: int) -> torch.Tensor:
+def stored(encoded: Any) -> torch.Tensor:
     """ĝ_G in float64; the codes and scales are exact there."""
-    encoded = batch.global_grads[i]
     if encoded.scales is None:
         return encoded.codes.double()
     cols = matrix_shape(encoded.shape)[1]
@@ -102,17 +102,18 @@ def stored(batch: TensorBatch, i: int) -> torch.Tensor:
 
 def _param(batch: TensorBatch, i: int) -> torch.Tensor:
     if batch.param_format == "native":
-        return batch.params[i].double()
-    return remainder.join(batch.params[i], batch.remainders[i], batch.param_format).double()
+        return batch.tensors[i].param.double()
+    return remainder.join(batch.tensors[i].param, batch.tensors[i].remainder, batch.param_format).double()
 
 
 def expected(batch: TensorBatch, grad: torch.Tensor, table: torch.Tensor, i: int) -> Expected:
     """Eqs. 3, 7 and 8 for tensor ``i`` of a batch that the step has not yet touched."""
     u = HALF_ULP
-    row = table[batch.index[i]].float().double()  # kernels read the coefficients in fp32
+    row = table[batch.tensors[i].index].float().double()  # kernels read the coefficients in fp32
     c = {name: row[getattr(Coefficient, name)] for name in vars(Coefficient) if name.isupper() and name != "COUNT"}
+    encoded = batch.tensors[i].global_grad
     own = c["GRAD_WEIGHT"] * grad.double()
-    joining = c["GLOBAL_WEIGHT"] * stored(batch, i) if batch.global_grads else torch.zeros_like(own)
+    joining = c["GLOBAL_WEIGHT"] * stored(encoded) if encoded is not None else torch.zeros_like(own)
     boosted = own + joining  # eq. 3
     off = u * (own.abs() + 2 * joining.abs() + boosted.abs())
     first, second = _state(batch, i)
@@ -147,48 +148,49 @@ def expected(batch: TensorBatch, grad: torch.Tensor, table: torch.Tensor, i: int
 # --- what was written -------------------------------------------------------------------------------------------------
 
 
-def check_step(before: TensorBatch, after: TensorBatch, i: int, want: Expected, table: torch.Tensor) -> None:
+def check_step(after: TensorBatch, i: int, want: Expected, table: torch.Tensor) -> None:
     """Tensor ``i`` after the step.
 
     Raises:
         AssertionError: naming what is off, the first element of it, and how far it is over its bound.
     """
-    step = int(table[before.index[i], Coefficient.STEP])
-    _check_moments(after, i, want, step)
-    _check_param(after, i, want.param, step)
+    tensor = after.tensors[i]
+    step = int(table[tensor.index, Coefficient.STEP])
+    _check_moments(tensor, after.state_format, want, step)
+    _check_param(tensor, after.param_format, want.param, step)
 
 
-def _check_moments(after: TensorBatch, i: int, want: Expected, step: int) -> None:
-    first, second = after.exp_avgs[i], after.exp_avg_sqs[i]
-    if after.state_format == "int8":
-        _check_codes("exp_avg", first, after.exp_avg_scales[i], want.exp_avg, EXP_AVG_CODE_MAX, 2)
-        _check_codes("exp_avg_sq", second, after.exp_avg_sq_scales[i], want.exp_avg_sq, EXP_AVG_SQ_CODE_MAX, 4)
+def _check_moments(tensor: ParamTensors, state_format: str, want: Expected, step: int) -> None:
+    first, second = tensor.exp_avg, tensor.exp_avg_sq
+    if state_format == "int8":
+        _check_codes("exp_avg", first, tensor.exp_avg_scale, want.exp_avg, EXP_AVG_CODE_MAX, 2)
+        _check_codes("exp_avg_sq", second, tensor.exp_avg_sq_scale, want.exp_avg_sq, EXP_AVG_SQ_CODE_MAX, 4)
         return
-    if after.state_format == "fp32":
+    if state_format == "fp32":
         _within("exp_avg", first, want.exp_avg)
         _within("exp_avg_sq", second, want.exp_avg_sq)
         return
     _within("exp_avg", first, want.exp_avg, 0.5, STEP_OF[torch.bfloat16])
     _within("exp_avg_sq", second, want.exp_avg_sq, 1.0, STEP_OF[torch.bfloat16])
-    words = remainder.random_words(tuple(first.shape), after.seeds[i], step, after.offsets[i], first.device)
+    words = remainder.random_words(tuple(first.shape), tensor.seed, step, tensor.offset, first.device)
     rounded = remainder.stochastic_bf16(want.exp_avg_sq.value.float(), words)
     _few("exp_avg_sq, stochastic rounding", second, rounded, want.exp_avg_sq, STEP_OF[torch.bfloat16])
 
 
-def _check_param(after: TensorBatch, i: int, want: Bounded, step: int) -> None:
-    param, kind = after.params[i], after.param_format
+def _check_param(tensor: ParamTensors, kind: str, want: Bounded, step: int) -> None:
+    param = tensor.param
     if kind == "native":
         if param.dtype == torch.float32:
             _within("param", param, want)
         else:
             _within("param", param, want, 0.5, STEP_OF[param.dtype])
         return
-    rest = after.remainders[i]
+    rest = tensor.remainder
     joined = remainder.join(param, rest, kind)
     random = None
     if kind == "split8":
         _within("param with remainder", joined, want, 1.0, SPLIT8_STEP[param.dtype], param)
-        words = remainder.random_words(tuple(param.shape), after.seeds[i], step, after.offsets[i], param.device)
+        words = remainder.random_words(tuple(param.shape), tensor.seed, step, tensor.offset, param.device)
         cut = remainder.split(want.value.float(), param.dtype, kind, words >> 24)
         _few("param, stochastic rounding", joined, remainder.join(*cut, kind), want, SPLIT8_STEP[param.dtype])
     else:
@@ -268,8 +270,7 @@ def check_decoding(encoded: EncodedTensor, dense: torch.Tensor) -> None:
     Raises:
         AssertionError: as :func:`check_step`.
     """
-    batch = TensorBatch("native", "fp32", encoded.format, [dense], [], [], torch.zeros(1), global_grads=[encoded])
-    want = stored(batch, 0)
+    want = stored(encoded)
     _within(f"decoded {encoded.format}", dense, Bounded(want, 2 * HALF_ULP * want.abs() + SMALLEST))
 
 

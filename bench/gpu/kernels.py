@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dba_kernels import ops
-from dba_kernels.formats import Coefficient, TensorBatch
+from dba_kernels.stepdata import Coefficient, TensorBatch
 from tests import cases
 from tests.cases import Case, Misaligned
 from tests.tolerances import TOLERANCES
@@ -36,7 +36,7 @@ def matrix() -> list[Case]:
 def poison(batch: TensorBatch) -> None:
     """What a step writes without reading it must not be right by chance; freed memory neither."""
     if batch.param_format == "master":
-        for param in batch.params:
+        for param in batch.all("param"):
             param.fill_(float("nan"))
     if not SIMULATED:
         for size in (2**12, 2**16, 2**20, 2**24):
@@ -54,7 +54,7 @@ def check_step(case: Case, elements: int, wrong: str | None = None) -> None:
         used[:, getattr(Coefficient, wrong)] *= 1.01
     ops.step(batch, grads, used, "triton")
     for i, grad in enumerate(grads):
-        exact.check_step(before, batch, i, exact.expected(before, grad, table, i), table)
+        exact.check_step(batch, i, exact.expected(before, grad, table, i), table)
     place.check()
 
 
@@ -64,17 +64,17 @@ def check_sums(case: Case, elements: int) -> None:
     batch, grads, table = cases.build(case, place, DEVICE)
     sums = place(torch.full((len(table), 2), float("nan"), dtype=torch.float64, device=DEVICE))
     ops.similarity(batch, grads, sums, "triton")
-    rows = batch.index.tolist()
+    rows = batch.all("index")
     for i, grad in enumerate(grads):
-        assert_sums(sums[rows[i]], grad, batch, i, f"tensor {i} of {tuple(grad.shape)}")
+        assert_sums(sums[rows[i]], grad, batch.tensors[i].global_grad, f"tensor {i} of {tuple(grad.shape)}")
     for row in set(range(len(table))) - set(rows):
         assert bool(sums[row].isnan().all()), f"sums: row {row} belongs to no tensor and was written"
     place.check()
 
 
-def assert_sums(got: torch.Tensor, grad: torch.Tensor, batch: TensorBatch, i: int, name: str) -> None:
+def assert_sums(got: torch.Tensor, grad: torch.Tensor, encoded: Any, name: str) -> None:
     wide = grad.double()
-    stored = exact.stored(batch, i) if batch.global_grads else torch.zeros_like(wide)
+    stored = exact.stored(encoded) if encoded is not None else torch.zeros_like(wide)
     want = torch.stack(((wide * stored).sum(), wide.square().sum()))
     terms = torch.stack(((wide * stored).abs().sum(), want[1]))
     wrong = ~((got - want).abs() <= TOLERANCES["sum"].bound * terms)
@@ -92,15 +92,12 @@ def check_skip(case: Case) -> None:
     assert same_bits(before, batch), "a skipped step wrote something"
 
 
-LISTS = ("params", "remainders", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales")
-
-
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
 def same_bits(one: TensorBatch, other: TensorBatch) -> bool:
-    pairs = ((x, y) for name in LISTS for x, y in zip(getattr(one, name), getattr(other, name), strict=True))
+    pairs = zip(cases.written(one), cases.written(other), strict=True)
     return all(torch.equal(bits(x), bits(y)) for x, y in pairs)
 
 
@@ -133,7 +130,7 @@ def check_control_sums(case: Case) -> None:
     ops.similarity(batch, grads, sums, "triton")
     grads[-1].view(-1)[-1] += 1.0
     try:
-        assert_sums(sums[batch.index[-1]], grads[-1], batch, len(grads) - 1, "control")
+        assert_sums(sums[batch.tensors[-1].index], grads[-1], batch.tensors[-1].global_grad, "control")
     except AssertionError:
         return
     raise AssertionError("the comparison does not notice another gradient")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dba_kernels import ops
-from dba_kernels.formats import STORAGE_FORMATS, EncodedTensor, StepSettings, StepTables, scales_shape
+from dba_kernels.formats import STORAGE_FORMATS, EncodedTensor, scales_shape
+from dba_kernels.stepdata import StepOverrides, StepSettings, StepTables
 from tests import coefficient_cases as modes
 from tests.cases import GRAD_DTYPES, Misaligned, random_tensor
 from tests.tolerances import TOLERANCES
@@ -30,8 +31,8 @@ def on_device(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
 
 
-def coefficients(tables: StepTables, settings: StepSettings, **optional: torch.Tensor | None) -> None:
-    ops.coefficients(tables, settings, **optional, backend="triton")
+def coefficients(tables: StepTables, settings: StepSettings, overrides: StepOverrides) -> None:
+    ops.coefficients(tables, settings, overrides, "triton")
 
 
 def check_mode(changes: dict[str, Any], optional: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]) -> None:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bench.variants import STATE_DTYPES
 from dba_kernels import DBAAdamW, GlobalGradient
-from dba_kernels.formats import GROUP, REMAINDER_DTYPES, STORAGE_FORMATS
+from dba_kernels.formats import PARAM_FORMATS, STATE_FORMATS, STORAGE_FORMATS
 
 from .device import DEVICE, SIMULATED, device_seconds, free_memory, generator, host_seconds, synchronize
 
@@ -97,9 +96,8 @@ def ours(dtype: torch.dtype, state: str, kind: str, stored: str | None, rank: in
 
 def whole_step(dtype: torch.dtype, state: str, kind: str, stored: str | None) -> float:
     """Bytes per parameter of the reduction and the update; gradients of the parameter's dtype."""
-    rest = 0 if kind == "native" else REMAINDER_DTYPES[kind].itemsize
-    scales = 2 * 4 / GROUP if state == "int8" else 0.0
-    update = 2 * (dtype.itemsize + rest + 2 * STATE_DTYPES[state].itemsize + scales) + dtype.itemsize
+    kept = dtype.itemsize + PARAM_FORMATS[kind].bytes_per_parameter + STATE_FORMATS[state].bytes_per_parameter
+    update = 2 * kept + dtype.itemsize
     if stored is None:
         return update
     return update + dtype.itemsize + 2 * STORAGE_FORMATS[stored].bytes_per_parameter

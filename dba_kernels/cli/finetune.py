@@ -224,6 +224,7 @@ def _finished(options: Options, settings: dict[str, Any], console: Console) -> b
 def _check_room(options: Options, work: Workload) -> None:
     """Refuse a disk without room for the model and three checkpoints: two kept, one being written."""
     weights = sum(p.nbytes for p in work.model.parameters())
-    state = {"fp32": 8, "bf16": 4, "int8": 2.2}[options.state_format] * work.parameters
-    remainder = 0 if work.dtype != "bf16" else {"native": 0, "split8": 1, "master": 4}.get(options.param_format, 2)
-    prepare_folder(options.out, int(weights + 3 * (weights + state + remainder * work.parameters)) + (1 << 20))
+    param_format = "split16" if options.param_format == "auto" else options.param_format
+    remainder = PARAM_FORMATS[param_format].bytes_per_parameter if work.dtype == "bf16" else 0
+    state = (STATE_FORMATS[options.state_format].bytes_per_parameter + remainder) * work.parameters
+    prepare_folder(options.out, int(weights + 3 * (weights + state)) + (1 << 20))

@@ -15,7 +15,6 @@ from rich.table import Table
 
 from dba_kernels.formats import (
     PARAM_FORMATS,
-    REMAINDER_DTYPES,
     STATE_FORMATS,
     STORAGE_FORMATS,
     is_compressible,
@@ -122,10 +121,8 @@ def low_rank_bytes(format: str, shape: tuple[int, ...], rank: int) -> int:
 
 def state_bytes(format: str, shape: tuple[int, ...]) -> int:
     """Both moments, their scales, and the step count (fp32)."""
-    numel, compressed = math.prod(shape), is_compressible(shape)
-    if format == "int8" and compressed:
-        return 2 * numel + 8 * math.prod(scales_shape(shape)) + 4
-    return numel * (4 if format == "bf16" and compressed else 8) + 4
+    parts = STATE_FORMATS[format if is_compressible(shape) else "fp32"].parts(shape)
+    return sum(math.prod(size) * dtype.itemsize for size, dtype in parts.values()) + 4
 
 
 @dataclass(frozen=True)
@@ -148,14 +145,14 @@ class Sizes:
 
     @property
     def param_formats(self) -> tuple[str, ...]:
-        return PARAM_FORMATS if self.dtype == torch.bfloat16 else ("native",)
+        return tuple(PARAM_FORMATS) if self.dtype == torch.bfloat16 else ("native",)
 
     @property
     def weights(self) -> int:
         return self.parameters * self.dtype.itemsize
 
     def remainder(self, param_format: str) -> int:
-        return self.parameters * REMAINDER_DTYPES[param_format].itemsize if param_format in REMAINDER_DTYPES else 0
+        return self.parameters * PARAM_FORMATS[param_format].bytes_per_parameter
 
     def state(self, format: str) -> int:
         return self._sum(lambda shape: state_bytes(format, shape))

@@ -11,10 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formats import TensorBatch
+from ..stepdata import TensorBatch
 from . import columns as col
 from .codecs import load_global, stored_dtype
-from .coefficients import coefficients
 from .common import (
     GROUP,
     MASKED_TILE,
@@ -26,8 +25,6 @@ from .common import (
     tile_offsets,
 )
 from .tables import TRITON_DTYPES, on_device, tables_of, vector_elements
-
-__all__ = ["coefficients", "similarity"]
 
 SUM_BLOCK = tl.constexpr(1024)
 
@@ -112,7 +109,7 @@ def similarity(batch: TensorBatch, grads: list[torch.Tensor], sums: torch.Tensor
     if not grads:
         return
     tables = tables_of(batch)
-    codes = [stored.codes.dtype for stored in batch.global_grads[:1]]
+    codes = [stored.codes.dtype for stored in batch.all("global_grad")[:1]]
     with on_device(sums):
         if tables.n_chunks:
             reduce_kernel[(tables.n_chunks,)](

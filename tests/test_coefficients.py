@@ -1,0 +1,77 @@
+"""coefficients: every backend against the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from dba_kernels.reference import coefficients as reference
+from dba_kernels.stepdata import Coefficient, StepTables
+
+from .coefficient_cases import ACTIVE, BASE, OPTIONS, VARIANTS, arguments, assert_same_coefficients
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_coefficients(backend, name):
+    assert_same_coefficients(backend.coefficients, dataclasses.replace(BASE, **VARIANTS[name]), arguments())
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_optional_inputs(backend, name):
+    assert_same_coefficients(backend.coefficients, BASE, arguments(), OPTIONS[name])
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_non_finite_sum_skips(backend, poison):
+    inputs = arguments()
+    inputs["sums"][3, 1] = poison
+    assert_same_coefficients(backend.coefficients, BASE, inputs)
+    backend.coefficients(StepTables(**inputs), BASE)
+    assert inputs["counters"].tolist() == [11, 3]
+    assert inputs["table"][ACTIVE, Coefficient.SKIP].tolist() == [1.0] * len(ACTIVE)
+
+
+def test_non_finite_sum_of_an_inactive_parameter_is_ignored(backend):
+    inputs = arguments()
+    inputs["sums"][1] = float("nan")
+    backend.coefficients(StepTables(**inputs), BASE)
+    assert inputs["counters"].tolist() == [12, 2]
+
+
+def test_more_parameters_than_one_block(backend):
+    n = 700
+    inputs = {name: tensor.clone() for name, tensor in arguments().items()}
+    for name in ("sums", "global_sq", "group", "steps", "bias_corrections", "table", "report"):
+        tensor = inputs[name]
+        inputs[name] = tensor.repeat(100, *[1] * (tensor.dim() - 1))
+    inputs["active"] = torch.arange(n - 1, -1, -1)
+    assert_same_coefficients(backend.coefficients, BASE, inputs)
+
+
+def test_zero_norms_mean_no_correction(backend):
+    inputs = arguments()
+    inputs["sums"][5], inputs["global_sq"][0] = 0.0, 0.0
+    inputs["sums"][0, 0] = 0.0
+    backend.coefficients(StepTables(**inputs), BASE)
+    assert inputs["report"][[5, 0]].tolist() == [[0.0, 1.0], [0.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"boost": 0.3001},
+        {"total_steps": 31},
+        {"correction": "none"},
+        {"correction": "agem"},
+        {"scope": "global"},
+        {"bounds": (0.1, 1.3)},
+        {"max_grad_norm": 0.3701},
+        {"reduce": False},
+    ],
+    ids=str,
+)
+def test_control_coefficients(wrong):
+    with pytest.raises(AssertionError):
+        assert_same_coefficients(reference.coefficients, BASE, arguments(), **wrong)
