@@ -14,6 +14,7 @@ shown, and the file marks them.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def main() -> int:
     options = Options(
         arguments.simulate, arguments.budget, arguments.stall, arguments.patience, planted(arguments.plant)
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the section that runs is ended too
     report = run_all(sections, options, arguments.output, print_section)
     failed = print_summary(report)
     print(f"written to {arguments.output}: " + (f"{failed} problems" if failed else "all checks passed"))

@@ -13,7 +13,7 @@ from .device import SIMULATED
 if TYPE_CHECKING:
     from tests.cases import Case
 
-    from .section import Report
+    from .report import Report
 
 WORKERS = 1 if SIMULATED else min(12, os.cpu_count() or 1)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from .section import Report
+    from .report import Report
 
 SIMULATED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if SIMULATED else "cuda:0")

@@ -13,7 +13,7 @@ from dba_kernels.backends import select
 from .device import DEVICE, synchronize
 
 if TYPE_CHECKING:
-    from .section import Report
+    from .report import Report
 
 
 def check_backend() -> None:

@@ -15,7 +15,7 @@ from dba_kernels import DBAAdamW, GlobalGradient
 from .device import DEVICE, SIMULATED, generator, synchronize
 
 if TYPE_CHECKING:
-    from .section import Report
+    from .report import Report
 
 SHAPES = {"a.weight": (64, 96), "b.weight": (40, 77), "norm.weight": (96,)}
 if not SIMULATED:
@@ -157,7 +157,7 @@ def check_rate_changed() -> None:
 
 
 def _needs_device() -> None:
-    from .section import Absent
+    from .report import Absent
 
     if SIMULATED:
         raise Absent("nothing can be captured without a GPU")

@@ -17,7 +17,7 @@ from . import exact
 from .device import DEVICE, SIMULATED
 
 if TYPE_CHECKING:
-    from .section import Report
+    from .report import Report
 
 CHUNK = 8192
 SHAPES = ((1, 0), (1, 1), (1, 63), (5, 205), (40, 128), (1, CHUNK - 1), (1, CHUNK), (1, CHUNK + 1), (1, 3 * CHUNK + 5))

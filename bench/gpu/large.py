@@ -17,7 +17,7 @@ from . import exact
 from .device import DEVICE, SIMULATED, generator
 
 if TYPE_CHECKING:
-    from .section import Report
+    from .report import Report
 
 COLS = 128 if SIMULATED else 4096
 ROWS = 96 if SIMULATED else 2**31 // COLS + 64
@@ -102,7 +102,7 @@ def check(kind: str, stored: str) -> dict[str, Any]:
     """One step and both sums; slices at the start, around elements 2³⁰ and 2³¹, and at the end, in float64."""
     needed = 11 * ROWS * COLS + 2**31
     if not SIMULATED and torch.cuda.mem_get_info()[0] < needed:
-        from .section import Absent
+        from .report import Absent
 
         raise Absent(f"needs {needed / 2**30:.0f} GiB of free memory")
     batch, grads = batch_of((ROWS, COLS), torch.bfloat16, kind, "int8", stored, torch.bfloat16)

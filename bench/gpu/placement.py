@@ -15,7 +15,7 @@ from dba_kernels import DBAAdamW, GlobalGradient, collect_global_gradient, plan
 from .device import DEVICE
 
 if TYPE_CHECKING:
-    from .section import Report
+    from .report import Report
 
 SHAPES = {"a.weight": (64, 64), "b.weight": (40, 77), "norm.weight": (96,), "c.weight": (64, 65)}
 

@@ -13,7 +13,7 @@ from dba_kernels import DBAAdamW, GlobalGradient, annealing_schedule
 from .device import DEVICE, SIMULATED, free_memory, synchronize
 
 if TYPE_CHECKING:
-    from .section import Report
+    from .report import Report
 
 SHAPES = {"a.weight": (64, 64), "b.weight": (70, 65), "norm.weight": (64,)}
 ROWS = 64 if SIMULATED else 8192

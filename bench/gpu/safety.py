@@ -19,7 +19,7 @@ from .device import SIMULATED
 from .driver import read_lines
 
 if TYPE_CHECKING:
-    from .section import Report
+    from .report import Report
 
 
 def small(report: Report) -> None:
@@ -34,7 +34,7 @@ def small(report: Report) -> None:
 
 def check(tool: str) -> dict[str, int]:
     """No access out of bounds, no race, no memory that nobody wrote, seen by the sanitizer's own instruments."""
-    from .section import Absent
+    from .report import Absent
 
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if SIMULATED or sanitizer is None:

@@ -18,7 +18,7 @@ from . import exact
 from .device import DEVICE, SIMULATED, generator
 
 if TYPE_CHECKING:
-    from .section import Report
+    from .report import Report
 
 SHAPES = ((64, 128), (65, 77), (3, 1501), (70, 3, 33)) + (() if SIMULATED else ((1, 24581), (1, 8193), (513, 1024)))
 SUMMED = ((0,), (1,), (63,), (), (40, 128), (7, 777)) + (

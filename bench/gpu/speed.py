@@ -16,7 +16,7 @@ from .device import DEVICE, SIMULATED, device_seconds, free_memory, generator
 from .large import batch_of, stored_codes
 
 if TYPE_CHECKING:
-    from .section import Report
+    from .report import Report
 
 SHAPE = (64, 128) if SIMULATED else (16384, 4096)
 """67 M elements: far more bytes than any cache holds."""

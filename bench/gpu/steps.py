@@ -16,7 +16,7 @@ from dba_kernels.formats import PARAM_FORMATS, STATE_FORMATS, STORAGE_FORMATS
 from .device import DEVICE, SIMULATED, device_seconds, free_memory, generator, host_seconds, synchronize
 
 if TYPE_CHECKING:
-    from .section import Report
+    from .report import Report
 
 LR = 1e-5
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -180,7 +180,7 @@ def run(report: Report) -> None:
 
 
 def check_peer(module: str, attribute: str, shapes: Shapes) -> dict[str, float]:
-    from .section import Absent
+    from .report import Absent
 
     try:
         kind = getattr(importlib.import_module(module), attribute)

@@ -12,7 +12,7 @@ from dba_kernels import DBAAdamW, GlobalGradient
 from .device import DEVICE, SIMULATED, generator
 
 if TYPE_CHECKING:
-    from .section import Report
+    from .report import Report
 
 STEPS = 3 if SIMULATED else 20
 CONTROL = 1e-2

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .device import SIMULATED, device_seconds
 
 if TYPE_CHECKING:
-    from .section import Report
+    from .report import Report
 
 KERNELS = "dba_kernels.kernels"
 TIMED = ("step bf16 split8, bf16 grad, int8 state, int4", "step bf16 split16, bf16 grad, int8 state, int8")
