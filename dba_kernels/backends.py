@@ -45,7 +45,7 @@ def _triton_missing() -> str | None:
 
 
 def why_not(backend: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str | None:
-    """None if ``backend`` can serve tensors of ``dtype`` on ``device``, else the reason and the mend."""
+    """None if ``backend`` can serve tensors of ``dtype`` on ``device``, else the reason and the fix."""
     check_name("backend", backend, BACKENDS)
     device = torch.device(device)
     if backend == "reference":

@@ -39,7 +39,7 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     temporary name carries host and process: what a killed process left behind is removed by the next write to ``path``.
 
     Raises:
-        OSError: naming ``path``, the cause and the mend; the old file is intact.
+        OSError: naming ``path``, the cause and the fix; the old file is intact.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
@@ -57,8 +57,8 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         if not isinstance(error, OSError):
             raise
         reason = error.strerror or str(error)
-        mend = "choose a folder that exists, is writable and has room"
-        raise OSError(error.errno, f"cannot write {path}: {reason}; an older file is untouched; {mend}") from error
+        fix = "choose a folder that exists, is writable and has room"
+        raise OSError(error.errno, f"cannot write {path}: {reason}; an older file is untouched; {fix}") from error
 
 
 def _remove_stale(path: Path) -> None:

@@ -14,11 +14,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import operators
-from .backends import implementation, serving
+from .backends import BACKENDS, implementation, serving
 from .formats import STORAGE_FORMATS, EncodedTensor, LowRankTensor, StoredTensor, check_name, matrix_shape
 from .stepdata import NO_OVERRIDES, StepOverrides, StepSettings, StepTables, TensorBatch
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_backend(backend: str) -> str:
+    """``backend``, if it is ``"auto"`` or the name of one."""
+    return check_name("backend", backend, ("auto", *BACKENDS))
 
 
 def _traced(tensor: torch.Tensor) -> bool:

@@ -7,6 +7,8 @@ formats follow from its global shape, so that any number of ranks saves and load
 
 from __future__ import annotations
 
+from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +17,21 @@ from .backends import implementation
 from .distributed import layout_of, like, local, zeros
 from .formats import PARAM_FORMATS, STATE_FORMATS, is_compressible
 
+States = MutableMapping[torch.Tensor, dict[str, Any]]
+"""``optimizer.state``."""
 
-def formats_of(param: torch.Tensor, param_format: str, state_format: str) -> tuple[str, str]:
-    """(param_format, state_format) that ``param`` really gets where these two were asked for."""
+
+@dataclass(frozen=True)
+class StateOptions:
+    """Formats as they were asked for, "auto" resolved; see :func:`formats_of` for what a parameter gets."""
+
+    param_format: str
+    state_format: str
+
+
+def formats_of(param: torch.Tensor, options: StateOptions) -> tuple[str, str]:
+    """(param_format, state_format) that ``param`` really gets where these options were asked for."""
+    param_format, state_format = options.param_format, options.state_format
     if param.dtype == torch.float64 and state_format != "fp32":
         raise ValueError(
             f"state_format: float64 parameters keep uncompressed state, got {state_format!r}; "
@@ -98,3 +112,9 @@ def prepare(state: dict[str, Any], param: torch.Tensor, param_format: str, state
             f"remainder of {name!r}: expected param_format {param_format!r}, the state was saved with "
             f"{by_dtype.get(got, got)!r}; make the optimizer with that param_format"
         )
+
+
+def allocate(named: Iterable[tuple[str, torch.Tensor]], states: States, options: StateOptions) -> None:
+    """State of these parameters, as the first step would make it."""
+    for name, param in named:
+        prepare(states[param], param, *formats_of(param, options), name)

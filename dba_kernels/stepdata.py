@@ -58,6 +58,8 @@ class Summary:
 
 
 CORRECTIONS = ("cosine", "none", "agem", "pcgrad")
+PROJECTIONS = ("agem", "pcgrad")
+"""Corrections that weigh ĝ_G by its conflict with the gradient, not by a schedule."""
 CORRECTION_SCOPES = ("tensor", "global")
 
 

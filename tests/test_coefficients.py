@@ -10,21 +10,24 @@ import torch
 from dba_kernels.reference import coefficients as reference
 from dba_kernels.stepdata import Coefficient, StepTables
 
-from .coefficient_cases import ACTIVE, BASE, OPTIONS, VARIANTS, arguments, assert_same_coefficients
+from .support.agreement import ACTIVE, BASE, OPTIONS, VARIANTS, arguments, assert_same_coefficients
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_coefficients(backend, name):
+    """Protects eqs. 2, 4 and 5: every mode, scope and limit gives the reference's coefficients."""
     assert_same_coefficients(backend.coefficients, dataclasses.replace(BASE, **VARIANTS[name]), arguments())
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_optional_inputs(backend, name):
+    """Protects scalers and callables: loss scale, found_inf, own γ and own α act as in the reference."""
     assert_same_coefficients(backend.coefficients, BASE, arguments(), OPTIONS[name])
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_non_finite_sum_skips(backend, poison):
+    """Protects the weights: a sum that is not finite marks every active parameter as skipped, and counts."""
     inputs = arguments()
     inputs["sums"][3, 1] = poison
     assert_same_coefficients(backend.coefficients, BASE, inputs)
@@ -34,6 +37,7 @@ def test_non_finite_sum_skips(backend, poison):
 
 
 def test_non_finite_sum_of_an_inactive_parameter_is_ignored(backend):
+    """Protects the step: what an inactive parameter left in its row does not skip it."""
     inputs = arguments()
     inputs["sums"][1] = float("nan")
     backend.coefficients(StepTables(**inputs), BASE)
@@ -41,6 +45,7 @@ def test_non_finite_sum_of_an_inactive_parameter_is_ignored(backend):
 
 
 def test_more_parameters_than_one_block(backend):
+    """Protects large models: more parameters than one block holds, in any order."""
     n = 700
     inputs = {name: tensor.clone() for name, tensor in arguments().items()}
     for name in ("sums", "global_sq", "group", "steps", "bias_corrections", "table", "report"):
@@ -51,6 +56,7 @@ def test_more_parameters_than_one_block(backend):
 
 
 def test_zero_norms_mean_no_correction(backend):
+    """Protects eq. 4 at zero: where a norm is 0, φ is 0 and α is 1."""
     inputs = arguments()
     inputs["sums"][5], inputs["global_sq"][0] = 0.0, 0.0
     inputs["sums"][0, 0] = 0.0
@@ -73,5 +79,6 @@ def test_zero_norms_mean_no_correction(backend):
     ids=str,
 )
 def test_control_coefficients(wrong):
+    """Negative control: each changed setting is noticed."""
     with pytest.raises(AssertionError):
         assert_same_coefficients(reference.coefficients, BASE, arguments(), **wrong)

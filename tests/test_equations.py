@@ -23,8 +23,8 @@ from dba_kernels.stepdata import (
     Summary,
     TensorBatch,
 )
-from tests.broken_reference import CONTROLS, edited
-from tests.oracle import (
+from tests.support.broken_reference import CONTROLS, edited
+from tests.support.oracle import (
     BUSY,
     FOUND_INF_STEP,
     GROUP_OF,

@@ -19,7 +19,7 @@ PATIENT = Options(simulate=False, budget=60.0, stall=20.0)
 
 
 def section(function: str = "run", timeout: float = 20.0) -> Section:
-    return Section(f"fake {function}", "tests.gpu_sections", timeout, function)
+    return Section(f"fake {function}", "tests.support.gpu_sections", timeout, function)
 
 
 def run(tmp_path: Path, chosen: list[Section], options: Options = PATIENT) -> dict[str, Any]:
@@ -129,7 +129,7 @@ torch.set_num_threads(1)
 from bench.gpu.approximate import draw
 draw(float(sys.argv[1]))
 from bench.gpu import kernels
-from tests.cases import size_cases, pairwise_matrix
+from tests.support.cases import size_cases, pairwise_matrix
 def failures(wrong=None):
     found = 0
     for k, case in enumerate([*size_cases()[:4], *pairwise_matrix()[::16]]):

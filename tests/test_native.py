@@ -25,8 +25,8 @@ from dba_kernels.reference import similarity as reference_similarity
 from dba_kernels.reference import step as reference_step
 from dba_kernels.stepdata import Coefficient, StepSettings, StepTables
 
-from .cases import Case, build, clone, size_cases, written
-from .test_step import assert_agrees
+from .support.cases import Case, build, clone, size_cases, written
+from .support.step_agreement import assert_agrees
 
 if library.why_not() is not None:
     pytest.skip(f"the native library does not load: {library.why_not()}", allow_module_level=True)
@@ -67,6 +67,7 @@ FP32 = Case(torch.float32, "native", "fp32", "int4", torch.float32, LARGE, seed=
 @pytest.mark.parametrize("case", [*size_cases(), INT8, FP32], ids=str)
 @pytest.mark.parametrize("isa", library.usable_isas())
 def test_every_instruction_set_agrees_with_the_reference(isa, case):
+    """Protects every CPU: each instruction set that runs here agrees with the reference, at all sizes."""
     with library.use_isa(isa):
         assert library.isa() == isa
         assert_agrees(step.step, case)
@@ -84,11 +85,13 @@ def _copy_package(to: Path) -> None:
 
 
 def test_environment_variable_forces_the_instruction_set():
+    """Protects debugging: ``DBA_KERNELS_ISA`` chooses the instruction set."""
     code = "from dba_kernels.native import library; print(library.isa())"
     assert _python(code, DBA_KERNELS_ISA="scalar").stdout.strip() == "scalar"
 
 
 def test_environment_variable_with_nonsense_is_a_reason_not_a_crash():
+    """Protects who mistypes ``DBA_KERNELS_ISA``: the backend says why it cannot run."""
     done = _python("from dba_kernels.native import library; print(library.why_not())", DBA_KERNELS_ISA="mmx")
     assert "DBA_KERNELS_ISA: expected one of scalar" in done.stdout and "got 'mmx'" in done.stdout
 
@@ -101,7 +104,7 @@ WITHOUT_EDITABLE = (
 # --- finding the library ----------------------------------------------------------------------------------------------
 
 
-def test_missing_library_is_a_reason_with_its_mend(tmp_path):
+def test_missing_library_is_a_reason_with_its_fix(tmp_path):
     """A checkout without a build: the import works and says what to do."""
     _copy_package(tmp_path)
     code = (
@@ -138,6 +141,7 @@ def test_shadowing_checkout_finds_the_installed_library(tmp_path):
 
 
 def test_library_of_another_version_is_refused(monkeypatch):
+    """Protects memory: a library with another interface is refused before it is called."""
     monkeypatch.setattr(library, "ABI", library.ABI + 1)
     library.load.cache_clear()
     try:
@@ -153,11 +157,13 @@ def test_library_of_another_version_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("case", [INT8, FP32], ids=str)
 def test_same_bits_for_any_number_of_threads(case):
+    """Protects repeatability: the number of threads does not change a bit."""
     expected = _step_bytes(case, 1)
     assert all(_same_bits(expected, _step_bytes(case, threads)) for threads in (2, 3, 8))
 
 
 def test_control_the_comparison_of_bits_sees_one_bit():
+    """Negative control: one flipped bit is noticed."""
     first, second = _step_bytes(INT8, 1), _step_bytes(INT8, 1)
     second[-1].view(torch.uint8)[0] ^= 1
     assert not _same_bits(first, second)
@@ -276,6 +282,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_fused_step_equals_its_parts_bit_for_bit(settings):
+    """Protects the one call per step: it computes what its three parts compute, bit for bit."""
     batches, grads, tables = _model()
     for batch, part in zip(batches, grads, strict=True):
         if settings.reduce:
@@ -301,6 +308,7 @@ def test_fused_step_with_a_non_finite_gradient_changes_nothing(where):
 
 
 def test_fused_step_agrees_with_the_reference():
+    """Protects the one call per step: coefficients and weights agree with the reference."""
     batches, grads, tables = _model()
     expected, expected_grads, expected_tables = _model()
     step.fused_step(batches, grads, tables, SETTINGS["cosine and clip"])
@@ -320,6 +328,7 @@ def test_fused_step_agrees_with_the_reference():
 
 
 def test_gradient_of_another_shape_is_refused():
+    """Protects memory: a gradient of another shape is refused by position."""
     batch, grads, table = build(FP32)
     grads[1] = grads[1][:-1]
     with pytest.raises(ValueError, match=r"grads\[1\]: expected .* of shape \(512, 256\)"):
@@ -327,6 +336,7 @@ def test_gradient_of_another_shape_is_refused():
 
 
 def test_parameter_that_is_not_contiguous_is_refused():
+    """Protects memory: a strided parameter is refused by position."""
     batch, grads, table = build(FP32)
     batch.tensors[0].param = batch.tensors[0].param.T.contiguous().T
     with pytest.raises(ValueError, match=r"tensors\[0\]\.param: expected contiguous"):
@@ -334,6 +344,7 @@ def test_parameter_that_is_not_contiguous_is_refused():
 
 
 def test_gradient_that_is_not_contiguous_is_read_right():
+    """Protects strided gradients: they give the bits that contiguous ones give."""
     batch, grads, table = build(FP32)
     expected = clone(batch)
     step.step(expected, grads, table)

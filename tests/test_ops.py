@@ -48,12 +48,14 @@ OPCHECK = ("test_schema", "test_faketensor", "test_autograd_registration")
 
 
 def test_opcheck_accumulate() -> None:
+    """Protects ``torch.compile``: schema, fake and mutation of accumulate are what torch is told."""
     args = ([torch.zeros(4, 5)], [torch.randn(4, 5)], 1.0, torch.zeros(1, dtype=torch.float64), "reference")
     torch.library.opcheck(torch.ops.dba_kernels.accumulate, args, test_utils=OPCHECK)
 
 
 @pytest.mark.parametrize("format", STORAGE_FORMATS)
 def test_opcheck_encode_and_decode(format: str) -> None:
+    """Protects ``torch.compile``: schema and fakes of encode and decode hold for every format."""
     tensor = torch.randn(ROWS, COLS)
     torch.library.opcheck(torch.ops.dba_kernels.encode, (tensor, format, "reference"), test_utils=OPCHECK)
     stored = ops.encode(tensor, format, backend="reference")
@@ -62,6 +64,7 @@ def test_opcheck_encode_and_decode(format: str) -> None:
 
 
 def test_opcheck_similarity_and_step() -> None:
+    """Protects ``torch.compile``: schemas, fakes and mutations of similarity and step are what torch is told."""
     stored = [ops.encode(torch.randn(ROWS, COLS), "int8", backend="reference") for _ in range(2)]
     batch, grads = make_batch(stored, "int8")
     sums = torch.zeros(2, 2, dtype=torch.float64)
@@ -72,6 +75,7 @@ def test_opcheck_similarity_and_step() -> None:
 
 
 def test_opcheck_coefficients() -> None:
+    """Protects ``torch.compile``: schema, fake and mutations of coefficients are what torch is told."""
     n = 3
     tensors = (
         torch.rand(n, 2, dtype=torch.float64),
@@ -133,6 +137,7 @@ def test_every_equation_is_tagged_in_every_backend(place: str) -> None:
 
 
 def test_wrong_shapes_dtypes_and_ranks_are_named() -> None:
+    """Protects the caller: wrong shapes, dtypes, formats and ranks are refused by name."""
     norms = torch.zeros(1, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"grads\[0\]: expected shape \(4,\), got \(5,\)"):
         ops.accumulate([torch.zeros(4)], [torch.zeros(5)], 1.0, norms)

@@ -9,7 +9,7 @@ import torch
 
 from dba_kernels.formats import StoredTensor
 from dba_kernels.reference import quantize, remainder, step
-from tests.trajectories import BETA2, batch_of, coefficient_row, displacement, relative_error
+from tests.support.trajectories import BETA2, batch_of, coefficient_row, displacement, relative_error
 
 STEPS, LR, WEIGHT_DECAY = 100, 1e-5, 0.1
 SHAPE = (40, 150)  # two full groups and a ragged one in each row

@@ -11,7 +11,7 @@ from . import kernels
 from .device import SIMULATED
 
 if TYPE_CHECKING:
-    from tests.cases import Case
+    from tests.support.cases import Case
 
     from .report import Report
 
@@ -20,7 +20,7 @@ WORKERS = 1 if SIMULATED else min(12, os.cpu_count() or 1)
 
 def warm(case: Case) -> None:
     """The launches of one combination, on full and on masked tiles: the arguments' kinds do not depend on sizes."""
-    from tests import cases
+    from tests.support import cases
 
     from .device import DEVICE, synchronize
 
@@ -42,7 +42,7 @@ def run(report: Report) -> None:
     with ProcessPoolExecutor(WORKERS, mp_context=context) as pool:
         from dataclasses import replace
 
-        from tests.cases import FEW_SIZES
+        from tests.support.cases import FEW_SIZES
 
         futures = {str(case): pool.submit(warm, replace(case, shapes=FEW_SIZES)) for case in todo}
         for name, future in futures.items():

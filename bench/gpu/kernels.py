@@ -9,9 +9,9 @@ import torch
 
 from dba_kernels import ops
 from dba_kernels.stepdata import Coefficient, TensorBatch
-from tests import cases
-from tests.cases import Case, Misaligned
-from tests.tolerances import TOLERANCES
+from tests.support import cases
+from tests.support.cases import Case, Misaligned
+from tests.support.tolerances import TOLERANCES
 
 from . import exact
 from .device import DEVICE, SIMULATED

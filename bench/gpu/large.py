@@ -10,8 +10,8 @@ import torch
 from dba_kernels import ops
 from dba_kernels.formats import PARAM_FORMATS, STORAGE_FORMATS, EncodedTensor, scales_shape
 from dba_kernels.stepdata import UPDATED_PARTS, ParamTensors, TensorBatch
-from tests.cases import coefficient_table
-from tests.tolerances import TOLERANCES
+from tests.support.cases import coefficient_table
+from tests.support.tolerances import TOLERANCES
 
 from . import exact
 from .device import DEVICE, SIMULATED, generator

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tests import cases
+from tests.support import cases
 
 from . import kernels, scalars
 from .device import SIMULATED

@@ -10,9 +10,9 @@ import torch
 from dba_kernels import ops
 from dba_kernels.formats import STORAGE_FORMATS, EncodedTensor, scales_shape
 from dba_kernels.stepdata import StepOverrides, StepSettings, StepTables
-from tests import coefficient_cases as modes
-from tests.cases import GRAD_DTYPES, Misaligned, random_tensor
-from tests.tolerances import TOLERANCES
+from tests.support import agreement as modes
+from tests.support.cases import GRAD_DTYPES, Misaligned, random_tensor
+from tests.support.tolerances import TOLERANCES
 
 from . import exact
 from .device import DEVICE, SIMULATED, generator

@@ -10,7 +10,7 @@ import torch
 from bench import variants
 from bench.variants import VARIANTS, Variant
 from dba_kernels import ops
-from tests.cases import coefficient_table
+from tests.support.cases import coefficient_table
 
 from .device import DEVICE, SIMULATED, device_seconds, free_memory, generator
 from .large import batch_of, stored_codes

@@ -7,6 +7,8 @@ A finite gradient of magnitude 1e18 or more counts as non-finite: its square lea
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -109,7 +111,8 @@ def similarity(batch: TensorBatch, grads: list[torch.Tensor], sums: torch.Tensor
     if not grads:
         return
     tables = tables_of(batch)
-    codes = [stored.codes.dtype for stored in batch.all("global_grad")[:1]]
+    stored: Any = batch.tensors[0].global_grad
+    codes = [] if stored is None else [stored.codes.dtype]
     with on_device(sums):
         if tables.n_chunks:
             reduce_kernel[(tables.n_chunks,)](

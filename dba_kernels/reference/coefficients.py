@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..stepdata import NO_OVERRIDES, Coefficient, Hyper, StepOverrides, StepSettings, StepTables, Summary
+from ..stepdata import NO_OVERRIDES, PROJECTIONS, Coefficient, Hyper, StepOverrides, StepSettings, StepTables, Summary
 
 
 def gamma(step: torch.Tensor, settings: StepSettings) -> torch.Tensor:
@@ -112,7 +112,7 @@ def weights(
     phi = cosine(dot, grad_sq, scope_sq)  # eq. 4
     one = torch.ones_like(phi)
     a, b = 1.0 - gamma_t.expand_as(phi), gamma_t.expand_as(phi)
-    if settings.correction in ("agem", "pcgrad"):
+    if settings.correction in PROJECTIONS:
         a, b = projection_weights(settings.correction, dot, grad_sq, scope_sq)
         alpha = one
     elif alpha is None:

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from dba_kernels import GlobalGradient
 
-from .files import InputError, write_whole
+from .output import InputError, write_whole
 from .progress import wide_console
-from .signal import advice, expected_cosine
+from .signal_to_noise import advice, expected_cosine
 
 HELP = """Show what a global gradient holds: every tensor, the totals, and where it comes from.
 

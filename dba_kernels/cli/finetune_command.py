@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,59 +11,20 @@ import click
 import torch
 from rich.console import Console
 
-from dba_kernels import GlobalGradient
 from dba_kernels.formats import PARAM_FORMATS, STATE_FORMATS
 from dba_kernels.schedule import BOOSTS
 
 from .checkpoint import check_settings
-from .files import InputError, prepare_folder, remove_partial
-from .inspect import open_gradient
+from .finetune_options import Options, settings_of
+from .finetune_run import Training
+from .inspect_command import open_gradient
+from .options import DATA_HELP, PathsCommand, data_options, model_option, paths_option
+from .output import InputError, prepare_folder, remove_partial
 from .packing import Batches
 from .progress import wide_console
 from .ranks import Ranks
 from .text import Corpus
-from .trainer import Training
-from .workload import (
-    DATA_HELP,
-    DataOptions,
-    PathsCommand,
-    Workload,
-    data_options,
-    load,
-    model_option,
-    paths_option,
-)
-
-NOT_SETTINGS = ("out", "resume", "eval_data", "eval_every", "eval_batches", "save_every", "device", "global_gradient")
-"""Options that do not change the weights; of the global gradient, its digest counts."""
-
-
-@dataclass(frozen=True)
-class Options(DataOptions):
-    """The command's options; their meaning stands in its ``--help``."""
-
-    model: str
-    data: tuple[str, ...]
-    global_gradient: Path | None
-    out: Path
-    steps: int
-    lr: float
-    warmup: int
-    weight_decay: float
-    max_grad_norm: float | None
-    batch: int
-    micro_batch: int | None
-    boost: str
-    boost_max: float
-    correction: str
-    state_format: str
-    param_format: str
-    eval_data: tuple[str, ...]
-    eval_every: int
-    eval_batches: int
-    save_every: int
-    resume: bool
-
+from .workload import Workload, load
 
 HELP = f"""Fine-tune a causal language model on domain text, boosted by a stored global gradient.
 
@@ -195,13 +155,6 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def settings_of(options: Options, gradient: GlobalGradient | None) -> dict[str, Any]:
-    """What the weights depend on, in JSON's types."""
-    chosen = {k: v for k, v in asdict(options).items() if k not in NOT_SETTINGS}
-    chosen["data"] = list(options.data)
-    return chosen | {"global_gradient": None if gradient is None else gradient.digest}
 
 
 def _finished(options: Options, settings: dict[str, Any], console: Console) -> bool:

@@ -1,4 +1,4 @@
-"""Runs the command line in processes that are killed, for ``test_cli_finetune.py``: ``python -m tests.cli_kill JOBS``.
+"""Runs the command line in processes that are killed: ``python -m tests.support.cli_kill JOBS``.
 
 ``JOBS`` is a JSON list of ``{"argv": [...], "ranks": n, "kill": where}``. Each job forks ``n`` processes, with the
 environment that ``torchrun`` would give them, from this one, which has done the slow imports and no arithmetic. As

@@ -3,7 +3,7 @@
 Each tensor gets a mapping of its own, between two pages without any permission. Placed at the end, its last byte is the
 last one that may be read or written; placed at the start, its first byte is the first.
 
-    python -m tests.guard_pages triton     # every kernel over the whole matrix; also: native, reference
+    python -m tests.support.guard_pages triton     # every kernel over the whole matrix; also: native, reference
 
 Run in a process of its own (:func:`run`), for what a failure does to it.
 """
@@ -23,8 +23,8 @@ import torch
 
 from dba_kernels.formats import STORAGE_FORMATS
 
+from .backends import backend_named
 from .cases import build, pairwise_matrix, size_cases
-from .conftest import backend_named
 
 CODED = ((65, 77), (64, 64), (5000,), (70, 3, 33))
 PAGE = mmap.PAGESIZE
@@ -33,7 +33,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class GuardPages:
-    """A ``place`` of :mod:`tests.cases`: at the end of its pages, or at their start.
+    """A ``place`` of :mod:`tests.support.cases`: at the end of its pages, or at their start.
 
     At the end a tensor lies as its size has it: mostly misaligned, so it takes the masked path; at the start it is
     aligned to a page.
@@ -60,10 +60,10 @@ class GuardPages:
 
 
 def run(*arguments: str) -> int:
-    """Exit status of ``python -m tests.guard_pages …``; negative where a signal killed it."""
-    root = Path(__file__).resolve().parent.parent
+    """Exit status of ``python -m tests.support.guard_pages …``; negative where a signal killed it."""
+    root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.guard_pages", *arguments]
+    command = [sys.executable, "-m", "tests.support.guard_pages", *arguments]
     return subprocess.run(command, cwd=root, env=environment, check=False, capture_output=True).returncode
 
 

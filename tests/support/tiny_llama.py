@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 from torch.nn.utils import clip_grad_norm_
-from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
+from transformers import LlamaForCausalLM, get_scheduler
 
+from bench.models import llama
 from dba_kernels import GlobalGradient, collect_global_gradient
 
-TEXT = (Path(__file__).resolve().parent.parent / "LICENSE").read_bytes()
+TEXT = (Path(__file__).resolve().parents[2] / "LICENSE").read_bytes()
 LENGTH = 16
 
 Batch = dict[str, torch.Tensor]
@@ -21,17 +22,7 @@ Batch = dict[str, torch.Tensor]
 def make_model(dtype: torch.dtype = torch.float32, vocab_size: int = 256) -> LlamaForCausalLM:
     """The same weights at every call, in either dtype (to its rounding)."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=vocab_size,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).to(dtype)
+    return llama(vocab_size=vocab_size).to(dtype)
 
 
 def examples(count: int, start: int = 0) -> list[Batch]:

@@ -13,16 +13,15 @@ import torch
 from dba_kernels.reference import coefficients
 from dba_kernels.reference import step as step_module
 from dba_kernels.stepdata import Coefficient, StepOverrides, StepSettings, StepTables, Summary
-from tests.oracle import BUSY, Case
+
+from .oracle import BUSY, Case
 
 Arguments = dict[str, Any]
 _coefficients = coefficients.coefficients
 Breaks = Callable[[pytest.MonkeyPatch], None]
 
 
-def patched(
-    function: str, wrong: Callable[..., Any], module: Any = coefficients
-) -> Callable[[pytest.MonkeyPatch], None]:
+def patched(function: str, wrong: Callable[..., Any], module: Any = coefficients) -> Breaks:
     return lambda patch: patch.setattr(module, function, wrong)
 
 

@@ -10,6 +10,7 @@ import torch
 import transformers
 from click.testing import CliRunner, Result
 
+from bench.models import llama
 from dba_kernels import cli
 
 TEXT = "stir the butter into flour and bake it until a skewer comes out clean while oven cools with salt"
@@ -53,17 +54,8 @@ def save_model(folder: Path, tokenizer: transformers.PreTrainedTokenizerFast, **
     """Two layers of random weights and the tokenizer, saved as users save theirs."""
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        **more,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    model = llama(vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True, **more)
+    model.save_pretrained(folder)
 
 
 def write_inputs(folder: Path) -> Path:

@@ -14,13 +14,14 @@ from rich.console import Console
 from dba_kernels import GlobalGradient, GlobalGradientCollector
 from dba_kernels.formats import STORAGE_FORMATS, storage_format
 
-from .files import InputError, prepare_folder
+from .options import DATA_HELP, DataOptions, PathsCommand, data_options, model_option, paths_option
+from .output import InputError, prepare_folder
 from .packing import Batches
 from .progress import progress, wide_console
 from .ranks import Ranks
-from .signal import advice
+from .signal_to_noise import advice
 from .text import Corpus
-from .workload import DATA_HELP, DataOptions, PathsCommand, Workload, data_options, load, model_option, paths_option
+from .workload import Workload, load
 
 
 @dataclass(frozen=True)

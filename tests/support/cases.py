@@ -1,7 +1,7 @@
 """The test matrix: batches of tensors in every combination of dtypes and formats, built the same way for every backend.
 
 A :class:`Case` names a combination; :func:`build` makes its tensors from a seed. ``place`` decides where each tensor
-lies in memory (:func:`plain`, :class:`Misaligned`, or :class:`tests.guard_pages.GuardPages`).
+lies in memory (:func:`plain`, :class:`Misaligned`, or :class:`tests.support.guard_pages.GuardPages`).
 """
 
 from __future__ import annotations

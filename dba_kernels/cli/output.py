@@ -16,7 +16,7 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 class InputError(click.ClickException):
-    """Something the user gave, or has not installed, cannot be used; the message says what and how to mend it."""
+    """Something the user gave, or has not installed, cannot be used; the message says what and how to fix it."""
 
 
 def prepare_folder(folder: Path, expected_bytes: int = 0) -> None:

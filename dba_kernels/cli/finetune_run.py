@@ -8,7 +8,8 @@ import time
 import warnings
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,16 +18,12 @@ from dba_kernels import DBAAdamW, GlobalGradient, annealing_schedule
 from dba_kernels.schedule import BOOSTS
 
 from .checkpoint import Checkpoints, extend_digest
-from .files import InputError, write_folder, write_whole
+from .figures import draw_run
+from .finetune_options import Options
+from .output import InputError, write_folder, write_whole
 from .packing import Batch, Batches
 from .progress import progress
-from .report import draw_run
 from .workload import Workload, count_targets
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from .finetune import Options
 
 
 class Training:

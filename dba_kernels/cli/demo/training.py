@@ -12,17 +12,13 @@ import torch.nn.functional as F
 
 from dba_kernels import DBAAdamW, annealing_schedule
 
+from ..devices import autocast_dtype
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Advance = Callable[[], None]
 """Called after each batch: moves a progress bar."""
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """bf16 where the machine has wide bf16 arithmetic (any GPU, AVX-512 CPUs); None: fp32 throughout."""
-    wide = device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return torch.bfloat16 if wide else None
 
 
 def autocast(device: torch.device) -> torch.autocast:
