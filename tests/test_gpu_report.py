@@ -55,7 +55,7 @@ def test_an_error_in_a_row_is_a_failed_check(tmp_path):
     [
         ("fail", 20.0, "AssertionError: a planted failure"),
         ("signal", 20.0, "died by SIGSEGV"),
-        ("hang", 2.0, "hangs: nothing for 2 s"),
+        ("hang", 10.0, "hangs: nothing for 10 s"),
         ("device", 20.0, "CUDA error: an illegal memory access"),
     ],
 )

@@ -38,7 +38,7 @@ SECOND_ORDER = 1.01
 STEP_OF = {torch.bfloat16: (2.0**-7, 2.0**-133), torch.float16: (2.0**-10, 2.0**-24)}
 SPLIT8_STEP = {torch.bfloat16: (2.0**-15, 2.0**-141), torch.float16: (2.0**-17, 2.0**-31)}
 FP16_SPLIT16_FLOOR = 2.0**-39
-"""Spacing of the narrow formats, relative to the value at most and absolute among subnormals; see tests/support/tolerances."""
+"""Spacing of the narrow formats, relative to the value at most and absolute among subnormals; see tests/support."""
 
 
 @dataclass(frozen=True)
