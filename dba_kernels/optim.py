@@ -229,8 +229,8 @@ class DBAAdamW(Optimizer):
         batches = active.batches(grads)
         settings, tables = self.method.settings, plan.tables(active)
         overrides = StepOverrides(
-            loss_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
+            loss_scale=plan.here(getattr(self, "grad_scale", None)),
+            found_inf=plan.here(getattr(self, "found_inf", None)),
             gamma=self.method.scheduled_boost(plan.counters),
         )
         sums_here = not (settings.reduce and plan.sharding.communicates)
@@ -299,6 +299,8 @@ class DBAAdamW(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         _check_group(group)
+        for i, param in enumerate(group["params"]):
+            ops.check_device(f"param_groups[{len(self.param_groups) - 1}][{i}]", param.device)
         if self.global_gradient is not None and "param_names" not in group:
             raise ValueError(
                 f"params: expected (name, parameter) pairs, group {len(self.param_groups) - 1} has no names; a global "

@@ -34,8 +34,10 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from . import captured
 from .base_model import Groups, names_of, normalize_name
-from .distributed import PLAIN_TYPES, Sharding, layout_of, local
+from .checks import check_grad, check_state, check_storage, same_place
+from .distributed import PLAIN_TYPES, Sharding, local
 from .formats import matrix_shape
 from .global_gradient import GlobalGradient
 from .state import StateOptions, States, formats_of, prepare
@@ -53,8 +55,6 @@ from .stepdata import (
 
 CACHED_ACTIVE_SETS = 8
 """Sets of parameters with a gradient whose batches are kept; a model whose set changes every step rebuilds them."""
-
-GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -80,7 +80,7 @@ class ActiveSet:
         parts: the batches.
         positions: per batch, where its parameters stand among the active ones.
         addresses: of the parameters, in the order of the optimizer's groups.
-        kinds: dtype and layout of each gradient.
+        kinds: type, dtype and layout of each gradient.
         states: each parameter's state as it was: the tensors by key, and their addresses.
         plain: whether no parameter is a DTensor.
     """
@@ -89,7 +89,7 @@ class ActiveSet:
     parts: list[TensorBatch]
     positions: list[list[int]]
     addresses: list[int]
-    kinds: list[tuple[torch.dtype, torch.layout]]
+    kinds: list[tuple[type, torch.dtype, torch.layout]]
     states: list[tuple[dict[str, torch.Tensor], list[int]]]
     plain: bool
 
@@ -97,8 +97,8 @@ class ActiveSet:
         """Whether parameters and state still are the tensors that the batches were made of, and gradients alike."""
         return (
             self.addresses == _addresses(params)
-            and self.kinds == [(g.dtype, g.layout) for g in grads]
-            and (self.plain or all(_same_place(p, g) for p, g in zip(params, grads, strict=True)))
+            and self.kinds == _kinds(grads)
+            and (self.plain or all(same_place(p, g) for p, g in zip(params, grads, strict=True)))
             and all(
                 _same_tensors(known, state.get(p)) and addresses == _addresses(known.values())
                 for p, (known, addresses) in zip(params, self.states, strict=True)
@@ -153,11 +153,13 @@ class Plan:
         owner = [i for i, group in enumerate(groups) for _ in group["params"]]
         self.group = torch.tensor(owner, device=self.device)
         self._uploaded: list[tuple[float, ...]] | None = None
+        self._captured = False
         self._sums_elsewhere: dict[torch.device, torch.Tensor] = {}
         self.cut = torch.tensor([[rows is not None] for rows in self.sharding.rows], device=self.device)
 
         steps = [int(states.get(p, {}).get("step", 0)) for p in self.params]
         self.steps = torch.tensor(steps, dtype=torch.float32, device=self.device)
+        self._step_of = [self.steps.select(0, row) for row in range(n)]  # one view each: active sets know state by it
         self.bias_corrections = torch.tensor(
             [
                 [_replayed_bias_correction(float(beta), step) for beta in groups[g]["betas"]]
@@ -172,7 +174,7 @@ class Plan:
         self.counters = torch.tensor([done, groups[0]["steps_skipped"]], dtype=torch.int64, device=self.device)
         for param in self.params:
             if "step" in states.get(param, {}):
-                states[param]["step"] = self.steps.select(0, self._row[id(param)])
+                states[param]["step"] = self._step_of[self._row[id(param)]]
         self._bind(global_gradient, missing, fresh=done == 0)
 
     def _bind(self, gg: GlobalGradient | None, missing: str, fresh: bool) -> None:
@@ -223,7 +225,8 @@ class Plan:
         rows = [self._row[id(p)] for p in params]
         by_format: dict[tuple[Any, Any, Any, tuple[str, str, str]], list[int]] = defaultdict(list)
         for i, (param, grad, row) in enumerate(zip(params, grads, rows, strict=True)):
-            _check_grad(param, grad, self.names[row])
+            check_grad(param, grad, self.names[row])
+            check_storage(f"grad of {self.names[row]!r}", local(grad))
             stored = self.stored[row]
             formats = (*self._prepare(param, row, states), "none" if stored is None else stored.format)
             by_format[param.device, param.dtype, grad.dtype, formats].append(i)
@@ -236,7 +239,7 @@ class Plan:
             ],
             positions=list(by_format.values()),
             addresses=_addresses(params),
-            kinds=[(g.dtype, g.layout) for g in grads],
+            kinds=_kinds(grads),
             states=[(tensors, _addresses(tensors.values())) for tensors in kept],
             plain=self.sharding.mesh is None,
         )
@@ -244,6 +247,7 @@ class Plan:
     def _prepare(self, param: torch.Tensor, row: int, states: States) -> tuple[str, str]:
         """State of ``param``, allocated or adopted; its formats."""
         part, name = local(param), self.names[row]
+        check_storage(f"parameter {name!r}", part)
         if not part.is_contiguous() or part.is_complex():
             kind = "complex" if part.is_complex() else f"strides {part.stride()}"
             raise ValueError(
@@ -251,7 +255,8 @@ class Plan:
             )
         formats = formats_of(param, self.options)
         prepare(states[param], param, *formats, name)
-        states[param]["step"] = self.steps.select(0, row)
+        states[param]["step"] = self._step_of[row]
+        check_state(name, part, states[param], *formats)
         return formats
 
     def _tensors_of(self, param: torch.Tensor, own: dict[str, Any]) -> ParamTensors:
@@ -268,7 +273,13 @@ class Plan:
         )
 
     def upload_hyper(self, groups: Groups) -> None:
-        """Write the groups' hyperparameters to the table, where they changed; tensors are copied on the device."""
+        """Write the groups' hyperparameters to the table, where they changed; tensors are copied on the device.
+
+        Raises:
+            ValueError: a tensor on the CPU while a CUDA graph is captured, which would never read it again.
+        """
+        capturing = captured.capturing(self.device)
+        self._captured |= capturing
         rows, tensors = [], []
         for i, group in enumerate(groups):
             values = [
@@ -280,12 +291,20 @@ class Plan:
             ]
             tensors += [(i, column, value) for column, value in enumerate(values) if torch.is_tensor(value)]
             rows.append(tuple(0.0 if torch.is_tensor(value) else float(value) for value in values))
-        if rows != self._uploaded:
+        if rows != self._uploaded or self._captured:  # a replay in between may have written the values of its capture
             # A fresh pinned buffer each time: one that is reused might be overwritten before its copy has completed.
             pin = self.device.type == "cuda" and torch.cuda.is_available()
-            host = torch.tensor(rows, dtype=torch.float64, pin_memory=pin)
+            host = torch.tensor(rows, dtype=torch.float64, device="cpu", pin_memory=pin)
+            if capturing:
+                captured.keep(host)
             self.hyper.copy_(host, non_blocking=True)
         for i, column, value in tensors:
+            if capturing and value.device.type == "cpu":
+                raise ValueError(
+                    f"{('lr', 'betas', 'betas', 'eps', 'weight_decay')[column]} of group {i}: expected a number or a "
+                    f"tensor on {self.device} while a CUDA graph is captured, got a tensor on the CPU, which no replay "
+                    "would read again; move it to the GPU, or give a number, which the graph then keeps"
+                )
             self.hyper.select(0, i).select(0, column).copy_(value.squeeze(), non_blocking=True)
 
         betas = slice(Hyper.BETA1, Hyper.BETA2 + 1)
@@ -297,6 +316,8 @@ class Plan:
 
     def tables(self, active: ActiveSet) -> StepTables:
         """The tables that ``coefficients`` reads and writes."""
+        if captured.capturing(self.device):
+            captured.keep(self, active)
         own = (field.name for field in fields(StepTables) if field.name != "active")
         return StepTables(active=active.index, **{name: getattr(self, name) for name in own})
 
@@ -323,7 +344,7 @@ class Plan:
         for batch in active.parts:
             if batch.device != self.device:
                 index = [tensor.index for tensor in batch.tensors]
-                self.sums[index] = self._sums_elsewhere[batch.device][index].to(self.device, non_blocking=True)
+                self.sums[index] = self._moved(self._sums_elsewhere[batch.device][index], self.device)
         if self.sharding.communicates:
             # Every rank has summed over its rows; what all ranks hold whole, one of them brings in.
             sums = self.sums.index_select(0, active.index)
@@ -332,7 +353,16 @@ class Plan:
             self.sums.index_copy_(0, active.index, self.sharding.sum_(sums))
 
     def table_on(self, batch: TensorBatch) -> torch.Tensor:
-        return self.table.to(batch.device, non_blocking=True)
+        return self._moved(self.table, batch.device)
+
+    def here(self, scalar: torch.Tensor | None) -> torch.Tensor | None:
+        """A GradScaler's tensor, which lies where the loss is, on the device of the tables."""
+        return None if scalar is None else self._moved(scalar, self.device)
+
+    @staticmethod
+    def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A copy towards the CPU is waited for: the host reads it at once."""
+        return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def _addresses(tensors: Iterable[torch.Tensor]) -> list[int]:
@@ -343,27 +373,12 @@ def _address(tensor: torch.Tensor) -> int:
     return 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
 
 
-def _same_place(param: Any, grad: Any) -> bool:
-    """Whether a gradient is cut as its parameter; FSDP2's always are."""
-    return getattr(param, "placements", None) == getattr(grad, "placements", None)
+def _kinds(grads: list[torch.Tensor]) -> list[tuple[type, torch.dtype, torch.layout]]:
+    return [(type(g), g.dtype, g.layout) for g in grads]
 
 
 def _grouping(groups: Groups) -> list[list[int]]:
     return [[id(p) for p in group["params"]] for group in groups]
-
-
-def _check_grad(param: torch.Tensor, grad: torch.Tensor, name: str) -> None:
-    if grad.layout != torch.strided:
-        raise ValueError(f"grad of {name!r}: expected a dense tensor, got {grad.layout}; set sparse=False on its layer")
-    if grad.dtype not in GRAD_DTYPES and grad.dtype != param.dtype:
-        raise ValueError(
-            f"grad of {name!r}: expected float32, bfloat16 or float16, got {grad.dtype}; cast it before step()"
-        )
-    if not _same_place(param, grad):
-        raise ValueError(
-            f"grad of {name!r}: expected the parameter's layout over the ranks, {layout_of(param)}, got "
-            f"{layout_of(grad)}; redistribute it before step()"
-        )
 
 
 def metrics(plan: Plan, settings: StepSettings) -> dict[str, float]:

@@ -53,8 +53,9 @@ class GradientSums:
             torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
             for p in map(local, self.params)
         ]
+        self._caches: list[dict[str, Any]] = [{} for _ in self.totals]
         # Per tensor: Σw, Σw², Σw²‖g‖² (of the rows here), and how many gradients were dropped, not being finite.
-        self.scalars = torch.zeros(len(params), 4, dtype=torch.float64)
+        self.scalars = torch.zeros(len(params), 4, dtype=torch.float64, device="cpu")
         self.progress = Progress()
         # ‖g‖² of the micro-batch at hand, one vector per device so that nothing synchronises before commit().
         self._squared = {t.device: self.scalars.new_zeros(len(params), device=t.device) for t in self.totals}
@@ -63,7 +64,8 @@ class GradientSums:
         """Add one tensor's gradient of the micro-batch at hand; a non-finite one adds nothing."""
         total = self.totals[index]
         grad = grad.to_dense() if grad.is_sparse else grad.contiguous()
-        ops.accumulate([total], [grad], weight, self._squared[total.device][index : index + 1])
+        norm = self._squared[total.device][index : index + 1]
+        ops.accumulate([total], [grad], weight, norm, cache=self._caches[index])
 
     def add_rows(self, grads: list[torch.Tensor | None], weight: float) -> None:
         """Add and commit a whole micro-batch, of every gradient the rows that are here (None: zero).

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from .. import formats
+from .. import captured, formats
 from ..formats import EncodedTensor, matrix_shape
 from ..stepdata import TensorBatch
 from . import columns as col
@@ -20,9 +20,6 @@ TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-
-_captured: list[torch.Tensor] = []
-"""Host buffers whose copy to the device is part of a CUDA graph, which reads them again at every replay."""
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -35,25 +32,30 @@ def vector_elements(*dtypes: torch.dtype) -> int:
     return ALIGNMENT.value // max(dtype.itemsize for dtype in dtypes)
 
 
-def address_of(name: str, tensor: torch.Tensor) -> int:
-    """Address of a tensor that a kernel may walk.
+def address_of(name: str, tensor: torch.Tensor, device: torch.device) -> int:
+    """Address of a tensor that a kernel on ``device`` may walk.
 
     Raises:
-        ValueError: it is not contiguous.
+        ValueError: it is elsewhere, not contiguous, or has no storage.
     """
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}; move it there first")
     if not tensor.is_contiguous():
         raise ValueError(
             f"{name}: expected contiguous storage, got strides {tensor.stride()}; call .contiguous() first"
         )
-    return tensor.data_ptr()
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel() > 0:
+        raise ValueError(f"{name}: expected a tensor with storage of its own, got {type(tensor).__name__}; unwrap it")
+    return address
 
 
 def copy_to(table: torch.Tensor, values: list) -> torch.Tensor:
     """Fill a device table from a host list, without waiting for the copy."""
     # Pinned memory comes from torch's caching allocator, which reuses it only after this copy has completed.
-    host = torch.tensor(values, dtype=table.dtype, pin_memory=table.is_cuda)
-    if table.is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured.append(host)
+    host = torch.tensor(values, dtype=table.dtype, device="cpu", pin_memory=table.is_cuda)
+    if captured.capturing(table.device):
+        captured.keep(table, host)  # the copy is part of the graph, and is made again at every replay
     return table.copy_(host, non_blocking=True)
 
 
@@ -70,19 +72,22 @@ class Addresses:
         self._known: list[int] = []
 
     def refresh(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """The table for these tensors.
+        """The table for these tensors; a captured launch gets one that belongs to the capture.
 
         Raises:
-            ValueError: a tensor is not contiguous, or not of the others' dtype.
+            ValueError: a tensor is elsewhere, not contiguous, without storage, or not of the others' dtype.
         """
         addresses = [tensor.data_ptr() for tensor in tensors]
-        if addresses != self._known:
+        own = captured.capturing(self.table.device)
+        if own or addresses != self._known:
             for i, tensor in enumerate(tensors):
-                address_of(f"grads[{i}]", tensor)
+                address_of(f"grads[{i}]", tensor, self.table.device)
                 if tensor.dtype != tensors[0].dtype:
                     raise ValueError(
                         f"grads[{i}]: expected {tensors[0].dtype} like grads[0], got {tensor.dtype}; batch them apart"
                     )
+            if own:
+                return copy_to(torch.empty_like(self.table), addresses)
             copy_to(self.table, addresses)
             self._known = addresses
         return self.table
@@ -109,11 +114,11 @@ class Entry(list[int]):
         self[column.value] = address
         self[col.FULL_TILES.value] &= int(address % ALIGNMENT.value == 0)
 
-    def store(self, name: str, stored: EncodedTensor) -> None:
+    def store(self, name: str, stored: EncodedTensor, device: torch.device) -> None:
         """A stored tensor: its codes are a stream, its scales are read singly, so of any alignment."""
-        self.stream(col.GLOBAL_GRAD, address_of(f"{name}.codes", stored.codes))
+        self.stream(col.GLOBAL_GRAD, address_of(f"{name}.codes", stored.codes, device))
         if stored.scales is not None:
-            self[col.GLOBAL_SCALE.value] = address_of(f"{name}.scales", stored.scales)
+            self[col.GLOBAL_SCALE.value] = address_of(f"{name}.scales", stored.scales, device)
 
 
 class Tables:
@@ -176,15 +181,15 @@ def _batch_entry(batch: TensorBatch, i: int, grouped: bool) -> Entry:
     entry = Entry(tuple(tensor.param.shape), grouped)
     for part, column in STREAMS.items():
         if (streamed := getattr(tensor, part)) is not None:
-            entry.stream(column, address_of(f"{name}.{part}", streamed))
+            entry.stream(column, address_of(f"{name}.{part}", streamed, batch.device))
     for part, column in SCALES.items():
         if (scales := getattr(tensor, part)) is not None:
-            entry[column.value] = address_of(f"{name}.{part}", scales)
+            entry[column.value] = address_of(f"{name}.{part}", scales, batch.device)
     stored: Any = tensor.global_grad
     if stored is not None:
         if stored.format != batch.global_format:
             raise ValueError(f"{name}.global_grad: expected format {batch.global_format!r}, got {stored.format!r}")
-        entry.store(f"{name}.global_grad", stored)
+        entry.store(f"{name}.global_grad", stored, batch.device)
     entry[col.TABLE_ROW.value] = tensor.index
     entry[col.SEED.value] = tensor.seed
     entry[col.OFFSET.value] = tensor.offset
