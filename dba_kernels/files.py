@@ -273,7 +273,8 @@ class SavedTensors:
             raise _corrupt(self.path, "no description by this library")
         if text_digest(text) != digest:
             raise _corrupt(self.path, "its description does not match its digest")
-        return json.loads(text)
+        described: dict[str, Any] = json.loads(text)
+        return described
 
     def check_layout(self, expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         """Compare every tensor's dtype and shape, from the headers alone.
@@ -290,7 +291,8 @@ class SavedTensors:
                 raise _corrupt(self.path, f"tensor {key!r}: expected {want}, got {got}")
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        return self._files[key].get_tensor(key)
+        tensor: torch.Tensor = self._files[key].get_tensor(key)
+        return tensor
 
 
 def _map(path: Path) -> tuple[Any, dict[str, str]]:

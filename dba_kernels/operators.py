@@ -93,14 +93,16 @@ def _(tensor: torch.Tensor, format: str, backend: str) -> tuple[torch.Tensor, to
 
 
 def decode(stored: EncodedTensor, backend: str) -> torch.Tensor:
-    return torch.ops.dba_kernels.decode(stored.codes, stored.scales, list(stored.shape), stored.format, backend)
+    shape = list(stored.shape)
+    decoded: torch.Tensor = torch.ops.dba_kernels.decode(stored.codes, stored.scales, shape, stored.format, backend)
+    return decoded
 
 
 def _decode(
     codes: torch.Tensor, scales: torch.Tensor | None, shape: list[int], format: str, backend: str
 ) -> torch.Tensor:
     encoded = EncodedTensor(format, tuple(shape), codes, scales)
-    decoded = serving(backend, "quantize", codes.device, torch.float32).decode(encoded)
+    decoded: torch.Tensor = serving(backend, "quantize", codes.device, torch.float32).decode(encoded)
     return decoded.clone() if decoded.data_ptr() == codes.data_ptr() else decoded  # an op must not return its input
 
 

@@ -105,7 +105,8 @@ def encode_all(tensors: list[torch.Tensor], format: str, backend: str = "auto") 
     tensors = [tensor.float() if tensor.dtype == torch.float64 else tensor for tensor in tensors]
     module = serving(backend, "quantize", tensors[0].device, tensors[0].dtype)
     if hasattr(module, "encode_all"):
-        return module.encode_all(tensors, format)
+        encoded: list[EncodedTensor] = module.encode_all(tensors, format)
+        return encoded
     return [module.encode(tensor, format) for tensor in tensors]
 
 
@@ -125,7 +126,8 @@ def decode_all(encoded: list[EncodedTensor], backend: str = "auto") -> list[torc
         return [operators.decode(stored, backend) for stored in encoded]
     module = serving(backend, "quantize", encoded[0].device, torch.float32)
     if hasattr(module, "decode_all"):
-        return module.decode_all(encoded)
+        decoded: list[torch.Tensor] = module.decode_all(encoded)
+        return decoded
     return [module.decode(stored) for stored in encoded]
 
 

@@ -100,14 +100,14 @@ class DBAAdamW(Optimizer):
 
     def __init__(
         self,
-        params: Iterable,
+        params: Iterable[Any],
         lr: float | torch.Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
         *,
-        global_gradient: GlobalGradient | str | os.PathLike | None = None,
+        global_gradient: GlobalGradient | str | os.PathLike[str] | None = None,
         total_steps: int | str | None = None,
         boost: str | float | BoostSchedule = "auto",
         boost_max: float = 0.5,

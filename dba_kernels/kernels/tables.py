@@ -29,7 +29,7 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def vector_elements(*dtypes: torch.dtype) -> int:
     """Elements per access, the same for all tensors of a tile: 16 bytes of the widest, less of the others."""
-    return ALIGNMENT.value // max(dtype.itemsize for dtype in dtypes)
+    return int(ALIGNMENT.value) // max(dtype.itemsize for dtype in dtypes)
 
 
 def address_of(name: str, tensor: torch.Tensor, device: torch.device) -> int:
@@ -50,7 +50,7 @@ def address_of(name: str, tensor: torch.Tensor, device: torch.device) -> int:
     return address
 
 
-def copy_to(table: torch.Tensor, values: list) -> torch.Tensor:
+def copy_to(table: torch.Tensor, values: list[Any]) -> torch.Tensor:
     """Fill a device table from a host list, without waiting for the copy."""
     # Pinned memory comes from torch's caching allocator, which reuses it only after this copy has completed.
     host = torch.tensor(values, dtype=table.dtype, device="cpu", pin_memory=table.is_cuda)
@@ -164,7 +164,8 @@ def tables_of(batch: TensorBatch) -> GradTables:
         grouped = formats.STATE_FORMATS[batch.state_format].grouped or (stored is not None and stored.grouped)
         entries = [_batch_entry(batch, i, grouped) for i in range(len(batch.tensors))]
         batch.cache["triton"] = GradTables(entries, batch.device)
-    return batch.cache["triton"]
+    tables: GradTables = batch.cache["triton"]
+    return tables
 
 
 STREAMS = {

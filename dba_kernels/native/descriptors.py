@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +127,7 @@ class _Descriptors:
 
 def structs_of(
     batches: list[TensorBatch], grads: list[list[torch.Tensor]], with_state: bool
-) -> tuple[ctypes.Array, list]:
+) -> tuple[ctypes.Array[Any], list[Any]]:
     """The structs to pass, and what must stay alive until the call is over."""
     found = [
         _Descriptors.enter(batch, part, with_state) for batch, part in zip(batches, grads, strict=True) if batch.tensors
