@@ -84,7 +84,7 @@ class GradientSums:
     def commit(self, weight: float, dropped: torch.Tensor | bool = False) -> None:
         """The micro-batch is complete: count its weight, except for tensors whose gradient was not finite."""
         norms = torch.stack([squared.cpu() for squared in self._squared.values()]).sum(dim=0)
-        finite = torch.isfinite(norms) & ~torch.as_tensor(dropped)
+        finite = torch.isfinite(norms) & ~torch.as_tensor(dropped, device="cpu")
         norms = norms.where(finite, 0.0)
         self.scalars += torch.stack((finite * weight, finite * weight**2, norms * weight**2, ~finite), dim=1)
         for squared in self._squared.values():

@@ -16,8 +16,6 @@ from dba_kernels import DBAAdamW, GlobalGradient, captured
 from dba_kernels.kernels import tables
 from dba_kernels.stepdata import Hyper
 
-from .support.operations import CountedOperations
-
 
 class Switch:
     """Whether a graph is being captured."""
@@ -33,7 +31,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Iterator[Switch]:
     yield switch
 
 
-def make(lr: Any = 1e-3, **options: Any) -> tuple[torch.nn.Parameter, DBAAdamW]:
+def make(lr: Any = 1e-4, **options: Any) -> tuple[torch.nn.Parameter, DBAAdamW]:
     param = torch.nn.Parameter(torch.randn(8, 8))
     gg = GlobalGradient.from_tensors({"weight": torch.randn(8, 8)})
     optimizer = DBAAdamW([("weight", param)], lr=lr, global_gradient=gg, total_steps=50, backend="triton", **options)
@@ -85,7 +83,7 @@ def test_nothing_is_kept_without_a_capture(capture):
 def test_a_cpu_tensor_in_a_capture_is_refused(capture, key):
     """Protects against a schedule that a replay never reads: the copy would come from memory long given back."""
     _, optimizer = make()
-    optimizer.param_groups[0][key] = torch.tensor(1e-3)
+    optimizer.param_groups[0][key] = torch.tensor(1e-4)
     optimizer.step()
     capture.on = True
     with pytest.raises(ValueError, match=rf"{key} of group 0: expected a number or a tensor on .* while a CUDA graph"):
@@ -99,11 +97,11 @@ def hyper_buffers() -> list[torch.Tensor]:
 def test_a_rate_that_changed_before_the_capture_is_kept(capture):
     """Protects replays: the captured copy reads its host buffer again, so that buffer stays."""
     _, optimizer = make()
-    optimizer.param_groups[0]["lr"] = 5e-4
+    optimizer.param_groups[0]["lr"] = 5e-5
     capture.on = True
     optimizer.step()
     (buffer,) = hyper_buffers()
-    assert buffer[0, Hyper.LR] == 5e-4
+    assert buffer[0, Hyper.LR] == 5e-5
 
 
 def test_an_eager_step_after_a_capture_has_its_own_rate(capture):
@@ -115,13 +113,12 @@ def test_an_eager_step_after_a_capture_has_its_own_rate(capture):
     for _ in range(2):
         optimizer._plan.hyper[0, Hyper.LR] = 123.0  # what a replay leaves behind
         optimizer.step()
-        assert optimizer._plan.hyper[0, Hyper.LR] == 1e-3
+        assert optimizer._plan.hyper[0, Hyper.LR] == 1e-4
 
 
 def test_without_captures_nothing_is_written_again(capture):
     """Negative control of the above: an eager run writes what changed, and nothing else."""
     _, optimizer = make()
+    optimizer._plan.hyper[0, Hyper.LR] = 123.0
     optimizer.step()
-    with CountedOperations() as counted:
-        optimizer.step()
-    assert counted.names == []
+    assert optimizer._plan.hyper[0, Hyper.LR] == 123.0
