@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.optim import Optimizer
@@ -227,7 +227,7 @@ class DBAAdamW(Optimizer):
         plan, active = self._activate(params, grads)
         plan.upload_hyper(self.param_groups)
         batches = active.batches(grads)
-        settings, tables = self.method.settings, plan.tables(active)
+        settings, scalars = self.method.settings, plan.scalars(active)
         overrides = StepOverrides(
             loss_scale=plan.here(getattr(self, "grad_scale", None)),
             found_inf=plan.here(getattr(self, "found_inf", None)),
@@ -235,30 +235,29 @@ class DBAAdamW(Optimizer):
         )
         sums_here = not (settings.reduce and plan.sharding.communicates)
         if sums_here and self.method.correction is None and ops.fuses(batches, self.backend):
-            ops.fused_step(batches, tables, settings, overrides, self.backend)
+            ops.fused_step(batches, scalars, settings, overrides, self.backend)
         else:
             if settings.reduce:
-                for batch, its_grads in batches:
-                    ops.similarity(batch, its_grads, plan.sums_on(batch), self.backend)
+                for batch, batch_grads in batches:
+                    ops.similarity(batch, batch_grads, plan.sums_on(batch), self.backend)
                 plan.gather_sums(active)
             if self.method.correction is not None:
                 sums = plan.unscaled_sums(active, overrides.loss_scale)
                 overrides = replace(overrides, alpha=self.method.corrections(*sums))
-            ops.coefficients(tables, settings, overrides, self.backend)
-            for batch, its_grads in batches:
-                ops.step(batch, its_grads, plan.table_on(batch), self.backend)
+            ops.coefficients(scalars, settings, overrides, self.backend)
+            for batch, batch_grads in batches:
+                ops.step(batch, batch_grads, plan.coefficients_on(batch), self.backend)
         torch.autograd.graph.increment_version(params)  # kernels write through addresses, which torch does not see
         return loss
 
     def _activate(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> tuple[Plan, ActiveSet]:
+        where = self.param_groups, self.state
         if self._plan is not None:
-            if (active := self._plan.activate(params, grads, self.param_groups, self.state)) is not None:
+            if (active := self._plan.activate(params, grads, *where)) is not None:
                 return self._plan, active
             self._drop_plan()
-        plan = self._plan = Plan(self.param_groups, self.state, self.options, self.global_gradient, self.missing)
-        active = plan.activate(params, grads, self.param_groups, self.state)
-        assert active is not None  # a plan just made is current
-        return plan, active
+        plan = self._plan = Plan(*where, self.options, self.global_gradient, self.missing, self.backend)
+        return plan, cast("ActiveSet", plan.activate(params, grads, *where))  # a plan just made is current
 
     def _drop_plan(self) -> None:
         self._store_counters()

@@ -1,4 +1,4 @@
-"""What travels from the optimizer to a backend in a step: the parameters' tensors, the step's tables, their columns.
+"""What travels from the optimizer to a backend in a step: the parameters' tensors, and scalars in columns.
 
 Plain data without arithmetic, like :mod:`.formats`, so that every backend may import it.
 """
@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 
-from .formats import StoredTensor
-
 
 class Coefficient:
-    """Columns of the coefficient table, float64 ``[n_params, Coefficient.COUNT]``.
+    """Columns of a step's coefficients, float64 ``[n_params, Coefficient.COUNT]``.
 
-    The table carries everything that changes between steps, one row per parameter, so one launch serves parameters
+    They carry everything that changes between steps, one row per parameter, so one launch serves parameters
     of different groups and nothing is recompiled or synchronised. Derived factors are computed once, in float64.
     """
 
@@ -36,7 +34,7 @@ class Coefficient:
 
 
 class Hyper:
-    """Columns of the hyperparameter table, float64 ``[n_groups, Hyper.COUNT]``."""
+    """Columns of the hyperparameters, float64 ``[n_groups, Hyper.COUNT]``."""
 
     LR = 0
     BETA1 = 1
@@ -110,7 +108,7 @@ NO_OVERRIDES = StepOverrides()
 
 
 @dataclass(frozen=True)
-class StepTables:
+class StepScalars:
     """Everything of a step that is not per element, on one device: n parameters, G groups, m ≤ n active parameters.
 
     Args:
@@ -123,7 +121,7 @@ class StepTables:
         steps: fp32 ``[n]``, steps done per parameter.
         bias_corrections: float64 ``[n, 2]``, 1 − β₁^k and 1 − β₂^k, kept as the EMA of 1: c ← βc + (1−β).
         counters: int64 ``[2]``, optimizer steps done (the t of γ_t) and steps skipped.
-        table: float64 ``[n, Coefficient.COUNT]``.
+        coefficients: float64 ``[n, Coefficient.COUNT]``.
         report: float64 ``[n, 2]``, φ and α of each parameter (φ 0, α 1 without ĝ_G).
         summary: float64 ``[Summary.COUNT]``.
     """
@@ -136,7 +134,7 @@ class StepTables:
     steps: torch.Tensor
     bias_corrections: torch.Tensor
     counters: torch.Tensor
-    table: torch.Tensor
+    coefficients: torch.Tensor
     report: torch.Tensor
     summary: torch.Tensor
 
@@ -149,16 +147,39 @@ Part = Any
 """A tensor, or None where the formats have no such part: formats are data, so no type can say which."""
 
 
+@dataclass(frozen=True)
+class Factors:
+    """A low-rank global gradient as a step multiplies it out, decoded once: ``left @ right`` is ``tensor.flatten(1)``.
+
+    bf16 on GPUs, where bandwidth is what counts; fp32 on CPUs, where bf16 matmul is slow. 2·r·(rows + cols) bytes on a
+    GPU, less than int8 has where r < 0.53 · rows · cols / (rows + cols). In time no rank is cheaper than int8: the
+    product is written and read once per use, 4 bytes per parameter in place of int8's 1.06.
+
+    Args:
+        shape: of the tensor.
+        left: ``U · diag(σ)``, ``[rows, r]``.
+        right: ``Vᵀ``, ``[r, cols]``.
+    """
+
+    shape: tuple[int, ...]
+    left: torch.Tensor
+    right: torch.Tensor
+
+    @property
+    def format(self) -> str:
+        return "lowrank"
+
+
 @dataclass(slots=True)
 class ParamTensors:
     """One parameter with everything that a step reads or writes beside its gradient; None where its formats have none.
 
     Args:
-        index: the parameter's row of the step's tables.
+        index: where the parameter stands in the step's scalars.
         param: the weight.
         remainder: of the weight's shape, see :class:`ParamFormat`.
         exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale: see :meth:`StateFormat.parts`; None where nothing steps.
-        global_grad: as it is stored; :class:`LowRankTensor` only above the backends.
+        global_grad: as it is stored; low rank, stored or as :class:`Factors`, only above the backends.
         seed: 32 bits, of the parameter's stochastic rounding.
         offset: position of element 0 in the flattened whole parameter (not 0 only for a row shard).
     """
@@ -170,7 +191,7 @@ class ParamTensors:
     exp_avg_sq: Part = None
     exp_avg_scale: Part = None
     exp_avg_sq_scale: Part = None
-    global_grad: StoredTensor | None = None
+    global_grad: Any = None
     seed: int = 0
     offset: int = 0
 
@@ -183,7 +204,7 @@ class TensorBatch:
         param_format, state_format: names in :data:`PARAM_FORMATS` and :data:`STATE_FORMATS`.
         global_format: name in :data:`STORAGE_FORMATS`, ``"lowrank"``, or ``"none"``.
         tensors: one record per parameter.
-        cache: scratch that a backend keeps between steps (pointer and chunk tables), keyed by the backend.
+        cache: scratch that a backend keeps between steps (pointers, chunks, descriptors), keyed by the backend.
     """
 
     param_format: str

@@ -47,7 +47,7 @@ def kept() -> list[Any]:
 def test_address_tables_belong_to_the_capture(capture):
     """Protects eager steps beside graphs: neither reads the gradients whose addresses the other entered."""
     first, second = [torch.ones(4)], [torch.ones(4)]
-    addresses = tables.Addresses(1, torch.device("cpu"))
+    addresses = tables.GradTables([tables.Entry((4,), grouped=False)], torch.device("cpu"))
     eager = addresses.refresh(first)
     capture.on = True
     graphed = addresses.refresh(second)
@@ -58,6 +58,22 @@ def test_address_tables_belong_to_the_capture(capture):
     assert graphed.tolist() == other.tolist() == [second[0].data_ptr()]
     assert len({table.data_ptr() for table in (eager, graphed, other)}) == 3
     assert any(table is graphed for table in kept()) and any(table is other for table in kept())
+
+
+def test_routes_of_a_capture_are_its_own(capture):
+    """Protects eager steps after a capture: a list that only a replay fills is not used before one."""
+    aligned, odd = [torch.ones(4096)], [torch.ones(4097)[1:]]
+    made = tables.GradTables([tables.Entry((4096,), grouped=False)], torch.device("cpu"))
+    made.refresh(aligned)
+    capture.on = True
+    made.refresh(odd)
+    graphed = made.chunks
+    capture.on = False
+    made.refresh(aligned)
+    assert list(graphed) == ["narrow"] and list(made.chunks) == ["aligned"]
+    made.refresh(odd)
+    assert list(made.chunks) == ["narrow"] and made.chunks["narrow"] is not graphed["narrow"]
+    assert any(item is graphed["narrow"] for item in kept())
 
 
 def test_what_a_capture_uses_outlives_the_plan(capture):

@@ -1,6 +1,6 @@
 """Tensors in unusual places: several devices, another default device, no storage, devices that cannot serve.
 
-No GPU is needed: fake tensors and meta tensors stand in for what lies elsewhere. ``python -m bench.gpu`` has the same
+No GPU is needed: meta tensors and recorders stand in for what lies elsewhere. ``python -m bench.gpu`` has the same
 cases on the device.
 """
 
@@ -12,15 +12,14 @@ import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from dba_kernels import DBAAdamW, GlobalGradient, backends, collect_global_gradient, ops, plan, use_backend
+from dba_kernels import DBAAdamW, GlobalGradient, backends, collect_global_gradient, plan, use_backend
 from dba_kernels.backends import BACKENDS, why_not
 from dba_kernels.kernels import accumulate
 from dba_kernels.kernels.tables import address_of
@@ -51,46 +50,59 @@ def global_gradient() -> GlobalGradient:
 # --- several devices --------------------------------------------------------------------------------------------------
 
 
-class Copies(TorchDispatchMode):
-    """Every copy to another device: where to, and whether the host goes on before it has been made."""
+class Elsewhere:
+    """Stands in for a tensor on ``device``: remembers where it was copied, and whether the host waited for it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[str, bool]] = []
+    def __init__(self, device: str) -> None:
+        self.device, self.copies = torch.device(device), []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if str(func) == "aten._to_copy.default" and kwargs.get("device") is not None:
-            self.found.append((torch.device(kwargs["device"]).type, kwargs.get("non_blocking", False)))
-        return func(*args, **kwargs)
+    def to(self, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        self.copies.append((device.type, non_blocking))
+        return torch.zeros(2, 2)
+
+    def __getitem__(self, index: Any) -> Elsewhere:
+        return self
 
 
-@pytest.mark.parametrize("first", ["cpu", "cuda"])
-def test_copies_towards_the_cpu_are_waited_for(monkeypatch, first):
+@pytest.mark.parametrize(
+    ("here", "there", "non_blocking"), [("cuda", "cpu", False), ("cpu", "cuda", True), ("cuda:0", "cuda:1", True)]
+)
+def test_copies_towards_the_cpu_are_waited_for(here, there, non_blocking):
     """Protects mixed CPU and CUDA models from stale coefficients: the host reads such a copy at once."""
-    monkeypatch.setattr(plan.Plan, "upload_hyper", lambda self, groups: None)  # see tests/test_no_sync.py
-    stored = global_gradient()
-    second = "cuda" if first == "cpu" else "cpu"
-    with FakeTensorMode(allow_non_fake_inputs=True), Copies() as copies:
-        params, optimizer = make(dict.fromkeys(SHAPES, second) | {"a.weight": first}, global_gradient=stored)
-        step(params, optimizer)
-        copies.found.clear()
-        step(params, optimizer)
-    towards_cpu = [waits for device, waits in copies.found if device == "cpu"]
-    assert towards_cpu == [False] * len(towards_cpu)
-    assert towards_cpu, "the count sees the copies"
+    laid_out: Any = object.__new__(plan.Plan)
+    laid_out.device, laid_out.coefficients = torch.device(here), Elsewhere(here)
+    laid_out.coefficients_on(SimpleNamespace(device=torch.device(there)))
+    scale = Elsewhere(here)
+    laid_out.device = torch.device(there)
+    laid_out.here(scale)
+    kind = torch.device(there).type
+    assert laid_out.coefficients.copies == scale.copies == [(kind, non_blocking)]
+    assert laid_out.here(None) is None
 
 
-def test_a_grad_scalers_tensors_come_to_the_tables(monkeypatch):
+def test_sums_come_to_a_cpu_plan_before_they_are_read():
+    """Protects the similarity of mixed models: the sums that a GPU has reduced are waited for."""
+    laid_out: Any = object.__new__(plan.Plan)
+    sums = Elsewhere("cuda")
+    laid_out.device, laid_out.sums = CPU, torch.ones(2, 2)
+    laid_out._sums_elsewhere = {sums.device: sums}
+    laid_out.sharding = SimpleNamespace(communicates=False)
+    tensors = [SimpleNamespace(index=0), SimpleNamespace(index=1)]
+    laid_out.gather_sums(SimpleNamespace(parts=[SimpleNamespace(device=sums.device, tensors=tensors)]))
+    assert sums.copies == [("cpu", False)]
+    assert torch.equal(laid_out.sums, torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("backend", ["native", "triton", "reference"])
+def test_a_grad_scalers_tensors_come_to_the_tables(monkeypatch, backend):
     """Protects models spread over devices: scale and found_inf lie where the loss is, the kernel is elsewhere."""
-    monkeypatch.setattr(plan.Plan, "upload_hyper", lambda self, groups: None)
-    seen = []
-    monkeypatch.setattr(ops, "coefficients", lambda tables, settings, overrides, backend: seen.append(overrides))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        params, optimizer = make(dict.fromkeys(SHAPES, "cuda"), global_gradient=global_gradient(), backend="triton")
-        optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
-        step(params, optimizer)
-    assert [seen[0].loss_scale.device.type, seen[0].found_inf.device.type] == ["cuda", "cuda"]
+    moved = []
+    monkeypatch.setattr(plan.Plan, "here", lambda self, scalar: moved.append(scalar) or torch.ones(()))
+    params, optimizer = make(global_gradient=global_gradient(), backend=backend)
+    optimizer.grad_scale, optimizer.found_inf = scalars = torch.full((), 2.0), torch.zeros(())
+    step(params, optimizer)
+    assert moved == list(scalars)
+    assert optimizer.metrics()["skipped_steps"] == 1  # what ``here`` returned was used: found_inf 1
 
 
 # --- addresses --------------------------------------------------------------------------------------------------------

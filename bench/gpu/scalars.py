@@ -9,7 +9,7 @@ import torch
 
 from dba_kernels import ops
 from dba_kernels.formats import STORAGE_FORMATS, EncodedTensor, scales_shape
-from dba_kernels.stepdata import StepOverrides, StepSettings, StepTables
+from dba_kernels.stepdata import StepOverrides, StepScalars, StepSettings
 from tests.support import agreement as modes
 from tests.support.cases import GRAD_DTYPES, Misaligned, random_tensor
 from tests.support.tolerances import TOLERANCES
@@ -31,8 +31,8 @@ def on_device(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
 
 
-def coefficients(tables: StepTables, settings: StepSettings, overrides: StepOverrides) -> None:
-    ops.coefficients(tables, settings, overrides, "triton")
+def coefficients(scalars: StepScalars, settings: StepSettings, overrides: StepOverrides) -> None:
+    ops.coefficients(scalars, settings, overrides, "triton")
 
 
 def check_mode(changes: dict[str, Any], optional: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]) -> None:
@@ -51,7 +51,7 @@ def check_many(n: int) -> None:
     """More parameters than one program takes at once, in another order."""
     inputs = modes.arguments()
     copies = -(-n // len(inputs["steps"]))
-    for name in ("sums", "global_sq", "group", "steps", "bias_corrections", "table", "report"):
+    for name in ("sums", "global_sq", "group", "steps", "bias_corrections", "coefficients", "report"):
         inputs[name] = inputs[name].repeat(copies, *[1] * (inputs[name].dim() - 1))
     inputs["active"] = torch.arange(n - 1, -1, -1)
     check_mode({}, {}, inputs)

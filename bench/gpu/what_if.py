@@ -22,11 +22,11 @@ TIMED = ("step bf16 split8, bf16 grad, int8 state, int4", "step bf16 split16, bf
 TIMED = (*TIMED, "similarity bf16 grad, int4", "similarity bf16 grad, int8")
 CHOICES: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "chunks of 4096": {"CHUNK": 4096},
-    "chunks of 16384": {"CHUNK": 16384},
-    "8 warps, tiles of 2048": {"NUM_WARPS": 8, "TILE": 2048},
-    "2 warps, tiles of 512": {"NUM_WARPS": 2, "TILE": 512},
-    "8 warps, tiles of 1024": {"NUM_WARPS": 8},
+    "4 tiles per chunk": {"MOST_TILES": 4},
+    "16 tiles per chunk": {"MOST_TILES": 16},
+    "8 warps, tiles of 2048": {"num_warps": 8, "TILE": 2048},
+    "2 warps, tiles of 512": {"num_warps": 2, "TILE": 512},
+    "8 warps, tiles of 1024": {"num_warps": 8},
     "masked tiles of 512": {"MASKED_TILE": 512},
 }
 MODULES = ("common", "tables", "step", "similarity", "accumulate", "quantize", "codecs", "remainder", "coefficients")
@@ -43,7 +43,10 @@ def override(constants: dict[str, int]) -> list[str]:
         except ImportError:
             continue
         for name, value in constants.items():
-            if hasattr(loaded, name):
+            if name == "num_warps" and hasattr(loaded, "LAUNCH"):
+                loaded.LAUNCH["num_warps"] = value
+                places.append(f"{module}.LAUNCH")
+            elif hasattr(loaded, name):
                 constant = isinstance(getattr(loaded, name), tl.constexpr)
                 setattr(loaded, name, tl.constexpr(value) if constant else value)
                 places.append(f"{module}.{name}")

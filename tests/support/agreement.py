@@ -11,7 +11,7 @@ import torch
 
 from dba_kernels.formats import STORAGE_FORMATS, EncodedTensor
 from dba_kernels.reference import accumulate, coefficients, quantize, similarity
-from dba_kernels.stepdata import CORRECTIONS, Coefficient, Hyper, StepOverrides, StepSettings, StepTables, Summary
+from dba_kernels.stepdata import CORRECTIONS, Coefficient, Hyper, StepOverrides, StepScalars, StepSettings, Summary
 
 from .cases import Case, build, plain, random_tensor
 from .tolerances import TOLERANCES, assert_codes, assert_fp32
@@ -158,7 +158,7 @@ OPTIONS = {
     "gamma": {"gamma": torch.tensor(0.123)},
     "alpha": {"alpha": torch.linspace(0.2, 1.9, N)},
 }
-OUTPUTS = ("steps", "bias_corrections", "counters", "table", "report", "summary")
+OUTPUTS = ("steps", "bias_corrections", "counters", "coefficients", "report", "summary")
 
 
 def arguments(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -187,7 +187,7 @@ def arguments(seed: int = 0) -> dict[str, torch.Tensor]:
         "steps": torch.tensor([0.0, 4, 2, 7, 1, 0, 3]),
         "bias_corrections": uniform(N, 2) * 0.5,
         "counters": torch.tensor([11, 2]),
-        "table": torch.full((N, Coefficient.COUNT), float("nan"), dtype=torch.float64),
+        "coefficients": torch.full((N, Coefficient.COUNT), float("nan"), dtype=torch.float64),
         "report": torch.full((N, 2), float("nan"), dtype=torch.float64),
         "summary": torch.full((Summary.COUNT,), float("nan"), dtype=torch.float64),
     }
@@ -200,8 +200,8 @@ def assert_same_coefficients(
     overrides = StepOverrides(**(optional or {}))
     expected = {name: tensor.clone() for name, tensor in inputs.items()}
     actual = {name: tensor.clone() for name, tensor in inputs.items()}
-    coefficients.coefficients(StepTables(**expected), settings, overrides)
-    backend_coefficients(StepTables(**actual), dataclasses.replace(settings, **spoiled), overrides)
+    coefficients.coefficients(StepScalars(**expected), settings, overrides)
+    backend_coefficients(StepScalars(**actual), dataclasses.replace(settings, **spoiled), overrides)
     for name in OUTPUTS:
         limit = TOLERANCES["table"].bound
         torch.testing.assert_close(
