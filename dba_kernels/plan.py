@@ -343,10 +343,9 @@ class Plan:
         return self._sums_elsewhere.setdefault(batch.device, torch.zeros_like(self.sums, device=batch.device))
 
     def gather_sums(self, active: ActiveSet) -> None:
-        for batch in active.parts:
-            if batch.device != self.device:
-                index = [tensor.index for tensor in batch.tensors]
-                self.sums[index] = self._moved(self._sums_elsewhere[batch.device][index], self.device)
+        for batch in (part for part in active.parts if part.device != self.device):
+            index = [tensor.index for tensor in batch.tensors]
+            self.sums[index] = self._moved(self._sums_elsewhere[batch.device][index], self.device)
         if self.sharding.communicates:
             # Every rank has summed over its rows; what all ranks hold whole, one of them brings in.
             sums = self.sums.index_select(0, active.index)
