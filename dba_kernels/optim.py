@@ -215,9 +215,8 @@ class DBAAdamW(Optimizer):
         if not params:
             return loss
         if self._only_allocates(grads):
-            allocate(
-                [(name, param) for name, param in self._named() if param.grad is not None], self.state, self.options
-            )
+            used = [(name, param) for name, param in self._named() if param.grad is not None]
+            allocate(used, self.state, self.options)
             return loss
         if self.awaits_total_steps:
             raise ValueError(
