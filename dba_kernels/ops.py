@@ -27,14 +27,15 @@ def check_backend(backend: str) -> str:
     return check_name("backend", backend, ("auto", *BACKENDS))
 
 
-def check_device(name: str, device: torch.device) -> None:
+def check_devices(name: str, tensors: list[torch.Tensor]) -> None:
     """Refuse a device that no backend serves, before a run begins.
 
     Raises:
         ValueError: naming the tensor and the reason.
     """
-    if (reason := why_not("reference", device)) is not None:
-        raise ValueError(f"{name}: {reason}")
+    for i, tensor in enumerate(tensors):
+        if (reason := why_not("reference", tensor.device)) is not None:
+            raise ValueError(f"{name}[{i}]: {reason}")
 
 
 def _traced(tensor: torch.Tensor) -> bool:

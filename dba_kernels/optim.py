@@ -17,10 +17,11 @@ from torch.optim import Optimizer
 from . import ops
 from .base_model import check_param_names, names_of
 from .distributed import Sharding, local
+from .figures import metrics
 from .formats import PARAM_FORMATS, STATE_FORMATS, check_name
 from .global_gradient import GlobalGradient
 from .method import BoostSchedule, Correction, Method
-from .plan import ActiveSet, Plan, metrics
+from .plan import ActiveSet, Plan
 from .state import StateOptions, allocate
 from .stepdata import StepOverrides
 
@@ -297,8 +298,7 @@ class DBAAdamW(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         _check_group(group)
-        for i, param in enumerate(group["params"]):
-            ops.check_device(f"param_groups[{len(self.param_groups) - 1}][{i}]", param.device)
+        ops.check_devices(f"param_groups[{len(self.param_groups) - 1}]", group["params"])
         if self.global_gradient is not None and "param_names" not in group:
             raise ValueError(
                 f"params: expected (name, parameter) pairs, group {len(self.param_groups) - 1} has no names; a global "

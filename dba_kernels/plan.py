@@ -23,7 +23,7 @@ descriptors) in ``TensorBatch.cache``. The native one runs the last three in one
 from __future__ import annotations
 
 import functools
-import math
+import operator
 import warnings
 import zlib
 from collections import defaultdict
@@ -40,15 +40,13 @@ from .checks import check_grad, check_state, check_storage, same_place
 from .distributed import PLAIN_TYPES, Sharding, local
 from .formats import matrix_shape
 from .global_gradient import GlobalGradient
-from .state import StateOptions, States, formats_of, prepare
+from .state import StateOptions, States, Witness, formats_of, prepare, same_tensors
 from .stepdata import (
-    PROJECTIONS,
     UPDATED_PARTS,
     Coefficient,
     Hyper,
     ParamTensors,
     StepScalars,
-    StepSettings,
     Summary,
     TensorBatch,
 )
@@ -82,7 +80,9 @@ class ActiveSet:
         addresses: of the parameters, in the order of the optimizer's groups.
         kinds: type, dtype and layout of each gradient.
         states: each parameter's state as it was: the tensors by key, and their addresses.
+        witness: the same for a check that costs little.
         plain: whether no parameter is a DTensor.
+        scalars: what :meth:`Plan.scalars` has made of it.
     """
 
     index: torch.Tensor
@@ -91,17 +91,21 @@ class ActiveSet:
     addresses: list[int]
     kinds: list[tuple[type, torch.dtype, torch.layout]]
     states: list[tuple[dict[str, torch.Tensor], list[int]]]
+    witness: Witness | None
     plain: bool
+    scalars: StepScalars | None = None
 
-    def is_current(self, params: list[torch.Tensor], grads: list[torch.Tensor], state: Mapping[Any, Any]) -> bool:
+    def is_current(self, params: list[torch.Tensor], grads: list[torch.Tensor], states: Mapping[Any, Any]) -> bool:
         """Whether parameters and state still are the tensors that the batches were made of, and gradients alike."""
-        return (
-            self.addresses == _addresses(params)
-            and self.kinds == _kinds(grads)
-            and (self.plain or all(same_place(p, g) for p, g in zip(params, grads, strict=True)))
-            and all(
-                _same_tensors(known, state.get(p)) and addresses == _addresses(known.values())
-                for p, (known, addresses) in zip(params, self.states, strict=True)
+        return self.kinds == _kinds(grads) and (
+            (self.witness is not None and self.witness.sees_no_change(params, states))
+            or (
+                self.addresses == _addresses(params)
+                and (self.plain or all(same_place(p, g) for p, g in zip(params, grads, strict=True)))
+                and all(
+                    same_tensors(known, states.get(p)) and addresses == _addresses(known.values())
+                    for p, (known, addresses) in zip(params, self.states, strict=True)
+                )
             )
         )
 
@@ -112,8 +116,8 @@ class ActiveSet:
         return [(part, [usable[i] for i in at]) for part, at in zip(self.parts, self.positions, strict=True)]
 
 
-def _same_tensors(known: dict[str, torch.Tensor], now: dict[str, torch.Tensor] | None) -> bool:
-    return now is not None and all(now.get(key) is tensor for key, tensor in known.items())
+def _kinds(grads: list[torch.Tensor]) -> list[tuple[torch.dtype, torch.layout]]:
+    return list(map(operator.attrgetter("dtype", "layout"), grads))
 
 
 class Plan:
@@ -243,6 +247,7 @@ class Plan:
             addresses=_addresses(params),
             kinds=_kinds(grads),
             states=[(tensors, _addresses(tensors.values())) for tensors in kept],
+            witness=Witness.of(params, states),
             plain=self.sharding.mesh is None,
         )
 
@@ -320,8 +325,10 @@ class Plan:
         """What ``coefficients`` reads and writes."""
         if captured.capturing(self.device):
             captured.keep(self, active)
-        own = (field.name for field in fields(StepScalars) if field.name != "active")
-        return StepScalars(active=active.index, **{name: getattr(self, name) for name in own})
+        if active.scalars is None:
+            own = (field.name for field in fields(StepScalars) if field.name != "active")
+            active.scalars = StepScalars(active=active.index, **{name: getattr(self, name) for name in own})
+        return active.scalars
 
     def unscaled_sums(
         self, active: ActiveSet, loss_scale: torch.Tensor | None
@@ -378,23 +385,4 @@ def _kinds(grads: list[torch.Tensor]) -> list[tuple[type, torch.dtype, torch.lay
 
 
 def _grouping(groups: Groups) -> list[list[int]]:
-    return [[id(p) for p in group["params"]] for group in groups]
-
-
-def metrics(plan: Plan, settings: StepSettings) -> dict[str, float]:
-    """What ``DBAAdamW.metrics`` returns."""
-    done, skipped = plan.counters.tolist()
-    gamma, clip_factor, grad_norm, global_norm = plan.summary.tolist()
-    figures: dict[str, float] = {"steps": done, "skipped_steps": skipped}
-    if settings.reduce:
-        figures |= {"grad_norm": grad_norm, "clip_factor": clip_factor}
-    active = plan.last
-    if active is None or not bool((plan.global_sq[active.index] >= 0).any()):
-        return figures
-    if settings.correction not in PROJECTIONS:
-        rest = (1.0 - gamma) * grad_norm * clip_factor
-        figures |= {"gamma": gamma, "boost_ratio": gamma * global_norm / rest if rest > 0 else math.nan}
-    rows = plan.report[active.index][plan.global_sq[active.index] >= 0]
-    for name, column in (("cosine", rows[:, 0]), ("correction", rows[:, 1])):
-        figures |= {f"{name}_{kind}": float(getattr(column, kind)()) for kind in ("mean", "min", "max")}
-    return figures
+    return [list(map(id, group["params"])) for group in groups]
