@@ -116,8 +116,8 @@ class ActiveSet:
         return [(part, [usable[i] for i in at]) for part, at in zip(self.parts, self.positions, strict=True)]
 
 
-def _kinds(grads: list[torch.Tensor]) -> list[tuple[torch.dtype, torch.layout]]:
-    return list(map(operator.attrgetter("dtype", "layout"), grads))
+def _kinds(grads: list[torch.Tensor]) -> list[tuple[type, torch.dtype, torch.layout]]:
+    return list(map(operator.attrgetter("__class__", "dtype", "layout"), grads))
 
 
 class Plan:
@@ -378,10 +378,6 @@ def _addresses(tensors: Iterable[torch.Tensor]) -> list[int]:
 
 def _address(tensor: torch.Tensor) -> int:
     return 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
-
-
-def _kinds(grads: list[torch.Tensor]) -> list[tuple[type, torch.dtype, torch.layout]]:
-    return [(type(g), g.dtype, g.layout) for g in grads]
 
 
 def _grouping(groups: Groups) -> list[list[int]]:
