@@ -28,7 +28,8 @@ def check_storage(name: str, tensor: torch.Tensor) -> None:
 
 def check_state(name: str, param: torch.Tensor, own: Mapping[str, Any], param_format: str, state_format: str) -> None:
     """Every tensor of the state is one whose address a backend may take."""
-    wanted: dict[str, torch.dtype | None] = {key: dtype for key, (_, dtype) in STATE_FORMATS[state_format].parts((), param.dtype).items()}
+    parts = STATE_FORMATS[state_format].parts((), param.dtype)
+    wanted: dict[str, torch.dtype | None] = {key: dtype for key, (_, dtype) in parts.items()}
     wanted["remainder"] = PARAM_FORMATS[param_format].remainder
     for key in UPDATED_PARTS[1:]:
         if key not in own:
