@@ -24,6 +24,8 @@ BROKEN_DEVICE = 70
 """Exit status of a section after an error that no later call of its process survives."""
 DEVICE_BROKE = "the device was left broken, the section began anew"
 RESTARTS = 4
+SLOWEST_START = 60.0
+"""Seconds until the first line: imports, and a device that wakes up."""
 
 
 @dataclass(frozen=True)
@@ -113,15 +115,16 @@ def in_progress(path: Path) -> str | None:
 
 def watch(process: subprocess.Popen[bytes], lines: Path, deadline: float, stall: float) -> str | None:
     """Wait; None if it ended well, else what happened. A process that hangs is killed with all its children."""
-    size, changed = -1, time.monotonic()
+    size, changed = lines.stat().st_size if lines.exists() else 0, time.monotonic()
+    allowed = max(stall, SLOWEST_START)
     while process.poll() is None:
         now = time.monotonic()
         grown = lines.stat().st_size if lines.exists() else 0
         if grown != size:
-            size, changed = grown, now
-        if now > deadline or now - changed > stall:
+            size, changed, allowed = grown, now, stall
+        if now > deadline or now - changed > allowed:
             kill(process)
-            return "out of time" if now > deadline else f"hangs: nothing for {stall:.0f} s"
+            return "out of time" if now > deadline else f"hangs: nothing for {allowed:.0f} s"
         time.sleep(0.05)
     code = process.returncode
     if code == 0:
