@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 from . import ops
 from .base_model import check_param_names, names_of
 from .distributed import Sharding, local
-from .figures import metrics
 from .formats import PARAM_FORMATS, STATE_FORMATS, check_name
 from .global_gradient import GlobalGradient
-from .method import BoostSchedule, Correction, Method
+from .method import BoostSchedule, Correction, Method, check_group
+from .metrics import metrics
 from .plan import ActiveSet, Plan
 from .state import StateOptions, allocate
 from .stepdata import StepOverrides
@@ -73,6 +73,12 @@ class DBAAdamW(Optimizer):
         correction_scope: ``"tensor"`` (φ per parameter) or ``"global"`` (one φ for the model).
         correction_bounds: (α_min, α_max).
         max_grad_norm: clips g_D by its norm over all parameters, as ``clip_grad_norm_``, inside the step; None: never.
+        anchor: λ, with which the general loss's second order holds the weights near the base model (eq. 10, ours),
+            where the global gradient was collected with ``curvature``. λ H (θ − θ₀) is added to the clipped gradient;
+            similarity and clipping do not see it. ``"auto"``: κ of the file's calibration, so that it weighs as much as
+            the domain loss; 0: none.
+        shrink: weigh each tensor of ĝ_G by its reliability, s = max(0, 1 − 1/SNR) (eq. 13, ours), from the statistics
+            in its file. None: with an anchor.
         state_format: ``"fp32"``, ``"bf16"`` or ``"int8"`` moments. 1-D and small tensors keep fp32.
         param_format: how parameters below fp32 keep what rounding would lose: ``"native"`` (they lose it),
             ``"split16"`` (a 16-bit remainder in the state: together the exact fp32 value), ``"split8"`` (8 bits,
@@ -116,6 +122,8 @@ class DBAAdamW(Optimizer):
         correction_scope: str = "tensor",
         correction_bounds: tuple[float, float] = (0.0, 2.0),
         max_grad_norm: float | None = None,
+        anchor: str | float = "auto",
+        shrink: bool | None = None,
         state_format: str = "fp32",
         param_format: str = "auto",
         missing: str = "error",
@@ -130,11 +138,14 @@ class DBAAdamW(Optimizer):
         self.method = Method(
             *(global_gradient, total_steps, boost, boost_max),
             *(correction, correction_scope, correction_bounds, max_grad_norm),
+            anchor=anchor,
         )
         check_name("state_format", state_format, STATE_FORMATS)
         check_name("param_format", param_format, ("auto", *PARAM_FORMATS))
+        self.shrink = bool(self.method.anchored) if shrink is None else bool(shrink)
         self.missing = check_name("missing", missing, ("error", "adamw"))
-        self.options = StateOptions("split16" if param_format == "auto" else param_format, state_format)
+        kept = "split16" if param_format == "auto" else param_format
+        self.options = StateOptions(kept, state_format, self.method.anchored)
         self._plan: Plan | None = None
         super().__init__(
             params,
@@ -234,7 +245,8 @@ class DBAAdamW(Optimizer):
             gamma=self.method.scheduled_boost(plan.counters),
         )
         sums_here = not (settings.reduce and plan.sharding.communicates)
-        if sums_here and self.method.correction is None and ops.fuses(batches, self.backend):
+        one_call = sums_here and self.method.correction is None and not any(active.anchors)
+        if one_call and ops.fuses(batches, self.backend):
             ops.fused_step(batches, scalars, settings, overrides, self.backend)
         else:
             if settings.reduce:
@@ -245,8 +257,11 @@ class DBAAdamW(Optimizer):
                 sums = plan.unscaled_sums(active, overrides.loss_scale)
                 overrides = replace(overrides, alpha=self.method.corrections(*sums))
             ops.coefficients(scalars, settings, overrides, self.backend)
-            for batch, batch_grads in batches:
-                ops.step(batch, batch_grads, plan.coefficients_on(batch), self.backend)
+            for (batch, batch_grads), anchor in zip(batches, active.anchors, strict=True):
+                if anchor is None:
+                    ops.step(batch, batch_grads, plan.coefficients_on(batch), self.backend)
+                else:
+                    anchor.run(batch_grads, plan.coefficients_on(batch), settings.anchor, self.backend)
         torch.autograd.graph.increment_version(params)  # kernels write through addresses, which torch does not see
         return loss
 
@@ -256,7 +271,8 @@ class DBAAdamW(Optimizer):
             if (active := self._plan.activate(params, grads, *where)) is not None:
                 return self._plan, active
             self._drop_plan()
-        plan = self._plan = Plan(*where, self.options, self.global_gradient, self.missing, self.backend)
+        plan = Plan(*where, self.options, self.global_gradient, self.missing, self.backend, self.shrink)
+        self._plan = plan
         return plan, cast("ActiveSet", plan.activate(params, grads, *where))  # a plan just made is current
 
     def _drop_plan(self) -> None:
@@ -286,18 +302,21 @@ class DBAAdamW(Optimizer):
             ``steps`` and ``skipped_steps``; and, of the last step: ``grad_norm`` ‖g_D‖ (after unscaling, before
             clipping) and ``clip_factor`` where there is a global gradient or a clip threshold; ``gamma`` γ_t,
             ``boost_ratio`` ‖γ ĝ_G‖ / ‖(1−γ) g_D‖, and ``cosine_*`` φ_t and ``correction_*`` α_t (``mean``, ``min``,
-            ``max`` over the parameters that have a global gradient) where there is one. After a skipped step they
+            ``max`` over the parameters that have a global gradient) where there is one; with an anchor
+            ``anchor_ratio`` ‖λ H δ‖ / ‖g_D‖ and ``predicted_rise`` κ · ½⟨δ, H δ⟩, the rise of the general loss in nats
+            per token that the second order predicts, both of the weights as they are now (of a sharded model, as the
+            last step found them). After a skipped step they
             describe the gradients that were refused, and need not be finite. Empty before the first step of this
             object.
         """
-        return {} if self._plan is None else metrics(self._plan, self.method.settings)
+        return {} if self._plan is None else metrics(self._plan, self.method.settings, self.method.calibration)
 
     # --- state --------------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _check_group(group)
+        check_group(group)
         ops.check_devices(f"param_groups[{len(self.param_groups) - 1}]", group["params"])
         if self.global_gradient is not None and "param_names" not in group:
             raise ValueError(
@@ -347,7 +366,7 @@ class DBAAdamW(Optimizer):
 
     def _check_saved_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         for group, saved in zip(self.param_groups, saved_groups, strict=False):  # torch reports a differing number
-            _check_group({**self.defaults, **saved})
+            check_group({**self.defaults, **saved})
             check_param_names(group.get("param_names"), saved.get("param_names"))
             self.method.check_saved(saved.get("global_gradient"))
 
@@ -377,24 +396,3 @@ class DBAAdamW(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Refuse what no kernel here does, in the constructor, a group of its own or a loaded state dict alike."""
-    lr, betas = group["lr"], group["betas"]
-    if torch.is_tensor(lr) and lr.numel() != 1:
-        raise ValueError(f"lr: expected a number or a tensor of one element, got shape {tuple(lr.shape)}")
-    for name in ("lr", "eps", "weight_decay"):
-        if not group[name] >= 0.0:
-            raise ValueError(f"{name}: expected a number >= 0, got {group[name]}")
-    for i, beta in enumerate(betas):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"betas[{i}]: expected a number in [0, 1), got {beta}")
-    if group["amsgrad"]:
-        raise ValueError("amsgrad: expected False; it needs a third state tensor, which no kernel here updates")
-    if group["differentiable"]:
-        raise ValueError("differentiable: expected False; the fused step does not record gradients")
-    if not group["decoupled_weight_decay"]:
-        raise ValueError("decoupled_weight_decay: expected True (AdamW), got False (Adam)")
-    if group["foreach"] and group["fused"]:
-        raise ValueError("foreach, fused: expected at most one of them True, as in torch")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from .distributed import Sharding, local
 from .sums import GradientSums
@@ -29,6 +30,46 @@ class MicroBatch:
     tokens: int | None
     weight: float
     finite: bool
+
+
+class Untouched:
+    """Within it a model is in evaluation mode and without gradients; afterwards its modes and gradients are restored.
+
+    Args:
+        model: its modules' modes and all its weights are watched.
+        params: by name, those whose gradients are put aside.
+    """
+
+    def __init__(self, model: nn.Module, params: Mapping[str, torch.Tensor]) -> None:
+        self.model, self.params = model, params
+        self._versions: list[tuple[str, torch.Tensor, int]] = []  # torch counts in-place writes
+
+    def __enter__(self) -> None:
+        self._modes = [(module, module.training) for module in self.model.modules()]
+        self._grads = [(param, param.grad) for param in self.params.values()]
+        self._versions = [(name, param, param._version) for name, param in self.model.named_parameters()]
+        self.model.eval()
+        for param in self.params.values():
+            param.grad = None
+
+    def __exit__(self, *exception: object) -> None:
+        for module, training in self._modes:
+            module.training = training
+        for param, grad in self._grads:
+            param.grad = grad
+
+    def check(self) -> None:
+        """Whether the weights still are what they were.
+
+        Raises:
+            RuntimeError: naming the parameter that was written to.
+        """
+        for name, param, version in self._versions:
+            if param._version != version:
+                raise RuntimeError(
+                    f"parameter {name!r}: expected untouched weights, got {param._version - version} writes during the "
+                    "collection; do not step an optimizer meanwhile"
+                )
 
 
 class WholeModel:
@@ -53,6 +94,8 @@ class WholeModel:
         for index, (name, param) in enumerate(self.params.items()):
             hook = param.register_post_accumulate_grad_hook(functools.partial(self._consume, index, name))
             stack.callback(hook.remove)
+        for handle in [] if self.sums.curvature is None else self.sums.curvature.attach():
+            stack.callback(handle.remove)
 
     def _consume(self, index: int, name: str, param: torch.Tensor) -> None:
         """Hook: the gradient of ``param`` is complete."""
@@ -76,8 +119,12 @@ class WholeModel:
         """Backward pass of a micro-batch, its gradients added to the sums."""
         self._seen.clear()
         self.weight = batch.weight
+        if self.sums.curvature is not None:
+            self.sums.curvature.begin(batch.tokens or 0)
         batch.loss.backward()
         self.weight = None
+        if self.sums.curvature is not None:
+            self.sums.curvature.end()
         self.sums.commit(batch.weight)
 
     def check_reducible(self) -> None:
