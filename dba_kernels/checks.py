@@ -5,13 +5,14 @@ Checked where a plan lays its batches out; afterwards a backend sees addresses o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .distributed import layout_of, local
+from .distributed import PLAIN_TYPES, layout_of, local
 from .formats import PARAM_FORMATS, STATE_FORMATS
 from .stepdata import UPDATED_PARTS
 
@@ -61,3 +62,11 @@ def check_grad(param: torch.Tensor, grad: torch.Tensor, name: str) -> None:
 def same_place(param: Any, grad: Any) -> bool:
     """Whether a gradient is cut as its parameter; FSDP2's always are."""
     return getattr(param, "placements", None) == getattr(grad, "placements", None)
+
+
+def addresses_of(tensors: Iterable[torch.Tensor]) -> list[int]:
+    return [t.data_ptr() if type(t) in PLAIN_TYPES else _address(local(t)) for t in tensors]
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()

@@ -28,18 +28,17 @@ import operator
 import warnings
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from . import captured, ops
 from .anchored import AnchorStep
 from .base_model import Groups, names_of, normalize_name
-from .checks import check_grad, check_state, check_storage, same_place
-from .distributed import PLAIN_TYPES, Sharding, local
+from .checks import addresses_of, check_grad, check_state, check_storage, same_place
+from .distributed import Sharding, local
 from .factors import Curvature
 from .formats import matrix_shape
 from .global_gradient import GlobalGradient, shrinkage
@@ -105,10 +104,10 @@ class ActiveSet:
         return self.kinds == _kinds(grads) and (
             (self.witness is not None and self.witness.sees_no_change(params, states))
             or (
-                self.addresses == _addresses(params)
+                self.addresses == addresses_of(params)
                 and (self.plain or all(same_place(p, g) for p, g in zip(params, grads, strict=True)))
                 and all(
-                    same_tensors(known, states.get(p)) and addresses == _addresses(known.values())
+                    same_tensors(known, states.get(p)) and addresses == addresses_of(known.values())
                     for p, (known, addresses) in zip(params, self.states, strict=True)
                 )
             )
@@ -259,9 +258,9 @@ class Plan:
             parts=parts,
             positions=list(by_format.values()),
             anchors=[self._anchors(part, states) if yes else None for part, yes in zip(parts, pulled, strict=True)],
-            addresses=_addresses(params),
+            addresses=addresses_of(params),
             kinds=_kinds(grads),
-            states=[(tensors, _addresses(tensors.values())) for tensors in kept],
+            states=[(tensors, addresses_of(tensors.values())) for tensors in kept],
             witness=Witness.of(params, states),
             plain=self.sharding.mesh is None,
         )
@@ -393,14 +392,6 @@ class Plan:
     @staticmethod
     def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         return tensor.to(device, non_blocking=device.type != "cpu")  # the host reads what comes to it at once
-
-
-def _addresses(tensors: Iterable[torch.Tensor]) -> list[int]:
-    return [t.data_ptr() if type(t) in PLAIN_TYPES else _address(local(t)) for t in tensors]
-
-
-def _address(tensor: torch.Tensor) -> int:
-    return 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
 
 
 def _grouping(groups: Groups) -> list[list[int]]:
