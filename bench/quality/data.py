@@ -27,8 +27,39 @@ from dba_kernels.cli.corpora import obo_terms
 from dba_kernels.cli.models import cache_dir
 
 SEQUENCE = 128  # tokens of a training window and of an evaluated document, the separator included
-VOCABULARY = 4096
 SEPARATOR = 0  # token id that starts every document
+SIZE_VARIABLE = "DBA_QUALITY_SIZE"
+
+
+@dataclass(frozen=True)
+class Size:
+    """One model of the study; its caches and its results have folders of their own."""
+
+    name: str
+    width: int
+    vocabulary: int
+    base_steps: int  # of the base model's training
+    steps: int  # of a fine-tuning run
+    rates: tuple[float, ...]  # learning rates of every family
+
+
+SIZES = {
+    size.name: size
+    for size in (
+        Size("4M", 256, 4096, 4000, 200, (3e-5, 1e-4, 3e-4, 1e-3)),
+        Size("0.2M", 64, 512, 2750, 40, (5e-4, 1e-3, 3e-3)),
+    )
+}
+
+
+def size(name: str) -> Size:
+    """The size of that name."""
+    if name not in SIZES:
+        raise ValueError(f"{SIZE_VARIABLE}: expected one of {', '.join(SIZES)}, got {name!r}; unset it for 4M")
+    return SIZES[name]
+
+
+SIZE = size(os.environ.get(SIZE_VARIABLE, "4M"))  # of this process and its workers
 
 
 @dataclass(frozen=True)
@@ -104,8 +135,8 @@ def split_of(corpus: str, group: str) -> str:
 
 
 def cache_folder() -> Path:
-    """The user's cache folder of this study (``$XDG_CACHE_HOME/dba_kernels/quality``), created."""
-    folder = cache_dir() / "quality"
+    """The user's cache folder of this study and size (``$XDG_CACHE_HOME/dba_kernels/quality``), created."""
+    folder = cache_dir() / "quality" / ("" if SIZE.name == "4M" else SIZE.name)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -116,15 +147,15 @@ def documents(corpus: str, split: str) -> list[Document]:
 
 
 def tokenizer() -> Tokenizer:
-    """Byte-level BPE of 4,096 entries trained on the ``base`` general documents; cached."""
-    path = cache_folder() / f"bpe-{VOCABULARY}.json"
+    """Byte-level BPE (4,096 entries for the 4 M model) trained on the ``base`` general documents; cached."""
+    path = cache_folder() / f"bpe-{SIZE.vocabulary}.json"
     if path.exists():
         return Tokenizer.from_file(str(path))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=SIZE.vocabulary,
         special_tokens=["<|document|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -10,13 +10,14 @@ from bench.quality import data
 from bench.quality.setting import Setting
 
 Options = dict[str, Any]
-LRS = (3e-5, 1e-4, 3e-4, 1e-3)
+LRS = data.SIZE.rates
 BETWEEN = (1.7e-4, 5.5e-4)  # AL alone runs here too: chords of its convex curve would flatter whoever meets it
 SEEDS = (0, 1, 2)
-STEPS = 200
+STEPS = data.SIZE.steps
 K0 = 200 / STEPS  # eq. 2
 DBA: Options = {"boost": K0, "correction": "cosine"}
 ANCHOR: Options = {"metric": "fisher"}
+MEMORY: Options = {"memory": 1.0}  # one weight and one rank for every domain and rate
 
 # Each family is one method with the settings a user would search over besides the learning rate.
 FAMILIES: dict[str, list[Options]] = {
@@ -44,6 +45,11 @@ FAMILIES: dict[str, list[Options]] = {
     "seeded v + anchor": [{"seed_v": True, "anchor": c, **ANCHOR} for c in (30.0,)],
     "seeded v + DBA": [{"seed_v": True, **DBA}],
     "seeded v + WiSE-FT": [{"seed_v": True, "interpolate": i} for i in (0.5, 0.7, 0.85)],
+    "replay, one to one": [{"replay": 0.5}],
+    "memory": [MEMORY],
+    "memory + WiSE-FT": [{**MEMORY, "interpolate": i} for i in (0.7, 0.85)],
+    "memory, diagonal (EWC's)": [{**MEMORY, "memory_of": "diagonal"}],
+    "memory and ĝ_G": [{**MEMORY, "boost": 0.05, "boost_max": 0.05, "shrink": True}],
 }
 SHIFT = {"LoRA": 3.0}  # adapters want larger rates: their whole grid is shifted
 MAIN = ("AdamW", "AL", "replay", "WiSE-FT", "DBA", "seeded v")  # the core
@@ -59,11 +65,13 @@ SWEPT = (
     "seeded v + WiSE-FT",
     "DBA, small boost",
     "anchor, Fisher",
+    "memory",
+    "memory + WiSE-FT",
 )
 SWEPT_LRS = (3e-4, 1e-3, 1e-4)  # the middle of the curves comes first
 ABLATION_DOMAIN = "recipes"
-ABLATION_LRS = (3e-4,)
-SENSITIVITY_LR = 3e-4
+ABLATION_LRS = (LRS[-2],)
+SENSITIVITY_LR = LRS[-2]
 
 SENSITIVITY: dict[str, list[Options]] = {
     "k₀ and boost_max": [{**DBA, "boost": m, "boost_max": m} for m in (0.02, 0.1, 0.25, 0.9)],
@@ -75,6 +83,18 @@ SENSITIVITY: dict[str, list[Options]] = {
     "T": [{"steps": t, "boost": 200 / t, "correction": "cosine"} for t in (400, 1000)],
     "T (AL)": [{"steps": t} for t in (400, 1000)],
     "T (small boost)": [{**DBA, "steps": 1000, "boost": b, "boost_max": b} for b in (0.05, 0.01)],
+    "memory: weight": [{"memory": w} for w in (0.3, 3.0, 10.0)],
+    "memory: form": [{**MEMORY, "memory_form": f} for f in ("momentum", "implicit")],
+    "memory: rank": [{**MEMORY, "memory_rank": r} for r in (4, 16)],
+    "memory: no rest": [{**MEMORY, "memory_rank": r, "memory_rest": False} for r in (16, 64)],
+    "memory: every": [{**MEMORY, "memory_every": k} for k in (4, 10)],
+    "memory: labels": [{**MEMORY, "labels": "sampled"}],
+    "memory: general batches": [{**MEMORY, "batches": 32}],
+    "memory: steps": [{**MEMORY, "steps": t} for t in (50, 800)],
+    "default boost, shrunk": [
+        {"lr": lr, "boost": b, "boost_max": b, "shrink": True}
+        for lr, b in ((3e-5, 0.5), (1e-4, 0.15), (3e-4, 0.05), (1e-3, 0.015))
+    ],
     "default boost": [
         {**DBA, "lr": lr, "boost": b, "boost_max": b}
         for lr, b in ((3e-5, 0.5), (1e-4, 0.15), (3e-4, 0.05), (1e-3, 0.015))
@@ -87,7 +107,8 @@ def family(method: str, domain: str, lrs: Iterable[float] = LRS, seed: int = 0) 
     options = (FAMILIES | SENSITIVITY)[method]
     rates = (lr * SHIFT.get(method, 1.0) for lr in lrs)
     pairs = itertools.product(rates, options)
-    yield from dict.fromkeys(Setting(domain, method, **({"lr": lr, "seed": seed} | option)) for lr, option in pairs)
+    shared = {"seed": seed, "steps": STEPS}
+    yield from dict.fromkeys(Setting(domain, method, **(shared | {"lr": lr} | option)) for lr, option in pairs)
 
 
 def curve(method: str, domain: str) -> Iterator[Setting]:
@@ -100,6 +121,12 @@ def base(domain: str) -> Setting:
     return Setting(domain, "base", 0.0, steps=0)
 
 
+MEMORY_RIVALS: dict[str, tuple[float, ...]] = {  # the second-order memory's own grid: method and learning rates
+    "memory": LRS[-2:],
+    "AL": LRS,
+    "AdamW": LRS[:-1],
+    "replay, one to one": LRS[-2:],
+}
 TUNED = [d for d in data.DOMAINS if d not in data.CONFIRMING]
 
 

@@ -1,4 +1,5 @@
-"""The model of the study: a Llama-style network of 4.2 M parameters, trained here on Wikipedia introductions."""
+"""The models of the study: Llama-style networks of 4.2 M and of 0.2 M parameters (``data.SIZE``), trained here on
+Wikipedia introductions."""
 
 from __future__ import annotations
 
@@ -13,21 +14,23 @@ from transformers import LlamaForCausalLM
 
 from bench.models import llama
 from bench.quality import data
+from dba_kernels.cli.demo.training import autocast
 
-BASE_STEPS = 4000
+BASE_STEPS = data.SIZE.base_steps
 BASE_BATCH = 8
 BASE_LR = 2e-3
 
 
 def new_model() -> LlamaForCausalLM:
-    """4 layers of width 256, tied embeddings, 4,212,992 parameters in fp32."""
+    """4 layers with tied embeddings and heads of 32, in fp32: 4,212,992 parameters at width 256, 230,976 at 64."""
+    width = data.SIZE.width
     return llama(
-        vocab_size=data.VOCABULARY,
-        hidden_size=256,
-        intermediate_size=688,
+        vocab_size=data.SIZE.vocabulary,
+        hidden_size=width,
+        intermediate_size=width * 43 // 16,
         num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=8,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
         max_position_embeddings=data.SEQUENCE,
         tie_word_embeddings=True,
     )
@@ -36,20 +39,23 @@ def new_model() -> LlamaForCausalLM:
 def token_losses(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses (nats, 0 where the target is padding) and hits of next-token prediction, both ``[rows, SEQUENCE - 1]``.
 
-    The forward pass runs in bf16 autocast, about 1.5 times faster here than fp32; weights and gradients stay fp32.
+    The forward pass runs in bf16 where the CPU has wide bf16 arithmetic (about 1.5 times faster than fp32 there, 20
+    times slower elsewhere), in fp32 otherwise; weights and gradients are fp32.
     """
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model(input_ids=tokens.clamp(min=0), use_cache=False).logits
-    logits, targets = logits[:, :-1].float(), tokens[:, 1:]
-    losses = functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")
-    return losses, logits.argmax(-1) == targets
+    predicted, targets = logits(model, tokens.clamp(min=0))[:, :-1], tokens[:, 1:]
+    losses = functional.cross_entropy(predicted.transpose(1, 2), targets, ignore_index=-100, reduction="none")
+    return losses, predicted.argmax(-1) == targets
+
+
+def logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """fp32 ``[rows, SEQUENCE, VOCABULARY]``."""
+    with autocast(torch.device("cpu")):
+        return model(input_ids=tokens, use_cache=False).logits.float()
 
 
 def loss_fn(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """Mean next-token loss of full windows ``[rows, SEQUENCE]``."""
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model(input_ids=tokens, use_cache=False).logits
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+    return functional.cross_entropy(logits(model, tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
 @torch.no_grad()
@@ -70,16 +76,17 @@ def mean_loss(model: torch.nn.Module, tokens: torch.Tensor) -> float:
     return sum(result["loss"]) / sum(result["tokens"])
 
 
-def base_path(steps: int = BASE_STEPS) -> Path:
-    return data.cache_folder() / f"base-{steps}.pt"
+def base_path() -> Path:
+    return data.cache_folder() / f"base-{BASE_STEPS}.pt"
 
 
-def train_base(steps: int = BASE_STEPS, log: bool = True) -> None:
+def train_base(log: bool = True) -> None:
     """Train the base model and keep it; resumes from its last checkpoint when it was cut off.
 
     AdamW, warm-up over 200 steps, cosine to 0: the plateau that this model, this text and these steps allow.
     """
-    target, partial = base_path(steps), base_path(steps).with_suffix(".partial")
+    steps, target = BASE_STEPS, base_path()
+    partial = target.with_suffix(".partial")
     if target.exists():
         return
     torch.manual_seed(0)
@@ -127,9 +134,9 @@ def base_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def load_base(steps: int = BASE_STEPS) -> LlamaForCausalLM:
+def load_base() -> LlamaForCausalLM:
     """The trained base model (trained now if it is not in the cache), in evaluation mode: it has no dropout."""
-    train_base(steps)
+    train_base()
     model = new_model()
-    model.load_state_dict(torch.load(base_path(steps), weights_only=True))
+    model.load_state_dict(torch.load(base_path(), weights_only=True))
     return model.eval()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench.quality.memory import Anchor
 from bench.quality.setting import Setting
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
@@ -33,6 +34,12 @@ class GeneralStatistics:
         """Diagonal of the empirical Fisher matrix, per token: N·(E[g²] − E[g]²), never negative."""
         return (self.second_moment[name] - self.mean[name] ** 2).clamp_(min=0) * self.tokens
 
+    def shrink(self, batches: int) -> None:
+        """Scale the mean of ``batches`` gradients by s per tensor (eq. 13): what its noise leaves of it."""
+        for name, mean in self.mean.items():
+            noise = (self.second_moment[name] - mean**2).sum().item() / (batches - 1)
+            mean.mul_(max(0.0, 1 - noise / max(mean.square().sum().item(), 1e-30)))
+
 
 def gamma(setting: Setting, step: int) -> float:
     """Eq. 2 with k₀ = ``setting.boost``, clamped to [0, boost_max]."""
@@ -45,12 +52,18 @@ def similarity(dot: float, grad_sq: float, global_sq: float) -> float:
 
 
 class StudyAdamW:
-    """Adam on ``a·g_D + b·ĝ_G``, its update scaled by α, with the pull towards θ₀ and the seeded v of the study."""
+    """Adam on ``a·g_D + b·ĝ_G + λ·H·δ``, its update scaled by α, with the pulls and the seeded v of the study."""
 
-    def __init__(self, parameters: Named, setting: Setting, general: GeneralStatistics | None) -> None:
+    def __init__(
+        self,
+        parameters: Named,
+        setting: Setting,
+        general: GeneralStatistics | None,
+        anchor: Anchor | None = None,
+    ) -> None:
         if general is None and setting.needs_general():
             raise ValueError(f"{setting.method}: expected general statistics, got None; collect them first")
-        self.parameters, self.setting, self.general = parameters, setting, general
+        self.parameters, self.setting, self.general, self.anchor = parameters, setting, general, anchor
         self.steps = 0
         self.exp_avg = {n: torch.zeros_like(p) for n, p in parameters.items()}
         self.exp_avg_sq = {n: torch.zeros_like(p) for n, p in parameters.items()}
@@ -131,7 +144,12 @@ class StudyAdamW:
             if s.anchor > 0 and s.anchor_of == "gradient":
                 grad.addcmul_(self.pull[name], parameter - self.origin[name])
             exp_avg, exp_avg_sq = self.exp_avg[name], self.exp_avg_sq[name]
-            exp_avg.lerp_(grad, 1 - BETA1)  # eq. 7
+            if self.anchor is not None and s.memory_form != "implicit":
+                anchored = grad + self.anchor.gradient(name, parameter, self.steps)  # eq. 10
+                exp_avg.lerp_(anchored, 1 - BETA1)  # eq. 7
+                grad = grad if s.memory_form == "momentum" else anchored
+            else:
+                exp_avg.lerp_(grad, 1 - BETA1)  # eq. 7
             exp_avg_sq.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
             denominator = (exp_avg_sq / correction2).sqrt_().add_(EPS)
             updates[name] = (exp_avg / correction1).div_(denominator)
@@ -145,6 +163,10 @@ class StudyAdamW:
                 # Implicit step of the pull: its strength follows η_0, not the decaying rate.
                 strength = s.lr * self.pull[name]
                 parameter.add_(strength * self.origin[name]).div_(1 + strength)
+            if self.anchor is not None and s.memory_form == "implicit":
+                # Preconditioned like the update, but by one number per tensor: H keeps its eigenvectors.
+                mean = (self.exp_avg_sq[name] / correction2).sqrt_().mean().item() + EPS
+                self.anchor.pull(name, parameter, lr * self.anchor.weight / mean)
         self.steps += 1
 
     def _boost_update(self, name: str, update: Tensor, denominator: Tensor) -> None:

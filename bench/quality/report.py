@@ -14,7 +14,7 @@ from bench.quality.results import Record
 from bench.quality.setting import Setting
 
 RIVALS = ("AL", "replay", "WiSE-FT")  # whom every method meets at equal domain loss
-LEVELS = (3e-5, 1e-4, 3e-4, 1e-3)  # the domain losses that AL reaches at these learning rates
+LEVELS = grid.LRS  # the domain losses that AL reaches at these learning rates
 
 
 def options_text(setting: Setting) -> str:
@@ -81,7 +81,7 @@ def summary_table(domains: list[str], source: Path) -> str:
     """The swept methods at their chosen settings on every domain: losses, and the joint score against vanilla."""
     rows: list[list[object]] = []
     loaded = {domain: (results.load(domain, source), Weights.of(domain)) for domain in domains}
-    for method in grid.SWEPT:
+    for method in (*grid.SWEPT, "replay, one to one"):
         cells: list[object] = [method]
         for domain, (records, weights) in loaded.items():
             chosen, vanilla = choose.choice(method, domain), choose.choice("AdamW", domain)
@@ -97,7 +97,8 @@ def summary_table(domains: list[str], source: Path) -> str:
                 spread(own.general_loss - start.general_loss[0], 2, "+"),
                 spread(100 * (own.joint[:seeds] / other.joint[:seeds] - 1), 1, "+"),
             ]
-        rows.append(cells)
+        if set(cells[1:]) != {"–"}:
+            rows.append(cells)
     header = ["method"] + [
         f"{d}: {what}" for d in domains for what in ("domain loss", "general Δ", "joint vs AdamW, %")
     ]
@@ -108,7 +109,7 @@ def targets(domain: str, records: dict[str, Record], weights: Weights) -> dict[s
     """The domain losses at which methods are compared: where AL stands at three learning rates."""
     found = {}
     for lr in LEVELS:
-        at = analysis.point(Setting(domain, "AL", lr), records, weights, (0,))
+        at = analysis.point(Setting(domain, "AL", lr, steps=grid.STEPS), records, weights, (0,))
         if at is not None:
             found[f"AL at {lr:g}"] = float(at.domain_loss.mean())
     return found
@@ -152,6 +153,21 @@ def paired_table(domain: str, records: dict[str, Record], weights: Weights) -> s
             differences = (spread(getattr(own, s) - getattr(al, s), 3, "+") for s in ("domain_loss", "general_loss"))
             rows.append([method, options_text(setting), *differences, f"[{low:+.3f}, {high:+.3f}]", len(both)])
     return table(["method", "setting", "domain loss − AL's", "general loss − AL's", "95 % interval", "seeds"], rows)
+
+
+def prediction_table(domain: str, records: dict[str, Record], weights: Weights) -> str:
+    """The general loss' rise from the base model as the second-order memory foretold it, and as it came."""
+    start = analysis.point(grid.base(domain), records, weights)
+    rows: list[list[object]] = []
+    for record in records.values():
+        training_record, setting = record["training"], Setting(**record["setting"])
+        if start is None or training_record.get("predicted_rise") is None or setting.interpolate != 1:
+            continue
+        kappa = training_record["anchor"] / setting.memory
+        rise = np.average(analysis.losses(record, "general"), weights=weights.general) - start.general_loss[0]
+        foretold = kappa * training_record["predicted_rise"]
+        rows.append([options_text(setting), setting.seed, f"{kappa:.1f}", f"{foretold:.3f}", f"{rise:.3f}"])
+    return table(["setting", "seed", "κ", "κ·½⟨δ, Hδ⟩", "measured rise"], rows) if rows else ""
 
 
 def duel_table(domain: str, records: dict[str, Record], weights: Weights) -> str:
@@ -233,7 +249,7 @@ def figure(path: Path, domains: list[str], source: Path) -> None:
     from matplotlib import pyplot
 
     shown = {"AdamW": "C7", "AL": "k", "DBA": "C3", "replay": "C0", "WiSE-FT": "C2", "seeded v": "C1",
-             "anchor, Fisher": "C4", "DBA, small boost": "C6"}  # fmt: skip
+             "anchor, Fisher": "C4", "DBA, small boost": "C6", "memory": "C8", "memory + WiSE-FT": "C9"}  # fmt: skip
     figure, axes = pyplot.subplots(1, len(domains), figsize=(5 * len(domains), 4.2), squeeze=False)
     for axis, domain in zip(axes[0], domains, strict=True):
         records, weights = results.load(domain, source), Weights.of(domain)
@@ -275,6 +291,7 @@ def write(folder: Path, source: Path = results.FOLDER) -> None:
         parts += [matched_table(domain, records, weights), ""]
         parts += ["The same learning rate, steps and seeds as AL (± over seeds, interval over documents):\n"]
         parts += [paired_table(domain, records, weights), "", duel_table(domain, records, weights), ""]
+        parts += [prediction_table(domain, records, weights), ""]
         parts += [cost_table(domain, records), "", search_cost(domain, records), ""]
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(parts)

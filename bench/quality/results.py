@@ -7,8 +7,10 @@ from pathlib import Path
 
 from bench import jsonl
 from bench.jsonl import Record
+from bench.quality import data
 
 FOLDER = Path(__file__).parent / "results"
+FOLDER = FOLDER if data.SIZE.name == "4M" else FOLDER / data.SIZE.name
 
 
 def load(domain: str, folder: Path = FOLDER) -> dict[str, Record]:

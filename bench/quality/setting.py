@@ -38,6 +38,14 @@ class Setting:
     anchor: float = 0.0  # c of the pull towards θ₀
     anchor_of: str = "decoupled"  # or "gradient"
     metric: str = "uniform"  # of the pull: uniform (L2-SP), fisher (EWC), root_fisher
+    memory: float = 0.0  # λ of eq. 10 in units of the calibration κ: 1 weighs the general loss like the domain's
+    memory_form: str = "gradient"  # λHδ before both moments; "momentum": not in v; "implicit": a step of its own
+    memory_of: str = "kfac"  # or "diagonal": EWC's metric in the same place
+    memory_rank: int = 64
+    memory_rest: bool = True  # the isotropic rest of each factor (eq. 12)
+    memory_every: int = 1  # steps between two computations of Hδ
+    labels: str = "data"  # of the curvature's collection; "sampled": drawn from the model
+    shrink: bool = False  # s of eq. 13 on ĝ_G
     refresh: int = 1  # how many times the global gradient is collected in a run
     batches: int = 256  # general batches of the collection
     source: str = "fresh"  # general split of the collection; "base" is what the model was trained on

@@ -15,6 +15,7 @@ from bench.quality.grid import (
     FAMILIES,
     LRS,
     MAIN,
+    MEMORY_RIVALS,
     SEEDS,
     SENSITIVITY,
     SENSITIVITY_LR,
@@ -26,7 +27,7 @@ from bench.quality.grid import (
 )
 from bench.quality.setting import Setting
 
-STAGES = ("first", "sweep", "seeds", "confirm", "ablations", "sensitivity")
+STAGES = ("first", "sweep", "seeds", "confirm", "ablations", "sensitivity", "memory", "memory_seeds")
 
 
 def stage(name: str) -> list[Setting]:
@@ -47,6 +48,12 @@ def stage(name: str) -> list[Setting]:
             return [s for lr in ABLATION_LRS for m in rest for s in family(m, ABLATION_DOMAIN, (lr,))]
         case "sensitivity":
             return [s for m in SENSITIVITY for s in family(m, ABLATION_DOMAIN, (SENSITIVITY_LR,))]
+        case "memory":  # every domain, first seed
+            pairs = list(MEMORY_RIVALS.items())
+            runs = [s for d in data.DOMAINS for m, lrs in pairs for lr in lrs for s in family(m, d, (lr,))]
+            return [*(base(d) for d in data.DOMAINS), *runs]
+        case "memory_seeds":
+            return [s for d in data.DOMAINS for s in chosen_settings(d, (*MEMORY_RIVALS, "memory + WiSE-FT"))]
         case "core":
             return [base(ABLATION_DOMAIN), *chosen_settings(ABLATION_DOMAIN, MAIN)]
     raise ValueError(f"stage {name!r}: expected core or one of {', '.join(STAGES)}")

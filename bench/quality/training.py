@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -10,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.quality import adapters, data, model
+from bench.quality import adapters, data, memory, model
 from bench.quality.optimizers import GaLoreAdamW, GeneralStatistics, StudyAdamW
 from bench.quality.setting import Setting
 
 BATCH = 4  # domain sequences per step
+PROBES = 4  # batches whose gradients' signs the calibration goes along
 DIVERGED = 30.0  # nats per token that a run which ended in NaN is charged
 TEST_DOCUMENTS, VALID_DOCUMENTS = 128, 64
 
@@ -67,6 +69,42 @@ def base_statistics(network: torch.nn.Module, setting: Setting) -> GeneralStatis
     return GeneralStatistics(**torch.load(path, weights_only=True))
 
 
+def base_curvature(network: torch.nn.Module, setting: Setting) -> memory.Curvature:
+    """Second order at θ₀ from the batches of ``base_statistics``; once per base model, then from the cache."""
+    path = data.cache_folder() / f"curvature-{model.BASE_STEPS}-{setting.labels}-{setting.batches}.pt"
+    if not path.exists():
+        stream = batches(data.windows("general", "fresh"), seed=1234)
+        rows = (torch.cat(take(stream, BATCH)) for _ in range(setting.batches))
+        curvature = memory.collect(network, rows, setting.labels == "sampled")
+        data.replace_file(path, lambda temporary: torch.save(vars(curvature), temporary))
+    return memory.Curvature(**torch.load(path, weights_only=True))
+
+
+def calibration(network: torch.nn.Module, setting: Setting, terms: dict[str, list[Any]]) -> float:
+    """κ of ``terms`` at the base model on batches that come after the collection's; once, then from the cache."""
+    name = f"{setting.labels}-{setting.batches}-{setting.memory_of}-{setting.memory_rank}-{setting.memory_rest}"
+    path = data.cache_folder() / f"calibration-{model.BASE_STEPS}-{name}.json"
+    if not path.exists():
+        stream = batches(data.windows("general", "fresh"), seed=4321)
+        probes = [torch.cat(take(stream, BATCH)) for _ in range(PROBES)]
+        kappa = memory.calibration(network, terms, probes, torch.cat(take(stream, PROBES * BATCH)))
+        data.replace_file(path, lambda temporary: temporary.write_text(json.dumps(kappa)))
+    return float(json.loads(path.read_text()))
+
+
+def anchor(network: torch.nn.Module, setting: Setting) -> memory.Anchor | None:
+    """The second-order memory that ``setting`` asks for, at the weights that ``network`` has now."""
+    if setting.memory == 0:
+        return None
+    curvature = base_curvature(network, setting)
+    if setting.memory_of == "diagonal":
+        terms: dict[str, list[Any]] = {n: [d] for n, d in curvature.diagonal.items()}
+    else:
+        terms = memory.truncated(curvature, setting.memory_rank, setting.memory_rest)
+    weight = setting.memory * calibration(network, setting, terms)
+    return memory.Anchor(terms, named_parameters(network), weight, setting.memory_every)
+
+
 def stored(mean: dict[str, Tensor], storage: str) -> dict[str, Tensor]:
     """The mean gradient as it reads back from a storage format; vectors stay fp32.
 
@@ -93,13 +131,16 @@ def finetune(network: torch.nn.Module, setting: Setting) -> dict[str, Any]:
     general = base_statistics(network, setting) if setting.needs_general() else None
     if general is not None:
         general.mean = stored(general.mean, setting.storage)
+        if setting.shrink:
+            general.shrink(setting.batches)
+    memory_of_base = anchor(network, setting)
     if setting.adapter_rank:
         adapters.attach(network, setting.adapter_rank, setting.seed)
     parameters = named_parameters(network)
     if setting.galore_rank:
         optimizer: GaLoreAdamW | StudyAdamW = GaLoreAdamW(parameters, setting)
     else:
-        optimizer = StudyAdamW(parameters, setting, general)
+        optimizer = StudyAdamW(parameters, setting, general, memory_of_base)
     domain = batches(data.windows(setting.domain, "train"), setting.seed)
     replayed = batches(data.windows("general", "fresh"), 1000 + setting.seed)
     collected = batches(general_windows(setting), 2000 + setting.seed)
@@ -124,6 +165,8 @@ def finetune(network: torch.nn.Module, setting: Setting) -> dict[str, Any]:
         "collection_seconds": round(general.seconds, 1) if general else 0.0,
         "domain_tokens": setting.steps * BATCH * data.SEQUENCE,
         "general_tokens": general_rows * data.SEQUENCE,
+        "anchor": round(memory_of_base.weight, 4) if memory_of_base else None,
+        "predicted_rise": round(memory_of_base.predicted_rise(parameters), 4) if memory_of_base else None,
         "mean_cosine": round(sum(cosines) / len(cosines), 4) if cosines else None,
     }
 
