@@ -19,8 +19,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import triton.language as tl
-from rich.console import Console
-from rich.table import Table
 
 from dba_kernels import DBAAdamW, GlobalGradient
 from dba_kernels.reference.remainder import join
@@ -85,6 +83,9 @@ def limit_of(formats: Formats) -> float:
 
 
 def main() -> int:
+    from rich.console import Console  # bench.gpu uses this module where nothing is installed
+    from rich.table import Table
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
     steps = parser.parse_args().steps

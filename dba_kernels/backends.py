@@ -19,6 +19,8 @@ import torch
 from .formats import check_name
 
 BACKENDS = ("reference", "triton", "native")
+DEVICES = ("cpu", "cuda", "meta")
+"""Types of device that a backend may serve; meta tensors are those of a model that has not been materialised yet."""
 STEMS = ("accumulate", "quantize", "similarity", "coefficients", "step")
 _FOLDERS = {"reference": "reference", "triton": "kernels", "native": "native"}
 
@@ -48,6 +50,11 @@ def why_not(backend: str, device: torch.device | str = "cpu", dtype: torch.dtype
     """None if ``backend`` can serve tensors of ``dtype`` on ``device``, else the reason and the fix."""
     check_name("backend", backend, BACKENDS)
     device = torch.device(device)
+    if device.type not in DEVICES:
+        return (
+            f"{device.type} tensors are served by none: the tables of a step are float64, which not every device has; "
+            "train on a CPU, on CUDA or on ROCm"
+        )
     if backend == "reference":
         return None
     if dtype == torch.float64:
@@ -75,7 +82,7 @@ def select(requested: str, device: torch.device | str, dtype: torch.dtype) -> st
     (one warning names the reason). :func:`use_backend` turns ``"auto"`` into its own choice.
 
     Raises:
-        RuntimeError: an explicitly requested backend cannot serve; the message says why and what to do.
+        RuntimeError: an explicitly requested backend cannot serve, or none can; the message says why and what to do.
     """
     if requested == "auto":
         requested = _forced.get() or "auto"
@@ -84,6 +91,8 @@ def select(requested: str, device: torch.device | str, dtype: torch.dtype) -> st
         if reason is not None:
             raise RuntimeError(f"backend {requested!r}: {reason}")
         return requested
+    if (reason := why_not("reference", device, dtype)) is not None:
+        raise RuntimeError(f"backend 'auto': {reason}")
     if dtype == torch.float64:
         return "reference"
     preferred = "triton" if torch.device(device).type == "cuda" else "native"

@@ -88,9 +88,10 @@ def _samples(params: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
     for param, rows in zip(params.values(), sharding.rows, strict=True):
         numel = param.numel()
         part = local(param.detach()).reshape(-1)
-        index = torch.tensor([(k * _GOLDEN % 2**64) * numel >> 64 for k in range(min(SAMPLES, numel))]).long()
+        places = [(k * _GOLDEN % 2**64) * numel >> 64 for k in range(min(SAMPLES, numel))]
+        index = torch.tensor(places, dtype=torch.int64, device="cpu")
         if rows is None:
-            here = torch.full(index.shape, sharding.leads)
+            here = torch.full(index.shape, sharding.leads, device="cpu")
         else:
             index -= rows[0] * (numel // param.shape[0] if numel else 0)
             here = (index >= 0) & (index < part.numel())
@@ -105,7 +106,7 @@ def _samples(params: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
 
 
 def _values(patterns: list[int]) -> torch.Tensor:
-    return torch.tensor(patterns, dtype=torch.int16).view(torch.bfloat16).double()
+    return torch.tensor(patterns, dtype=torch.int16, device="cpu").view(torch.bfloat16).double()
 
 
 def check_weights(expected: Fingerprint, params: Mapping[str, torch.Tensor]) -> None:

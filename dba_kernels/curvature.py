@@ -254,7 +254,7 @@ class CurvatureSums:
         if name in self.maps:
             terms = [sums.term(self.rank, format) for sums in self.maps[name]]
             seen = tuple(term for term in terms if term is not None)
-            return Curvature(seen) if seen else Curvature(diagonal=torch.zeros(()))
+            return Curvature(seen) if seen else Curvature(diagonal=torch.zeros((), device="cpu"))
         sums = self.diagonals[name]
         targets, numel = max(float(sums.scalars[0]), 1.0), 1 if sums.squares.dim() else max(param.numel(), 1)
         return Curvature(diagonal=(sums.squares / (targets * numel)).float().cpu())

@@ -9,12 +9,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import operators
-from .backends import BACKENDS, implementation, serving
+from .backends import BACKENDS, implementation, serving, why_not
 from .formats import STORAGE_FORMATS, EncodedTensor, LowRankTensor, StoredTensor, check_name, matrix_shape
 from .stepdata import NO_OVERRIDES, Factors, StepOverrides, StepScalars, StepSettings, TensorBatch
 
@@ -24,6 +25,17 @@ GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def check_backend(backend: str) -> str:
     """``backend``, if it is ``"auto"`` or the name of one."""
     return check_name("backend", backend, ("auto", *BACKENDS))
+
+
+def check_devices(name: str, tensors: list[torch.Tensor]) -> None:
+    """Refuse a device that no backend serves, before a run begins.
+
+    Raises:
+        ValueError: naming the tensor and the reason.
+    """
+    for i, tensor in enumerate(tensors):
+        if (reason := why_not("reference", tensor.device)) is not None:
+            raise ValueError(f"{name}[{i}]: {reason}")
 
 
 def _traced(tensor: torch.Tensor) -> bool:
@@ -39,6 +51,7 @@ def accumulate(
     weight: float,
     squared_norms: torch.Tensor,
     backend: str = "auto",
+    cache: dict[str, Any] | None = None,
 ) -> None:
     """``total += weight · grad`` for every pair, and ‖grad‖² of each (eq. 1's sum). A non-finite gradient adds nothing.
 
@@ -47,6 +60,7 @@ def accumulate(
         grads: fp32, bf16 or fp16, shapes and device of ``totals``.
         weight: weight of this micro-batch.
         squared_norms: float64 ``[n]``, overwritten; non-finite where the gradient was.
+        cache: scratch that a backend keeps for these sums between calls, keyed by the backend.
 
     Raises:
         ValueError: on differing shapes or on dtypes outside the above.
@@ -62,7 +76,7 @@ def accumulate(
         operators.accumulate(totals, grads, float(weight), squared_norms, backend)
         return
     module = serving(backend, "accumulate", totals[0].device, totals[0].dtype)
-    module.accumulate(totals, grads, float(weight), squared_norms)
+    module.accumulate(totals, grads, float(weight), squared_norms, cache)
 
 
 # --- quantize ---------------------------------------------------------------------------------------------------------

@@ -227,9 +227,8 @@ class DBAAdamW(Optimizer):
         if not params:
             return loss
         if self._only_allocates(grads):
-            allocate(
-                [(name, param) for name, param in self._named() if param.grad is not None], self.state, self.options
-            )
+            used = [(name, param) for name, param in self._named() if param.grad is not None]
+            allocate(used, self.state, self.options)
             return loss
         if self.awaits_total_steps:
             raise ValueError(
@@ -241,8 +240,8 @@ class DBAAdamW(Optimizer):
         batches = active.batches(grads)
         settings, scalars = self.method.settings, plan.scalars(active)
         overrides = StepOverrides(
-            loss_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
+            loss_scale=plan.here(getattr(self, "grad_scale", None)),
+            found_inf=plan.here(getattr(self, "found_inf", None)),
             gamma=self.method.scheduled_boost(plan.counters),
         )
         sums_here = not (settings.reduce and plan.sharding.communicates)
@@ -318,6 +317,7 @@ class DBAAdamW(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         check_group(group)
+        ops.check_devices(f"param_groups[{len(self.param_groups) - 1}]", group["params"])
         if self.global_gradient is not None and "param_names" not in group:
             raise ValueError(
                 f"params: expected (name, parameter) pairs, group {len(self.param_groups) - 1} has no names; a global "

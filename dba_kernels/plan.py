@@ -28,17 +28,17 @@ import operator
 import warnings
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
-from . import ops
+from . import captured, ops
 from .anchored import AnchorStep
 from .base_model import Groups, names_of, normalize_name
-from .distributed import PLAIN_TYPES, Sharding, layout_of, local
+from .checks import addresses_of, check_grad, check_state, check_storage, same_place
+from .distributed import Sharding, local
 from .factors import Curvature
 from .formats import matrix_shape
 from .global_gradient import GlobalGradient, shrinkage
@@ -55,8 +55,6 @@ from .stepdata import (
 
 CACHED_ACTIVE_SETS = 8
 """Sets of parameters with a gradient whose batches are kept; a model whose set changes every step rebuilds them."""
-
-GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -83,7 +81,7 @@ class ActiveSet:
         positions: per batch, where its parameters stand among the active ones.
         anchors: per batch, the step of its parameters where they are anchored, else None.
         addresses: of the parameters, in the order of the optimizer's groups.
-        kinds: dtype and layout of each gradient.
+        kinds: type, dtype and layout of each gradient.
         states: each parameter's state as it was: the tensors by key, and their addresses.
         witness: the same for a check that costs little.
         plain: whether no parameter is a DTensor.
@@ -95,7 +93,7 @@ class ActiveSet:
     positions: list[list[int]]
     anchors: list[AnchorStep | None]
     addresses: list[int]
-    kinds: list[tuple[torch.dtype, torch.layout]]
+    kinds: list[tuple[type, torch.dtype, torch.layout]]
     states: list[tuple[dict[str, torch.Tensor], list[int]]]
     witness: Witness | None
     plain: bool
@@ -106,10 +104,10 @@ class ActiveSet:
         return self.kinds == _kinds(grads) and (
             (self.witness is not None and self.witness.sees_no_change(params, states))
             or (
-                self.addresses == _addresses(params)
-                and (self.plain or all(_same_place(p, g) for p, g in zip(params, grads, strict=True)))
+                self.addresses == addresses_of(params)
+                and (self.plain or all(same_place(p, g) for p, g in zip(params, grads, strict=True)))
                 and all(
-                    same_tensors(known, states.get(p)) and addresses == _addresses(known.values())
+                    same_tensors(known, states.get(p)) and addresses == addresses_of(known.values())
                     for p, (known, addresses) in zip(params, self.states, strict=True)
                 )
             )
@@ -122,8 +120,8 @@ class ActiveSet:
         return [(part, [usable[i] for i in at]) for part, at in zip(self.parts, self.positions, strict=True)]
 
 
-def _kinds(grads: list[torch.Tensor]) -> list[tuple[torch.dtype, torch.layout]]:
-    return list(map(operator.attrgetter("dtype", "layout"), grads))
+def _kinds(grads: list[torch.Tensor]) -> list[tuple[type, torch.dtype, torch.layout]]:
+    return list(map(operator.attrgetter("__class__", "dtype", "layout"), grads))
 
 
 class Plan:
@@ -163,11 +161,13 @@ class Plan:
         owner = [i for i, group in enumerate(groups) for _ in group["params"]]
         self.group = torch.tensor(owner, device=self.device)
         self._uploaded: list[tuple[float, ...]] | None = None
+        self._captured = False
         self._sums_elsewhere: dict[torch.device, torch.Tensor] = {}
         self.cut = torch.tensor([[rows is not None] for rows in self.sharding.rows], device=self.device)
 
         steps = [int(states.get(p, {}).get("step", 0)) for p in self.params]
         self.steps = torch.tensor(steps, dtype=torch.float32, device=self.device)
+        self._step_of = [self.steps.select(0, row) for row in range(n)]  # one view each: active sets know state by it
         self.bias_corrections = torch.tensor(
             [
                 [_replayed_bias_correction(float(beta), step) for beta in groups[g]["betas"]]
@@ -182,7 +182,7 @@ class Plan:
         self.counters = torch.tensor([done, groups[0]["steps_skipped"]], dtype=torch.int64, device=self.device)
         for param in self.params:
             if "step" in states.get(param, {}):
-                states[param]["step"] = self.steps.select(0, self._index[id(param)])
+                states[param]["step"] = self._step_of[self._index[id(param)]]
         self._bind(global_gradient, missing, fresh=done == 0, shrink=shrink)
 
     def _bind(self, gg: GlobalGradient | None, missing: str, fresh: bool, shrink: bool) -> None:
@@ -241,7 +241,8 @@ class Plan:
         index = [self._index[id(p)] for p in params]
         by_format: dict[tuple[Any, Any, Any, bool, tuple[str, str, str]], list[int]] = defaultdict(list)
         for i, (param, grad, at) in enumerate(zip(params, grads, index, strict=True)):
-            _check_grad(param, grad, self.names[at])
+            check_grad(param, grad, self.names[at])
+            check_storage(f"grad of {self.names[at]!r}", local(grad))
             stored = self.stored[at]
             formats = (*self._prepare(param, at, states), "none" if stored is None else stored.format)
             anchored = self.curvatures[at] is not None
@@ -257,9 +258,9 @@ class Plan:
             parts=parts,
             positions=list(by_format.values()),
             anchors=[self._anchors(part, states) if yes else None for part, yes in zip(parts, pulled, strict=True)],
-            addresses=_addresses(params),
+            addresses=addresses_of(params),
             kinds=_kinds(grads),
-            states=[(tensors, _addresses(tensors.values())) for tensors in kept],
+            states=[(tensors, addresses_of(tensors.values())) for tensors in kept],
             witness=Witness.of(params, states),
             plain=self.sharding.mesh is None,
         )
@@ -267,6 +268,7 @@ class Plan:
     def _prepare(self, param: torch.Tensor, index: int, states: States) -> tuple[str, str]:
         """State of ``param``, allocated or adopted; its formats."""
         part, name = local(param), self.names[index]
+        check_storage(f"parameter {name!r}", part)
         if not part.is_contiguous() or part.is_complex():
             kind = "complex" if part.is_complex() else f"strides {part.stride()}"
             raise ValueError(
@@ -276,7 +278,8 @@ class Plan:
         prepare(states[param], param, *formats, name)
         if self.curvatures[index] is not None:
             prepare_origin(states[param], param, name)
-        states[param]["step"] = self.steps.select(0, index)
+        states[param]["step"] = self._step_of[index]
+        check_state(name, part, states[param], *formats)
         return formats
 
     def _anchors(self, batch: TensorBatch, states: States) -> AnchorStep:
@@ -299,7 +302,13 @@ class Plan:
         )
 
     def upload_hyper(self, groups: Groups) -> None:
-        """Write the groups' hyperparameters where they changed; tensors are copied on the device."""
+        """Write the groups' hyperparameters where they changed; tensors are copied on the device.
+
+        Raises:
+            ValueError: a tensor on the CPU while a CUDA graph is captured, which would never read it again.
+        """
+        capturing = captured.capturing(self.device)
+        self._captured |= capturing
         rows, tensors = [], []
         for i, group in enumerate(groups):
             values = [
@@ -311,12 +320,20 @@ class Plan:
             ]
             tensors += [(i, column, value) for column, value in enumerate(values) if torch.is_tensor(value)]
             rows.append(tuple(0.0 if torch.is_tensor(value) else float(value) for value in values))
-        if rows != self._uploaded:
+        if rows != self._uploaded or self._captured:  # a replay in between may have written the values of its capture
             # A fresh pinned buffer each time: one that is reused might be overwritten before its copy has completed.
             pin = self.device.type == "cuda" and torch.cuda.is_available()
-            host = torch.tensor(rows, dtype=torch.float64, pin_memory=pin)
+            host = torch.tensor(rows, dtype=torch.float64, device="cpu", pin_memory=pin)
+            if capturing:
+                captured.keep(host)
             self.hyper.copy_(host, non_blocking=True)
         for i, column, value in tensors:
+            if capturing and value.device.type == "cpu":
+                raise ValueError(
+                    f"{('lr', 'betas', 'betas', 'eps', 'weight_decay')[column]} of group {i}: expected a number or a "
+                    f"tensor on {self.device} while a CUDA graph is captured, got a tensor on the CPU, which no replay "
+                    "would read again; move it to the GPU, or give a number, which the graph then keeps"
+                )
             self.hyper.select(0, i).select(0, column).copy_(value.squeeze(), non_blocking=True)
 
         betas = slice(Hyper.BETA1, Hyper.BETA2 + 1)
@@ -328,6 +345,8 @@ class Plan:
 
     def scalars(self, active: ActiveSet) -> StepScalars:
         """What ``coefficients`` reads and writes."""
+        if captured.capturing(self.device):
+            captured.keep(self, active)
         if active.scalars is None:
             own = (field.name for field in fields(StepScalars) if field.name != "active")
             active.scalars = StepScalars(active=active.index, **{name: getattr(self, name) for name in own})
@@ -353,10 +372,9 @@ class Plan:
         return self._sums_elsewhere.setdefault(batch.device, torch.zeros_like(self.sums, device=batch.device))
 
     def gather_sums(self, active: ActiveSet) -> None:
-        for batch in active.parts:
-            if batch.device != self.device:
-                index = [tensor.index for tensor in batch.tensors]
-                self.sums[index] = self._sums_elsewhere[batch.device][index].to(self.device, non_blocking=True)
+        for batch in (part for part in active.parts if part.device != self.device):
+            index = [tensor.index for tensor in batch.tensors]
+            self.sums[index] = self._moved(self._sums_elsewhere[batch.device][index], self.device)
         if self.sharding.communicates:
             # Every rank has summed over its rows; what all ranks hold whole, one of them brings in.
             sums = self.sums.index_select(0, active.index)
@@ -365,35 +383,16 @@ class Plan:
             self.sums.index_copy_(0, active.index, self.sharding.sum_(sums))
 
     def coefficients_on(self, batch: TensorBatch) -> torch.Tensor:
-        return self.coefficients.to(batch.device, non_blocking=True)
+        return self._moved(self.coefficients, batch.device)
 
+    def here(self, scalar: torch.Tensor | None) -> torch.Tensor | None:
+        """A GradScaler's tensor, which lies where the loss is, beside the tables."""
+        return None if scalar is None else self._moved(scalar, self.device)
 
-def _addresses(tensors: Iterable[torch.Tensor]) -> list[int]:
-    return [t.data_ptr() if type(t) in PLAIN_TYPES else _address(local(t)) for t in tensors]
-
-
-def _address(tensor: torch.Tensor) -> int:
-    return 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
-
-
-def _same_place(param: Any, grad: Any) -> bool:
-    """Whether a gradient is cut as its parameter; FSDP2's always are."""
-    return getattr(param, "placements", None) == getattr(grad, "placements", None)
+    @staticmethod
+    def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return tensor.to(device, non_blocking=device.type != "cpu")  # the host reads what comes to it at once
 
 
 def _grouping(groups: Groups) -> list[list[int]]:
     return [list(map(id, group["params"])) for group in groups]
-
-
-def _check_grad(param: torch.Tensor, grad: torch.Tensor, name: str) -> None:
-    if grad.layout != torch.strided:
-        raise ValueError(f"grad of {name!r}: expected a dense tensor, got {grad.layout}; set sparse=False on its layer")
-    if grad.dtype not in GRAD_DTYPES and grad.dtype != param.dtype:
-        raise ValueError(
-            f"grad of {name!r}: expected float32, bfloat16 or float16, got {grad.dtype}; cast it before step()"
-        )
-    if not _same_place(param, grad):
-        raise ValueError(
-            f"grad of {name!r}: expected the parameter's layout over the ranks, {layout_of(param)}, got "
-            f"{layout_of(grad)}; redistribute it before step()"
-        )

@@ -56,8 +56,9 @@ class GradientSums:
             torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
             for p in map(local, self.params)
         ]
+        self._caches: list[dict[str, Any]] = [{} for _ in self.totals]
         # Per tensor: Σw, Σw², Σw²‖g‖² (of the rows here), and how many gradients were dropped, not being finite.
-        self.scalars = torch.zeros(len(params), 4, dtype=torch.float64)
+        self.scalars = torch.zeros(len(params), 4, dtype=torch.float64, device="cpu")
         self.progress = Progress()
         # ‖g‖² of the micro-batch at hand, one vector per device so that nothing synchronises before commit().
         self._squared = {t.device: self.scalars.new_zeros(len(params), device=t.device) for t in self.totals}
@@ -66,7 +67,8 @@ class GradientSums:
         """Add one tensor's gradient of the micro-batch at hand; a non-finite one adds nothing."""
         total = self.totals[index]
         grad = grad.to_dense() if grad.is_sparse else grad.contiguous()
-        ops.accumulate([total], [grad], weight, self._squared[total.device][index : index + 1])
+        norm = self._squared[total.device][index : index + 1]
+        ops.accumulate([total], [grad], weight, norm, cache=self._caches[index])
         if self.curvature is not None:
             self.curvature.add_grad(self.names[index], grad)
 
@@ -87,7 +89,7 @@ class GradientSums:
     def commit(self, weight: float, dropped: torch.Tensor | bool = False) -> None:
         """The micro-batch is complete: count its weight, except for tensors whose gradient was not finite."""
         norms = torch.stack([squared.cpu() for squared in self._squared.values()]).sum(dim=0)
-        finite = torch.isfinite(norms) & ~torch.as_tensor(dropped)
+        finite = torch.isfinite(norms) & ~torch.as_tensor(dropped, device="cpu")
         norms = norms.where(finite, 0.0)
         self.scalars += torch.stack((finite * weight, finite * weight**2, norms * weight**2, ~finite), dim=1)
         for squared in self._squared.values():

@@ -8,38 +8,15 @@ import pytest
 import torch
 
 from dba_kernels.reference import coefficients as reference
-from dba_kernels.stepdata import CORRECTIONS, Coefficient, StepScalars
+from dba_kernels.stepdata import Coefficient, StepScalars
 
-from .support.agreement import ACTIVE, BASE, N, arguments, assert_same_coefficients
-
-VARIANTS = {
-    **{
-        f"{mode}-{scope}": {"correction": mode, "scope": scope}
-        for mode in CORRECTIONS
-        for scope in ("tensor", "global")
-    },
-    "no clip": {"max_grad_norm": None},
-    "loose clip": {"max_grad_norm": 1e3},
-    "no reduction": {"reduce": False, "correction": "none", "max_grad_norm": None, "boost": 0.0, "total_steps": 0},
-    "past the end": {"total_steps": 5},
-    "clamped boost": {"boost": 9.0, "boost_max": 0.3},
-    "tight bounds": {"bounds": (0.9, 1.1)},
-}
+from .support.agreement import ACTIVE, BASE, OPTIONS, VARIANTS, arguments, assert_same_coefficients
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_coefficients(backend, name):
     """Protects eqs. 2, 4 and 5: every mode, scope and limit gives the reference's coefficients."""
     assert_same_coefficients(backend.coefficients, dataclasses.replace(BASE, **VARIANTS[name]), arguments())
-
-
-OPTIONS = {
-    "loss scale": {"loss_scale": torch.tensor(1024.0)},
-    "found inf": {"loss_scale": torch.tensor(1024.0), "found_inf": torch.tensor(1.0)},
-    "found none": {"found_inf": torch.tensor(0.0)},
-    "gamma": {"gamma": torch.tensor(0.123)},
-    "alpha": {"alpha": torch.linspace(0.2, 1.9, N)},
-}
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -6,7 +6,7 @@ Bytes per parameter with bf16 gradients: 12. A non-finite gradient must add noth
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import torch
 import triton
@@ -52,19 +52,27 @@ def add_kernel(
         add_tile(total_ptr, grad_ptr, weight, start, numel, MASKED)
 
 
-@functools.lru_cache(maxsize=1024)  # a collector's hooks come with one sum each, again and again
-def _tables(addresses: tuple[int, ...], numels: tuple[int, ...], device: torch.device) -> GradTables:
-    """Tables of one list of sums; gradients come and go."""
-    entries = [Entry((numel,), grouped=False) for numel in numels]
-    for i, (entry, address) in enumerate(zip(entries, addresses, strict=True)):
-        entry.stream(col.PARAM, address)
-        entry[col.TABLE_ROW.value] = i
-    return GradTables(entries, device)
+def _tables_of(totals: list[torch.Tensor], cache: dict[str, Any]) -> GradTables:
+    """Tables of one list of sums, made anew only where they moved; gradients come and go."""
+    device = totals[0].device
+    addresses = [address_of(f"totals[{i}]", total, device) for i, total in enumerate(totals)]
+    known = cache.get("triton")
+    if known is None or known[0] != addresses:
+        entries = [Entry((total.numel(),), grouped=False) for total in totals]
+        for i, (entry, address) in enumerate(zip(entries, addresses, strict=True)):
+            entry.stream(col.PARAM, address)
+            entry[col.TABLE_ROW.value] = i
+        known = cache["triton"] = addresses, GradTables(entries, device)
+    return known[1]
 
 
 @torch.no_grad()
 def accumulate(
-    totals: list[torch.Tensor], grads: list[torch.Tensor], weight: float, squared_norms: torch.Tensor
+    totals: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    weight: float,
+    squared_norms: torch.Tensor,
+    cache: dict[str, Any] | None = None,
 ) -> None:
     """``total ← total + weight · grad`` for every tensor; ‖grad‖² of each into ``squared_norms`` (float64 ``[n]``).
 
@@ -74,14 +82,14 @@ def accumulate(
         totals: fp32 running sums, contiguous.
         grads: fp32, bf16 or fp16 gradients of one micro-batch, contiguous, all of one dtype.
         weight: weight of the micro-batch (1, or its number of target tokens).
+        cache: keeps the tables of these sums; without one they are made at every call.
 
     Raises:
         ValueError: storage that is not contiguous, or gradients of several dtypes.
     """
     if not totals:
         return
-    addresses = tuple(address_of(f"totals[{i}]", total) for i, total in enumerate(totals))
-    tables = _tables(addresses, tuple(total.numel() for total in totals), totals[0].device)
+    tables = _tables_of(totals, {} if cache is None else cache)
     dtype = TRITON_DTYPES[grads[0].dtype]
     with on_device(totals[0]):
         where = tables.refresh(grads)

@@ -103,8 +103,8 @@ def _launch(decode: bool, dense: list[torch.Tensor], encoded: list[EncodedTensor
     combinations = defaultdict(list)
     for i, (tensor, stored) in enumerate(zip(dense, encoded, strict=True)):
         entry = Entry(stored.shape, grouped=stored.scales is not None)
-        entry.stream(col.PARAM, address_of(f"tensors[{i}]", tensor))
-        entry.store(f"encoded[{i}]", stored)
+        entry.stream(col.PARAM, address_of(f"tensors[{i}]", tensor, dense[0].device))
+        entry.store(f"encoded[{i}]", stored, dense[0].device)
         combinations[stored.format, tensor.dtype].append(entry)
     for (format, dtype), entries in combinations.items():
         with on_device(dense[0]):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from .. import formats
+from .. import captured, formats
 from ..formats import EncodedTensor, matrix_shape
 from ..stepdata import TensorBatch
 from . import columns as col
@@ -27,9 +27,6 @@ MOST_TILES = 8
 LEAST_CHUNKS = 2048
 """Programs that a launch has where its model is large enough: about two for each that a large GPU runs at a time."""
 
-_captured: list[torch.Tensor] = []
-"""Host buffers whose copy to the device is part of a CUDA graph, which reads them again at every replay."""
-
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Launch on the tensor's device, not on the current one."""
@@ -41,25 +38,30 @@ def vector_elements(*dtypes: torch.dtype) -> int:
     return int(ALIGNMENT.value) // max(dtype.itemsize for dtype in dtypes)
 
 
-def address_of(name: str, tensor: torch.Tensor) -> int:
-    """Address of a tensor that a kernel may walk.
+def address_of(name: str, tensor: torch.Tensor, device: torch.device) -> int:
+    """Address of a tensor that a kernel on ``device`` may walk.
 
     Raises:
-        ValueError: it is not contiguous.
+        ValueError: it is elsewhere, not contiguous, or has no storage.
     """
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}; move it there first")
     if not tensor.is_contiguous():
         raise ValueError(
             f"{name}: expected contiguous storage, got strides {tensor.stride()}; call .contiguous() first"
         )
-    return tensor.data_ptr()
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel() > 0:
+        raise ValueError(f"{name}: expected a tensor with storage of its own, got {type(tensor).__name__}; unwrap it")
+    return address
 
 
 def copy_to(table: torch.Tensor, values: list[Any]) -> torch.Tensor:
     """Fill a device table from a host list, without waiting for the copy."""
     # Pinned memory comes from torch's caching allocator, which reuses it only after this copy has completed.
-    host = torch.tensor(values, dtype=table.dtype, pin_memory=table.is_cuda)
-    if table.is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured.append(host)
+    host = torch.tensor(values, dtype=table.dtype, device="cpu", pin_memory=table.is_cuda)
+    if captured.capturing(table.device):
+        captured.keep(table, host)  # the copy is part of the graph, and is made again at every replay
     return table.copy_(host, non_blocking=True)
 
 
@@ -84,22 +86,29 @@ class Addresses:
         self.table = torch.empty(n, dtype=torch.int64, device=device)
         self.known: list[int] = []
 
+    def checked(self, tensors: list[torch.Tensor]) -> list[int]:
+        """Addresses of tensors that a launch may read.
+
+        Raises:
+            ValueError: a tensor is elsewhere, not contiguous, without storage, or not of the others' dtype.
+        """
+        for i, tensor in enumerate(tensors):
+            if tensor.dtype != tensors[0].dtype:
+                raise ValueError(
+                    f"grads[{i}]: expected {tensors[0].dtype} like grads[0], got {tensor.dtype}; batch them apart"
+                )
+        return [address_of(f"grads[{i}]", tensor, self.table.device) for i, tensor in enumerate(tensors)]
+
     def refresh(self, tensors: list[torch.Tensor]) -> bool:
         """Bring the table to these tensors; whether they moved.
 
         Raises:
-            ValueError: a tensor is not contiguous, or not of the others' dtype.
+            ValueError: as :meth:`checked`.
         """
         addresses = [tensor.data_ptr() for tensor in tensors]
         moved = addresses != self.known
         if moved:
-            for i, tensor in enumerate(tensors):
-                address_of(f"grads[{i}]", tensor)
-                if tensor.dtype != tensors[0].dtype:
-                    raise ValueError(
-                        f"grads[{i}]: expected {tensors[0].dtype} like grads[0], got {tensor.dtype}; batch them apart"
-                    )
-            copy_to(self.table, addresses)
+            copy_to(self.table, self.checked(tensors))
             self.known = addresses
         return moved
 
@@ -126,11 +135,11 @@ class Entry(list[int]):
         self[column.value] = address
         self.full &= address % ALIGNMENT.value == 0
 
-    def store(self, name: str, stored: EncodedTensor) -> None:
+    def store(self, name: str, stored: EncodedTensor, device: torch.device) -> None:
         """A stored tensor: its codes are a stream, its scales are read singly, so of any alignment."""
-        self.stream(col.GLOBAL_GRAD, address_of(f"{name}.codes", stored.codes))
+        self.stream(col.GLOBAL_GRAD, address_of(f"{name}.codes", stored.codes, device))
         if stored.scales is not None:
-            self[col.GLOBAL_SCALE.value] = address_of(f"{name}.scales", stored.scales)
+            self[col.GLOBAL_SCALE.value] = address_of(f"{name}.scales", stored.scales, device)
 
     def spans(self) -> list[tuple[int, int, bool]]:
         """(first tile, end, masked) of runs of tiles that together are the tensor.
@@ -199,17 +208,20 @@ class Tables:
         All routes are kept: gradients may come back to where they were, and a CUDA graph reads its lists at every
         replay.
         """
-        if misaligned not in self._routes:
+        routes = self._routes.get(misaligned)
+        if routes is None:
             by_path = defaultdict(list)
             for tensor, first, tiles, slot, masked in self._chunks:
                 path = "masked" if masked else "narrow" if tensor in misaligned else "aligned"
                 by_path[path].append((tensor, first, tiles, slot))
             device = self.pointers.device
-            self._routes[misaligned] = {
+            routes = {
                 path: copy_to(torch.empty(len(rows), col.CHUNKS.value, dtype=torch.int32, device=device), rows)
                 for path, rows in by_path.items()
             }
-        self.chunks = self._routes[misaligned]
+            if not captured.capturing(device):  # what a capture copies is there only when it has been replayed
+                self._routes[misaligned] = routes
+        self.chunks = routes
 
     def launches(self, vector: int) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         """Of each launch that is needed its chunk table, int32 ``[n, CHUNKS]``, and its compile-time arguments."""
@@ -228,16 +240,29 @@ class GradTables(Tables):
         super().__init__(entries, device)
         self.grads = Addresses(len(entries), device)
         self.partials = torch.empty(self.n_chunks, 2, dtype=torch.float32, device=device)
+        self._of_capture = False
 
     def refresh(self, grads: list[torch.Tensor]) -> torch.Tensor:
         """The table of these gradients' addresses; launches go where their alignment allows.
 
+        A captured launch gets a table that belongs to the capture, so that eager steps and other graphs, whose
+        gradients lie elsewhere, do not write into it.
+
         Raises:
-            ValueError: as :meth:`Addresses.refresh`.
+            ValueError: as :meth:`Addresses.checked`.
         """
-        if self.grads.refresh(grads):
-            self._route(frozenset(i for i in self._full if self.grads.known[i] % ALIGNMENT.value))
+        if captured.capturing(self.pointers.device):
+            addresses = self.grads.checked(grads)
+            self._of_capture = True
+            self._route_for(addresses)
+            return copy_to(torch.empty_like(self.grads.table), addresses)
+        if self.grads.refresh(grads) or self._of_capture:
+            self._of_capture = False
+            self._route_for(self.grads.known)
         return self.grads.table
+
+    def _route_for(self, addresses: list[int]) -> None:
+        self._route(frozenset(i for i in self._full if addresses[i] % ALIGNMENT.value))
 
 
 def tables_of(batch: TensorBatch) -> GradTables:
@@ -246,7 +271,11 @@ def tables_of(batch: TensorBatch) -> GradTables:
         stored = formats.STORAGE_FORMATS.get(batch.global_format)
         grouped = formats.STATE_FORMATS[batch.state_format].grouped or (stored is not None and stored.grouped)
         entries = [_batch_entry(batch, i, grouped) for i in range(len(batch.tensors))]
-        batch.cache["triton"] = GradTables(entries, batch.device)
+        made = GradTables(entries, batch.device)
+        if captured.capturing(batch.device):  # filled when the graph is replayed, not before
+            captured.keep(made)
+            return made
+        batch.cache["triton"] = made
     tables: GradTables = batch.cache["triton"]
     return tables
 
@@ -265,15 +294,15 @@ def _batch_entry(batch: TensorBatch, i: int, grouped: bool) -> Entry:
     entry = Entry(tuple(tensor.param.shape), grouped)
     for part, column in STREAMS.items():
         if (streamed := getattr(tensor, part)) is not None:
-            entry.stream(column, address_of(f"{name}.{part}", streamed))
+            entry.stream(column, address_of(f"{name}.{part}", streamed, batch.device))
     for part, column in SCALES.items():
         if (scales := getattr(tensor, part)) is not None:
-            entry[column.value] = address_of(f"{name}.{part}", scales)
+            entry[column.value] = address_of(f"{name}.{part}", scales, batch.device)
     stored: Any = tensor.global_grad
     if stored is not None:
         if stored.format != batch.global_format:
             raise ValueError(f"{name}.global_grad: expected format {batch.global_format!r}, got {stored.format!r}")
-        entry.store(f"{name}.global_grad", stored)
+        entry.store(f"{name}.global_grad", stored, batch.device)
     entry[col.TABLE_ROW.value] = tensor.index
     entry[col.SEED.value] = tensor.seed
     entry[col.OFFSET.value] = tensor.offset

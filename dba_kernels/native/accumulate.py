@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -10,7 +12,11 @@ from .library import address, execution, load
 
 
 def accumulate(
-    totals: list[torch.Tensor], grads: list[torch.Tensor], weight: float, squared_norms: torch.Tensor
+    totals: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    weight: float,
+    squared_norms: torch.Tensor,
+    cache: dict[str, Any] | None = None,
 ) -> None:
     """``total += weight · grad`` for every pair (eq. 1's sum), ‖grad‖² to ``squared_norms``. 10 B/param for bf16
     gradients of tensors that fit in the cache, 12 beyond."""

@@ -125,4 +125,7 @@ def address(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[in
         raise ValueError(f"{name}: expected contiguous {dtype} on the CPU, got {got}; use backend='reference'")
     if shape is not None and tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
-    return tensor.data_ptr()
+    place = tensor.data_ptr()
+    if place == 0 and tensor.numel() > 0:
+        raise ValueError(f"{name}: expected a tensor with storage of its own, got {type(tensor).__name__}; unwrap it")
+    return place

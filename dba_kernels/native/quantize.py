@@ -17,8 +17,8 @@ def encode(tensor: torch.Tensor, format: str) -> EncodedTensor:
     if not chosen.grouped:
         return EncodedTensor(chosen.name, shape, tensor.to(chosen.dtype, copy=True).contiguous())
     source = (tensor if tensor.dtype in DTYPE_CODE else tensor.float()).contiguous()
-    codes = torch.empty(chosen.codes_shape(shape), dtype=chosen.dtype)
-    scales = torch.empty(scales_shape(shape), dtype=torch.float32)
+    codes = torch.empty(chosen.codes_shape(shape), dtype=chosen.dtype, device="cpu")
+    scales = torch.empty(scales_shape(shape), dtype=torch.float32, device="cpu")
     load().dba_encode(
         *execution(),
         DTYPE_CODE[source.dtype],
@@ -33,7 +33,7 @@ def encode(tensor: torch.Tensor, format: str) -> EncodedTensor:
 
 def decode(encoded: EncodedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """The tensor that is stored, in fp32, or written to ``out`` (fp32, bf16 or fp16, contiguous, same shape)."""
-    out = torch.empty(encoded.shape, dtype=torch.float32) if out is None else out
+    out = torch.empty(encoded.shape, dtype=torch.float32, device="cpu") if out is None else out
     if out.dtype not in DTYPE_CODE:
         raise ValueError(f"out: expected float32, bfloat16 or float16, got {out.dtype}; use backend='reference'")
     codes, scales = encoded_addresses("encoded", encoded, encoded.format)

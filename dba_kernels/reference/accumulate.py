@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -32,7 +34,11 @@ def mean_gradient(total: torch.Tensor, total_weight: float) -> torch.Tensor:
 
 
 def accumulate(
-    totals: list[torch.Tensor], grads: list[torch.Tensor], weight: float, squared_norms: torch.Tensor
+    totals: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    weight: float,
+    squared_norms: torch.Tensor,
+    cache: dict[str, Any] | None = None,
 ) -> None:
     """:func:`accumulate_one` for every tensor; writes ‖grad‖² of each to ``squared_norms`` (float64 ``[n]``)."""
     for i, (total, grad) in enumerate(zip(totals, grads, strict=True)):

@@ -11,7 +11,7 @@ import torch
 
 from dba_kernels.formats import STORAGE_FORMATS, EncodedTensor
 from dba_kernels.reference import accumulate, coefficients, quantize, similarity
-from dba_kernels.stepdata import Coefficient, Hyper, StepOverrides, StepScalars, StepSettings, Summary
+from dba_kernels.stepdata import CORRECTIONS, Coefficient, Hyper, StepOverrides, StepScalars, StepSettings, Summary
 
 from .cases import Case, build, plain, random_tensor
 from .tolerances import TOLERANCES, assert_codes, assert_fp32
@@ -138,6 +138,26 @@ BASE = StepSettings(
     max_grad_norm=0.37,
     reduce=True,
 )
+VARIANTS: dict[str, dict] = {
+    **{
+        f"{mode}-{scope}": {"correction": mode, "scope": scope}
+        for mode in CORRECTIONS
+        for scope in ("tensor", "global")
+    },
+    "no clip": {"max_grad_norm": None},
+    "loose clip": {"max_grad_norm": 1e3},
+    "no reduction": {"reduce": False, "correction": "none", "max_grad_norm": None, "boost": 0.0, "total_steps": 0},
+    "past the end": {"total_steps": 5},
+    "clamped boost": {"boost": 9.0, "boost_max": 0.3},
+    "tight bounds": {"bounds": (0.9, 1.1)},
+}
+OPTIONS = {
+    "loss scale": {"loss_scale": torch.tensor(1024.0)},
+    "found inf": {"loss_scale": torch.tensor(1024.0), "found_inf": torch.tensor(1.0)},
+    "found none": {"found_inf": torch.tensor(0.0)},
+    "gamma": {"gamma": torch.tensor(0.123)},
+    "alpha": {"alpha": torch.linspace(0.2, 1.9, N)},
+}
 OUTPUTS = ("steps", "bias_corrections", "counters", "coefficients", "report", "summary")
 
 

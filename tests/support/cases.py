@@ -97,17 +97,19 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Misaligned:
-    """Places tensors one element past an aligned address, between margins that nobody may touch."""
+    """Places tensors some elements past an aligned address, between margins that nobody may touch."""
 
     MARGIN = 64
     CANARY = 0x5A
 
-    def __init__(self) -> None:
+    def __init__(self, elements: int = 1) -> None:
+        self._elements = elements
         self._margins: list[torch.Tensor] = []
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        start = self.MARGIN + tensor.element_size()
-        storage = torch.full((start + tensor.nbytes + self.MARGIN,), self.CANARY, dtype=torch.uint8)
+        start = self.MARGIN + self._elements * tensor.element_size()
+        size = start + tensor.nbytes + self.MARGIN
+        storage = torch.full((size,), self.CANARY, dtype=torch.uint8, device=tensor.device)
         self._margins += [storage[:start], storage[start + tensor.nbytes :]]
         inside = storage[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         inside.copy_(tensor)
@@ -127,23 +129,24 @@ def encode_any_size(tensor: torch.Tensor, format: str) -> EncodedTensor:
     if format == "fp32":
         return EncodedTensor("fp32", shape, tensor.float())
     if tensor.numel() == 0:
-        scales = torch.empty(scales_shape(shape)) if chosen.grouped else None
-        return EncodedTensor(format, shape, torch.empty(chosen.codes_shape(shape), dtype=chosen.dtype), scales)
+        scales = tensor.new_empty(scales_shape(shape)) if chosen.grouped else None
+        return EncodedTensor(format, shape, tensor.new_empty(chosen.codes_shape(shape), dtype=chosen.dtype), scales)
     copies = -(-MIN_COMPRESSED_NUMEL // tensor.numel())
     return quantize.encode(torch.cat([tensor] * copies), format).row_slice(0, shape[0])
 
 
 def random_tensor(shape: tuple[int, ...], generator: torch.Generator, scale: float = 1.0) -> torch.Tensor:
     """Normal values whose size varies over two decades from row to row, with a few zeros."""
-    values = torch.randn(shape, generator=generator) * scale
+    options = {"generator": generator, "device": generator.device}
+    values = torch.randn(shape, **options) * scale
     if len(shape) > 1:
-        values *= 10.0 ** (2 * torch.rand((shape[0],) + (1,) * (len(shape) - 1), generator=generator) - 1)
-    return torch.where(torch.rand(shape, generator=generator) < 0.02, 0.0, values)
+        values *= 10.0 ** (2 * torch.rand((shape[0],) + (1,) * (len(shape) - 1), **options) - 1)
+    return torch.where(torch.rand(shape, **options) < 0.02, 0.0, values)
 
 
 def coefficient_table(rows: int, generator: torch.Generator) -> torch.Tensor:
     """float64 ``[rows, Coefficient.COUNT]``: every row has values of its own, as groups and corrections give it."""
-    u = torch.rand(rows, Coefficient.COUNT, generator=generator, dtype=torch.float64)
+    u = torch.rand(rows, Coefficient.COUNT, generator=generator, device=generator.device, dtype=torch.float64)
     table = torch.zeros_like(u)
     table[:, Coefficient.GRAD_WEIGHT] = 0.5 + 0.5 * u[:, 0]
     table[:, Coefficient.GLOBAL_WEIGHT] = 0.5 * u[:, 1]
@@ -196,12 +199,14 @@ def moments(state_format: str, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) 
     return {"exp_avg": codes, "exp_avg_sq": codes_sq, "exp_avg_scale": scale, "exp_avg_sq_scale": scale_sq}
 
 
-def build(case: Case, place: Place = plain) -> tuple[TensorBatch, list[torch.Tensor], torch.Tensor]:
-    """``(batch, grads, table)`` of a case; the same case gives the same values wherever it is placed.
+def build(
+    case: Case, place: Place = plain, device: torch.device | str = "cpu"
+) -> tuple[TensorBatch, list[torch.Tensor], torch.Tensor]:
+    """``(batch, grads, table)`` of a case; on one device the same case gives the same values wherever it is placed.
 
     The table has more rows than the batch has tensors, and the tensors name theirs out of order.
     """
-    generator = torch.Generator().manual_seed(case.seed)
+    generator = torch.Generator(device).manual_seed(case.seed)
     n = len(case.shapes)
     batch, grads = TensorBatch(case.param_format, case.state_format, case.global_format, []), []
     for i, shape in enumerate(case.shapes):
