@@ -23,6 +23,7 @@ template <class S, class Codec> struct GroupLoad {
 
 template <class S> struct Float<S, FP32> : GroupLoad<S, Float<S, FP32>> {
     static typename S::F load(bytes_t p, int j) { return S::load(p + 4 * j); }
+    static typename S::F rounded(typename S::F x) { return x; }
     static void store(uint8_t* p, int j, typename S::F x) { S::store(p + 4 * j, x); }
 };
 
@@ -33,15 +34,19 @@ template <class S> struct Float<S, BF16> {
         for (int k = 0; k < GROUP / S::W; ++k) out[k] = S::from_bits(patterns[k]);
     }
     static typename S::F load(bytes_t p, int j) { return S::from_bits(S::load_u16(p + 2 * j) << 16); }
-    static void store(uint8_t* p, int j, typename S::F x) {
+    static typename S::U nearest_even(typename S::F x) {
         typename S::U u = S::bits(x);
-        typename S::U nearest_even = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
-        S::store_low16(p + 2 * j, x == x ? nearest_even : S::splat_bits(0x7FC0));
+        return (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+    }
+    static typename S::F rounded(typename S::F x) { return S::from_bits(nearest_even(x) << 16); }
+    static void store(uint8_t* p, int j, typename S::F x) {
+        S::store_low16(p + 2 * j, x == x ? nearest_even(x) : S::splat_bits(0x7FC0));
     }
 };
 
 template <class S> struct Float<S, FP16> : GroupLoad<S, Float<S, FP16>> {
     static typename S::F load(bytes_t p, int j) { return S::load_f16(p + 2 * j); }
+    static typename S::F rounded(typename S::F x) { return S::round_f16(x); }
     static void store(uint8_t* p, int j, typename S::F x) { S::store_f16(p + 2 * j, x); }
 };
 
@@ -90,6 +95,8 @@ template <class S> struct Global<S, GLOBAL_FP8> {
 };
 
 // --- parameters: a weight, and a remainder that together hold more than the weight's dtype ----------------------------
+//
+// Weights are written from outside between steps. A remainder that cannot be the weight's own is dropped on load.
 
 // Each store takes one random 32-bit word per element; split8 rounds with its top byte.
 
@@ -121,12 +128,18 @@ template <class S, int64_t D> struct Param<S, NATIVE, D> : ParamGroup<S, Param<S
 };
 
 template <class S, int64_t D> struct Param<S, MASTER, D> : ParamGroup<S, Param<S, MASTER, D>> {
-    static typename S::F load(bytes_t, bytes_t master, int j) { return S::load(master + 4 * j); }
+    static typename S::F load(bytes_t weight, bytes_t master, int j) {
+        typename S::F wide = S::load(master + 4 * j), written = Float<S, D>::load(weight, j);
+        return Float<S, D>::rounded(wide) == written ? wide : written;
+    }
     static void store(uint8_t* weight, uint8_t* master, int j, typename S::F x, typename S::U) {
         Float<S, D>::store(weight, j, x);
         S::store(master + 4 * j, x);
     }
 };
+
+// The pattern of x with any NaN made the quiet one: others overflow when they are rounded, to 0.
+template <class S> typename S::U finite_or_quiet(typename S::F x) { return x == x ? S::bits(x) : S::splat_bits(0x7FC00000); }
 
 // bf16 + 16 bits: high = nearest bf16 (ties away from zero), low = pattern - (high << 16): the exact fp32 value.
 template <class S> struct Param<S, SPLIT16, BF16> {
@@ -138,7 +151,7 @@ template <class S> struct Param<S, SPLIT16, BF16> {
     }
     static void store_group(uint8_t* weight, uint8_t* low, const typename S::F* x, const typename S::U*) {
         typename S::U patterns[N];
-        for (int k = 0; k < N; ++k) patterns[k] = S::bits(x[k]);
+        for (int k = 0; k < N; ++k) patterns[k] = finite_or_quiet<S>(x[k]);
         GroupOps<S>::split16(patterns, weight, low);
     }
 };
@@ -153,20 +166,27 @@ template <class S> struct Param<S, SPLIT8, BF16> {
     }
     static void store_group(uint8_t* weight, uint8_t* low, const typename S::F* x, const typename S::U* random) {
         typename S::U patterns[N];
-        for (int k = 0; k < N; ++k) patterns[k] = S::bits(x[k]) + (random[k] >> 24);
+        for (int k = 0; k < N; ++k) patterns[k] = finite_or_quiet<S>(x[k]) + (random[k] >> 24);
         GroupOps<S>::split8(patterns, weight, low);
     }
 };
 
 // fp16: the remainder counts units of ulp(weight) * 2^-15 (split16) or * 2^-7 (split8).
 template <class S, int FractionBits> struct Fp16Unit {
-    typename S::U exponent;  // biased, of ulp(weight) * 2^-FractionBits
-    explicit Fp16Unit(typename S::U half) {
+    typename S::U half, exponent;  // biased, of ulp(weight) * 2^-FractionBits
+    explicit Fp16Unit(typename S::U weight) : half(weight) {
         typename S::U field = (half >> 10) & 31u;
         field = field == 0u ? S::splat_bits(1) : field;
         exponent = field + (127u - 15u - 10u - FractionBits);
     }
     typename S::F unit() const { return S::from_bits(exponent << 23); }
+    // What the remainder adds to the weight. The lower neighbour of a power of two is only half an ulp away.
+    typename S::F value_of(typename S::F remainder) const {
+        typename S::F outward = S::from_bits(S::bits(remainder) ^ ((half & 0x8000u) << 16));
+        const auto foreign = ((half & 0x3FFu) == 0u) & ((half & 0x7FFFu) >= 0x800u) &
+                             (outward < S::splat(-(1 << (FractionBits - 2))));
+        return (foreign ? S::splat(0.0f) : remainder) * unit();
+    }
     typename S::F inverse() const { return S::from_bits((254u - exponent) << 23); }
 };
 
@@ -174,7 +194,7 @@ template <class S> struct Param<S, SPLIT16, FP16> : ParamGroup<S, Param<S, SPLIT
     using Unit = Fp16Unit<S, 15>;
     static typename S::F load(bytes_t weight, bytes_t low, int j) {
         typename S::F remainder = S::to_float(S::load_i16(low + 2 * j));
-        return S::load_f16(weight + 2 * j) + remainder * Unit(S::load_u16(weight + 2 * j)).unit();
+        return S::load_f16(weight + 2 * j) + Unit(S::load_u16(weight + 2 * j)).value_of(remainder);
     }
     static void store(uint8_t* weight, uint8_t* low, int j, typename S::F x, typename S::U) {
         S::store_f16(weight + 2 * j, x);
@@ -187,7 +207,7 @@ template <class S> struct Param<S, SPLIT8, FP16> : ParamGroup<S, Param<S, SPLIT8
     using Unit = Fp16Unit<S, 7>;
     static typename S::F load(bytes_t weight, bytes_t low, int j) {
         typename S::F remainder = S::to_float(S::load_i8(low + j));
-        return S::load_f16(weight + 2 * j) + remainder * Unit(S::load_u16(weight + 2 * j)).unit();
+        return S::load_f16(weight + 2 * j) + Unit(S::load_u16(weight + 2 * j)).value_of(remainder);
     }
     static void store(uint8_t* weight, uint8_t* low, int j, typename S::F x, typename S::U random) {
         S::store_f16(weight + 2 * j, x);

@@ -49,6 +49,8 @@ struct Avx512 {
         _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
     }
 
+    static F round_f16(F x) { return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+
     static F to_float(I x) { return _mm512_cvtepi32_ps((__m512i)x); }
     static I to_int(F x) { return (I)_mm512_cvtps_epi32(x); }
     static F floor(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
@@ -112,10 +114,18 @@ template <> struct GroupOps<Avx512> {
             out[2 * k + 1] = (U)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, words<16, 16, 1>(), high);
         }
     }
+    // low, or 0 where it would make a NaN of zero (by a borrow) or of infinity.
+    static __m512i usable(__m512i high, __m512i low) {
+        const __m512i magnitude = _mm512_and_si512(high, _mm512_set1_epi16(0x7FFF));
+        const __mmask32 negative = _mm512_movepi16_mask(low), zero = _mm512_testn_epi16_mask(magnitude, magnitude);
+        const __mmask32 infinite = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7F80));
+        return _mm512_maskz_mov_epi16(~((zero & negative) | (infinite & ~negative)), low);
+    }
     static void join16(const void* high, const void* low, U* out) {
         for (int k = 0; k < 2; ++k) {
-            const __m512i rest = load(low, k), borrow = _mm512_srai_epi16(rest, 15);  // -1 where low is negative
-            zip(rest, _mm512_add_epi16(load(high, k), borrow), out + 2 * k);
+            const __m512i top = load(high, k), rest = usable(top, load(low, k));
+            const __m512i borrow = _mm512_srai_epi16(rest, 15);  // -1 where low is negative
+            zip(rest, _mm512_add_epi16(top, borrow), out + 2 * k);
         }
     }
     static void split16(const U* x, void* high, void* low) {
@@ -126,9 +136,10 @@ template <> struct GroupOps<Avx512> {
     }
     static void join8(const void* high, const void* low, U* out) {
         for (int k = 0; k < 2; ++k) {
-            const __m512i rest = _mm512_cvtepi8_epi16(Avx512::half(static_cast<const char*>(low) + 32 * k));
+            const __m512i top = load(high, k);
+            const __m512i rest = usable(top, _mm512_cvtepi8_epi16(Avx512::half(static_cast<const char*>(low) + 32 * k)));
             const __m512i borrow = _mm512_srai_epi16(rest, 15);
-            zip(_mm512_slli_epi16(rest, 8), _mm512_add_epi16(load(high, k), borrow), out + 2 * k);
+            zip(_mm512_slli_epi16(rest, 8), _mm512_add_epi16(top, borrow), out + 2 * k);
         }
     }
     static void split8(const U* x, void* high, void* low) {

@@ -17,9 +17,18 @@ template <class S> struct GroupOps {
     static void load_high(const void* p, U* out) {
         for (int k = 0; k < N; ++k) out[k] = S::load_u16(at(p, k, 2)) << 16;
     }
-    // out = (high << 16) + low, for 16-bit high and signed 16-bit low.
+    // low, or 0 where it would make a NaN of zero (by a borrow) or of infinity.
+    static U usable(U high, typename S::I low) {
+        const U magnitude = high & 0x7FFFu;
+        const auto foreign = ((magnitude == 0u) & (low < 0)) | ((magnitude == 0x7F80u) & (low > 0));
+        return foreign ? S::splat_bits(0) : (U)low;
+    }
+    // out = (high << 16) + low, for 16-bit high and usable signed 16-bit low.
     static void join16(const void* high, const void* low, U* out) {
-        for (int k = 0; k < N; ++k) out[k] = (S::load_u16(at(high, k, 2)) << 16) + (U)S::load_i16(at(low, k, 2));
+        for (int k = 0; k < N; ++k) {
+            const U top = S::load_u16(at(high, k, 2));
+            out[k] = (top << 16) + usable(top, S::load_i16(at(low, k, 2)));
+        }
     }
     // The inverse: high is x rounded to a multiple of 2^16 (ties up).
     static void split16(const U* x, void* high, void* low) {
@@ -28,9 +37,12 @@ template <class S> struct GroupOps {
             S::store_low16(at(low, k, 2), x[k]);  // the low half, read back as signed, is the remainder
         }
     }
-    // out = (high << 16) + (low << 8), for 16-bit high and signed 8-bit low.
+    // out = (high << 16) + (low << 8), for 16-bit high and usable signed 8-bit low.
     static void join8(const void* high, const void* low, U* out) {
-        for (int k = 0; k < N; ++k) out[k] = (S::load_u16(at(high, k, 2)) << 16) + ((U)S::load_i8(at(low, k, 1)) << 8);
+        for (int k = 0; k < N; ++k) {
+            const U top = S::load_u16(at(high, k, 2));
+            out[k] = (top << 16) + (usable(top, S::load_i8(at(low, k, 1))) << 8);
+        }
     }
     // The inverse for multiples of 2^8; lower bits of x are ignored.
     static void split8(const U* x, void* high, void* low) {

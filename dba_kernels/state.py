@@ -67,8 +67,8 @@ def _convert_moments(state: dict[str, Any], param: torch.Tensor, state_format: s
         exp_avg_sq = codec.decode_exp_avg_sq(exp_avg_sq, local(state.pop("exp_avg_sq_scale")), shape)
     parts = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     if state_format == "int8":
-        parts["exp_avg"], parts["exp_avg_scale"] = codec.encode_exp_avg(exp_avg)
-        parts["exp_avg_sq"], parts["exp_avg_sq_scale"] = codec.encode_exp_avg_sq(exp_avg_sq)
+        keys = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
+        parts = dict(zip(keys, codec.encode_moments(exp_avg, exp_avg_sq), strict=True))
     for key, part in parts.items():
         whole, dtype = wanted[key]
         state[key] = like(param, part.to(dtype).contiguous(), whole)

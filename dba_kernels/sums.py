@@ -14,6 +14,7 @@ import torch.distributed as dist
 from . import ops
 from .distributed import Sharding, all_reduce_, gather, local, world_size
 from .files import SavedTensors, as_bytes, save_tensors
+from .formats import SQUARED_NORM_LIMIT
 from .records import TensorStatistics, squared_norm
 
 KIND = "collection snapshot"
@@ -33,6 +34,11 @@ class Progress:
 
     def counts(self) -> tuple[int, ...]:
         return astuple(self)[:-1]
+
+
+def _usable(grad: torch.Tensor) -> torch.Tensor:
+    """Whether :func:`ops.accumulate` would add it: finite and of no enormous norm."""
+    return torch.linalg.vector_norm(grad, dtype=torch.float64).square() <= SQUARED_NORM_LIMIT
 
 
 class GradientSums:
@@ -70,7 +76,7 @@ class GradientSums:
         What is not finite on one rank adds nothing on any, hence nothing is added before all is known.
         """
         bad = torch.stack(
-            [self.totals[0].new_zeros(()) if g is None else (~torch.isfinite(g)).any().float() for g in grads]
+            [self.totals[0].new_zeros(()) if g is None else (~_usable(g)).float() for g in grads]
         )
         dropped = (self.sharding.sum_(bad) > 0).cpu()
         for index, (grad, drop) in enumerate(zip(grads, dropped.tolist(), strict=True)):

@@ -80,8 +80,6 @@ def update_tile(
         decayed, decayed_sq = beta1 * exp_avg.to(tl.float32), beta2 * exp_avg_sq.to(tl.float32)
     if PARAM_FORMAT == "native":
         param = weight.to(tl.float32)
-    elif PARAM_FORMAT == "master":
-        param = load(remainder_ptr, at, MASKED)
     else:
         param = join(weight, load(remainder_ptr, at, MASKED), PARAM_FORMAT)
 
@@ -98,6 +96,8 @@ def update_tile(
     if STATE_FORMAT == "int8":
         exp_avg, m_scale = encode_exp_avg(exp_avg)
         exp_avg_sq, v_scale = encode_exp_avg_sq(exp_avg_sq)
+        fits = v_scale < float("inf")  # a group whose second moment has left fp32 starts anew, not as NaN
+        m_scale, v_scale = tl.where(fits, m_scale, 0.0), tl.where(fits, v_scale, 0.0)
         store(m_scale_ptr, at_group, m_scale, MASKED)
         store(v_scale_ptr, at_group, v_scale, MASKED)
     if STATE_FORMAT == "bf16":  # to nearest, v could never decay: 1 − β₂ is less than half a bf16 ulp

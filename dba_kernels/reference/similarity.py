@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from ..formats import Coefficient, Hyper, StepSettings, StepTables, Summary, TensorBatch
+from ..formats import SQUARED_NORM_LIMIT, Coefficient, Hyper, StepSettings, StepTables, Summary, TensorBatch
 from .quantize import decode
 
 
@@ -106,8 +106,10 @@ def coefficients(
     dot = grad_sq = torch.zeros_like(stored_sq)
     grad_norm = torch.zeros_like(factor)
     if settings.reduce:
-        skip = ~torch.isfinite(tables.sums[active, 1]).all()
+        raw_sq = tables.sums[active, 1]
         dot, grad_sq = tables.sums[active, 0] * inverse_scale, tables.sums[active, 1] * inverse_scale.square()
+        usable = (raw_sq <= SQUARED_NORM_LIMIT) & (grad_sq <= SQUARED_NORM_LIMIT)  # false for NaN
+        skip = ~usable.all()
         grad_norm = grad_sq.sum().sqrt()
         factor = clip_factor(grad_norm, settings.max_grad_norm)
         dot, grad_sq = dot * factor, grad_sq * factor.square()

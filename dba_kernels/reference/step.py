@@ -64,12 +64,9 @@ def _store_state(batch: TensorBatch, i: int, exp_avg: torch.Tensor, exp_avg_sq: 
         batch.exp_avgs[i].copy_(exp_avg)
         batch.exp_avg_sqs[i].copy_(exp_avg_sq)
         return
-    for codes, scales, (new_codes, new_scales) in (
-        (batch.exp_avgs[i], batch.exp_avg_scales[i], quantize.encode_exp_avg(exp_avg)),
-        (batch.exp_avg_sqs[i], batch.exp_avg_sq_scales[i], quantize.encode_exp_avg_sq(exp_avg_sq)),
-    ):
-        codes.copy_(new_codes)
-        scales.copy_(new_scales)
+    stored = (batch.exp_avgs[i], batch.exp_avg_scales[i], batch.exp_avg_sqs[i], batch.exp_avg_sq_scales[i])
+    for old, new in zip(stored, quantize.encode_moments(exp_avg, exp_avg_sq), strict=True):
+        old.copy_(new)
 
 
 def _load_param(batch: TensorBatch, i: int, dtype: torch.dtype) -> torch.Tensor:
