@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .files import as_bytes
+from .tensor_files import as_bytes
 
 LossFunction = Callable[[nn.Module, Any], "torch.Tensor | tuple[torch.Tensor, int | torch.Tensor]"]
 

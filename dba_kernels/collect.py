@@ -18,12 +18,12 @@ from torch import nn
 from .base_model import Fingerprint, fingerprint, named_once
 from .batches import LossFunction, digest_batch, loss_and_tokens
 from .distributed import fsdp_sharding, local, same_on_ranks
-from .files import to_json
 from .formats import STORAGE_FORMATS, check_name
 from .global_gradient import GlobalGradient, Provenance, TensorStatistics
 from .records import check_rank
 from .snapshots import Snapshots
 from .sums import GradientSums
+from .tensor_files import to_json
 
 WEIGHTINGS = ("tokens", "batch")
 

@@ -13,15 +13,45 @@ from typing import Any
 import torch
 
 from . import ops
-from .base_model import Fingerprint, check_names, check_weights, fingerprint, named_once, normalize_name
-from .files import SavedTensors, save_tensors, text_digest, to_json
+from .base_model import (
+    Fingerprint,
+    check_fingerprint,
+    check_names,
+    check_weights,
+    fingerprint,
+    named_once,
+    normalize_name,
+)
+from .descriptions import COUNT, SHA256, TEXTS, Check, check_fields, one_of
+from .descriptions import read as read_fields
 from .formats import STORAGE_FORMATS, EncodedTensor, StoredTensor, check_name
 from .records import TensorRecord, TensorStatistics, assemble, check_rank, compress, layout, parts, verify
+from .tensor_files import SavedTensors, save_tensors, text_digest, to_json
 
 __all__ = ["GlobalGradient", "Provenance", "TensorRecord", "TensorStatistics", "fingerprint", "normalize_name"]
 
 FORMAT_VERSION = 1
 KIND = "global gradient"
+OBJECT: Check = (lambda value: isinstance(value, dict)), "an object"
+TEXT: Check = (lambda value: isinstance(value, str)), "a text"
+CONTENT: dict[str, Check] = {
+    "kind": TEXT,
+    "format_version": COUNT,
+    "library_version": TEXT,
+    "digest": SHA256,
+    "fingerprint": OBJECT,
+    "provenance": OBJECT,
+    "tensors": OBJECT,
+}
+PROVENANCE: dict[str, Check] = {
+    "batches": COUNT,
+    "tokens": COUNT,
+    "weighting": one_of(("tokens", "batch")),
+    "data": TEXTS,
+    "data_digest": TEXT,
+    "dropped_batches": COUNT,
+    "empty_batches": COUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -282,23 +312,43 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
             ValueError: truncated, corrupt, of another kind or of a newer version.
         """
         saved = SavedTensors(path)
-        content = saved.content
+        gg = cls._described(saved)
+        saved.check_layout(
+            {f"{name}/{part}": meta for name, record in gg.records.items() for part, meta in layout(record).items()}
+        )
+        return gg
+
+    @classmethod
+    def _described(cls, saved: SavedTensors) -> GlobalGradient:
+        """What the description says, every field checked.
+
+        Raises:
+            ValueError: of another kind or version, or a description that no version of this library writes.
+        """
+        path, content = saved.path, saved.content
         if content.get("kind") != KIND:
             raise ValueError(f"{path}: expected a {KIND}, got a {content.get('kind')}; load the file that save() wrote")
-        if content["format_version"] != FORMAT_VERSION:
+        version = content.get("format_version")
+        if type(version) is not int or version != FORMAT_VERSION:
             raise ValueError(
-                f"{path}: expected format version {FORMAT_VERSION}, got {content['format_version']}, written by "
-                f"dba_kernels {content['library_version']}; install that version, or collect again"
+                f"{path}: expected format version {FORMAT_VERSION}, got {version}, written by "
+                f"dba_kernels {content.get('library_version')}; install that version, or collect again"
             )
-        records = {
-            name: TensorRecord(**entry | {"shape": tuple(entry["shape"])}) for name, entry in content["tensors"].items()
-        }
-        saved.check_layout(
-            {f"{name}/{part}": meta for name, record in records.items() for part, meta in layout(record).items()}
-        )
-        provenance = content["provenance"]
-        provenance["data"] = tuple(provenance["data"])
-        return cls(records, content["fingerprint"], Provenance(**provenance), content["library_version"], saved=saved)
+        check_fields(f"{path}: description", content, CONTENT)
+        records = {}
+        for name, entry in content["tensors"].items():
+            if normalize_name(name) != name:
+                raise ValueError(f"{path}: tensor {name!r}: expected the bare name {normalize_name(name)!r}")
+            records[name] = TensorRecord.read(f"{path}: tensor {name!r}", entry)
+        provenance = read_fields(Provenance, f"{path}: provenance", content["provenance"], PROVENANCE)
+        shapes = {name: record.shape for name, record in records.items()}
+        check_fingerprint(f"{path}: fingerprint", content["fingerprint"], shapes)
+        gg = cls(records, content["fingerprint"], provenance, content["library_version"], saved=saved)
+        if gg.digest != content["digest"]:
+            raise ValueError(
+                f"{path}: expected digest {gg.digest[:12]}…, as its tensors have, got another; collect anew"
+            )
+        return gg
 
     def _content(self) -> dict[str, Any]:
         return {

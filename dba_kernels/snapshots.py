@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from .distributed import Sharding
-from .files import SavedTensors
 from .sums import GradientSums
+from .tensor_files import SavedTensors
 
 
 class Snapshots:

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dba_kernels import GlobalGradient
 from dba_kernels.collect import GlobalGradientCollector, collect_global_gradient
-from dba_kernels.files import as_bytes
+from dba_kernels.tensor_files import as_bytes
 from dba_kernels.sums import GradientSums, signal_and_noise
 
 from .ranks import run_ranks

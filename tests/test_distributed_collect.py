@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 from dba_kernels import GlobalGradient, GlobalGradientCollector
 from dba_kernels.collect import collect_global_gradient
-from dba_kernels.files import SavedTensors
+from dba_kernels.tensor_files import SavedTensors
 from dba_kernels.snapshots import Snapshots
 from dba_kernels.sums import GradientSums
 

@@ -1,4 +1,4 @@
-"""Weights that somebody writes between steps: pruning masks, reset adapters, reloaded models. What is written counts."""
+"""Weights that somebody writes between steps: pruning masks, reset adapters, reloaded models: what is written counts."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_backends_take_every_written_weight(backend_name: str, dtype: torch.dtyp
         rests = [optimizer.state[weight]["remainder"].clone(), torch.full_like(every, 1.5).float()]
     else:
         largest = LARGEST_REST[dtype, format]
-        near = largest - (4 if largest == 1 << 14 else 1)  # fp16: at a tie, or rounded to one, the even neighbour counts
+        near = largest - (4 if largest == 1 << 14 else 1)  # fp16: at a tie the even neighbour counts
         rests = [torch.full(every.shape, rest) for rest in (-near, -1, 1, near, -(largest // 2) - 1)]
     for rest in rests:
         with torch.no_grad():

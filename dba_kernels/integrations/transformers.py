@@ -9,11 +9,12 @@
     DBACallback.attach(trainer)
     trainer.train()
 
-Learning rate, betas, ε and weight decay come from ``args`` (``TrainingArguments``, ``SFTConfig``), read when the optimizer
-is made, so that every trial of a hyper-parameter search trains with its own. Their schedule, linear to 0 by default, is
-annealing learning. The number of steps T comes from the Trainer when it starts.
+Learning rate, betas, ε and weight decay come from ``args`` (``TrainingArguments``, ``SFTConfig``), read when the
+optimizer is made, so that every trial of a hyper-parameter search trains with its own. Their schedule, linear to 0 by
+default, is annealing learning. The number of steps T comes from the Trainer when it starts.
 
-**Trainers that take no** ``optimizer_cls_and_kwargs`` (``Seq2SeqTrainer``, TRL's DPO, GRPO and KTO) **have the attribute**::
+Trainers that do not take ``optimizer_cls_and_kwargs`` (``Seq2SeqTrainer``, TRL's DPO, GRPO and KTO) have it all the
+same::
 
     trainer = DPOTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
     trainer.optimizer_cls_and_kwargs = dba_adamw(trainer.args, "global_gradient.safetensors")
@@ -118,7 +119,7 @@ class DBACallback(TrainerCallback):
         """Add one to ``trainer``, first in line; :func:`dba_adamw` then reads the trainer's own arguments, if it copied
         those that it was given."""
         trainer.callback_handler.callbacks.insert(0, cls())
-        factory, kwargs = getattr(trainer, "optimizer_cls_and_kwargs", None) or (None, None)
+        factory, kwargs = getattr(trainer, "optimizer_cls_and_kwargs", None) or (None, {})
         if factory is DBAAdamWFactory and "training_args" in kwargs:
             trainer.optimizer_cls_and_kwargs = factory, {**kwargs, "training_args": trainer.args}
 

@@ -85,8 +85,8 @@ def reduce_kernel(
 
 @triton.jit
 def finish_kernel(sums_ptr, partials_ptr, pointers_ptr, WIDTH: tl.constexpr):
-    """Sum the chunks of one tensor, in float64, into its row of ``[n, WIDTH]``: (dot, square), or the square alone, which
-    then is infinite where it must not be used."""
+    """Sum the chunks of one tensor, in float64, into its row of ``[n, WIDTH]``: (dot, square), or the square
+    alone, which then is infinite where it must not be used."""
     pointers = pointers_ptr + tl.program_id(0).to(tl.int64) * col.POINTERS
     n_chunks = tl.load(pointers + col.N_CHUNKS)
     partials = partials_ptr + tl.load(pointers + col.FIRST_CHUNK) * 2
