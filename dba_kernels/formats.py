@@ -25,8 +25,8 @@ SMALLEST_SCALE = 2.0**-126
 """Groups whose scale would be subnormal are stored as zeros: GPUs and CPUs disagree on subnormal arithmetic."""
 
 SQUARED_NORM_LIMIT = 0.999e36
-"""A gradient tensor with a norm of 1e18 or more counts as non-finite, in every backend alike: beyond, squares and second
-moments leave fp32. Just below 1e36, so that 1e18 rounded to bf16 counts too."""
+"""A gradient tensor with a norm of 1e18 or more counts as non-finite, in every backend alike: beyond, squares and
+second moments leave fp32. Just below 1e36, so that 1e18 rounded to bf16 counts too."""
 
 
 @dataclass(frozen=True)

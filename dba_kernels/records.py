@@ -28,8 +28,8 @@ from .tensor_files import DTYPE_NAMES, as_bytes
 _CHUNK = 2**16  # elements measured at once: stays in cache, and small blocks do not fragment the heap of a full machine
 _BLOCK = 2**12  # elements per partial sum
 NORM_TOLERANCE = 1e-4
-"""Relative, between the recorded squared norm and that of what is read: low-rank factors are multiplied in another order
-on another machine."""
+"""Relative, between the recorded squared norm and that of what is read: low-rank factors are multiplied in another
+order on another machine."""
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Part of a stored tensor (``codes``, ``scales``, ``sigma``, ``u.codes`` …) → dtype and shape."""

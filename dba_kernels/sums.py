@@ -170,8 +170,8 @@ class GradientSums:
         version = saved.content.get("format_version")
         if saved.content.get("kind") == KIND and version != FORMAT_VERSION:
             raise ValueError(
-                f"{path}: expected format version {FORMAT_VERSION} of a {KIND}, got {version}; go on with the version of "
-                "this library that wrote it, or delete it"
+                f"{path}: expected format version {FORMAT_VERSION} of a {KIND}, got {version}; go on with the version "
+                "of this library that wrote it, or delete it"
             )
         for key, want in self._header(identity).items():
             if saved.content.get(key) != want:

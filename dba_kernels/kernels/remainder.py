@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .codecs import narrow_integer
+from .common import narrow
 
 NAN_BITS = tl.constexpr(0x7FC00000)  # any NaN is stored so: the GPU's own, 0x7FFFFFFF, would be rounded to -0
 
@@ -65,7 +66,7 @@ def join(weight, remainder, FORMAT: tl.constexpr):
     pattern = weight.to(tl.int16, bitcast=True).to(tl.int32)
     magnitude = pattern & 0x7FFF
     if FORMAT == "master":
-        return tl.where(remainder.to(weight.dtype) == weight, remainder, weight.to(tl.float32))
+        return tl.where(narrow(remainder, weight.dtype) == weight, remainder, weight.to(tl.float32))
     elif weight.dtype == tl.float16:
         low = remainder.to(tl.int32)
         outward = tl.where(pattern < 0, -low, low)

@@ -10,8 +10,8 @@ from ..formats import SQUARED_NORM_LIMIT
 def accumulate_one(total: torch.Tensor, grad: torch.Tensor, weight: float) -> torch.Tensor:
     """Add ``weight · grad`` to ``total`` in place; return ‖grad‖² (float64 scalar).
 
-    A non-finite gradient adds nothing, whole tensor, nor does one with a norm of 1e18 or more; the returned norm is then
-    infinite, which is how the caller counts it.
+    A non-finite gradient adds nothing, whole tensor, nor does one with a norm of 1e18 or more; the returned norm is
+    then infinite, which is how the caller counts it.
 
     Args:
         total: fp32 or fp64 running sum, shape of ``grad``.
