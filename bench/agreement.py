@@ -72,7 +72,9 @@ def displacement(formats: Formats, backend: str, steps: int, beta1: float = 0.9)
 
 def _joined(optimizer: DBAAdamW, param: torch.nn.Parameter) -> torch.Tensor:
     state = optimizer.state[param]
-    return join(param.detach(), state["remainder"], optimizer.param_format) if "remainder" in state else param.detach()
+    if "remainder" not in state:
+        return param.detach()
+    return join(param.detach(), state["remainder"], optimizer.options.param_format)
 
 
 def limit_of(formats: Formats) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dba_kernels import native
+from dba_kernels.native import accumulate
 
 SHAPE = (1024, 1024)
 TENSORS = 16
@@ -23,6 +23,6 @@ def test_accumulate(benchmark, side, dtype):
             norms[i] = torch.linalg.vector_norm(grad, dtype=torch.float32)
             total.add_(grad)
 
-    run = plain if side == "torch" else lambda: native.accumulate(totals, grads, 1.0, norms)
+    run = plain if side == "torch" else lambda: accumulate.accumulate(totals, grads, 1.0, norms)
     benchmark.extra_info["bytes_per_parameter"] = 8 + grads[0].element_size()
     benchmark.pedantic(run, rounds=10, warmup_rounds=2)

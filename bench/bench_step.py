@@ -17,20 +17,9 @@ import click
 import pytest
 import torch
 
-from dba_kernels import native
-from dba_kernels.formats import (
-    GROUP,
-    REMAINDER_DTYPES,
-    Coefficient,
-    Hyper,
-    StepSettings,
-    StepTables,
-    Summary,
-    TensorBatch,
-    is_compressible,
-    matrix_shape,
-    scales_shape,
-)
+from dba_kernels.formats import GROUP, PARAM_FORMATS, STATE_FORMATS, is_compressible
+from dba_kernels.native import quantize, step
+from dba_kernels.stepdata import Coefficient, Hyper, ParamTensors, StepSettings, StepTables, Summary, TensorBatch
 
 from .harness import Clock, Comparison, compare, machine_load
 from .triad import triad
@@ -120,29 +109,28 @@ class NativeModel:
         stored: str,
         grads: torch.dtype,
     ) -> None:
-        batch = TensorBatch(kind, state, stored, [], [], [], torch.tensor(index))
-        self.grads.append([])
+        batch, batch_grads = TensorBatch(kind, state, stored, []), []
+        rest = PARAM_FORMATS[kind].remainder
         for i in index:
             shape = shapes[i]
-            moments = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[state]
-            matrix = matrix_shape(shape) if state == "int8" else shape
-            batch.params.append((torch.randn(shape) * 0.02).to(dtype))
-            batch.exp_avgs.append(torch.zeros(matrix, dtype=moments))
-            batch.exp_avg_sqs.append(torch.zeros(matrix, dtype=torch.uint8 if state == "int8" else moments))
-            if state == "int8":
-                batch.exp_avg_scales.append(torch.zeros(scales_shape(shape)))
-                batch.exp_avg_sq_scales.append(torch.zeros(scales_shape(shape)))
-            if kind != "native":
-                batch.remainders.append(torch.zeros(shape, dtype=REMAINDER_DTYPES[kind]))
-            if stored != "none":
-                batch.global_grads.append(native.encode(torch.randn(shape) * 1e-3, stored))
-            batch.seeds.append(i)
-            batch.offsets.append(0)
-            self.grads[-1].append((torch.randn(shape) * 1e-3).to(grads))
+            parts = STATE_FORMATS[state].parts(shape)
+            state_tensors = {name: torch.zeros(size, dtype=kept) for name, (size, kept) in parts.items()}
+            batch.tensors.append(
+                ParamTensors(
+                    i,
+                    (torch.randn(shape) * 0.02).to(dtype),
+                    None if rest is None else torch.zeros(shape, dtype=rest),
+                    **state_tensors,
+                    global_grad=None if stored == "none" else quantize.encode(torch.randn(shape) * 1e-3, stored),
+                    seed=i,
+                )
+            )
+            batch_grads.append((torch.randn(shape) * 1e-3).to(grads))
         self.batches.append(batch)
+        self.grads.append(batch_grads)
 
     def step(self) -> None:
-        native.fused_step(self.batches, self.grads, self.tables, self.settings)
+        step.fused_step(self.batches, self.grads, self.tables, self.settings)
 
 
 def torch_params(shapes: Shapes, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:

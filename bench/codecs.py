@@ -23,7 +23,7 @@ from rich.table import Table
 
 from bench import gradients
 from bench.gradients import BETA1, BETA2, EPS, LR, ROWS, STEPS, progress, recording
-from dba_kernels.cli.assets import cache_dir
+from dba_kernels.cli.models import cache_dir
 from dba_kernels.reference import quantize
 
 # --- codecs -----------------------------------------------------------------------------------------------------------

@@ -227,16 +227,11 @@ def step_times(shapes: Shapes, bandwidth: float, tiny: bool) -> dict[str, Any]:
 
 def language_model(tiny: bool) -> torch.nn.Module:
     """A Llama of SmolLM2-135M's shape with random bf16 weights; no download."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from .models import SMOLLM2_135M, llama
 
     torch.manual_seed(0)
-    if tiny:
-        size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    else:
-        size = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
-        heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
-    return LlamaForCausalLM(LlamaConfig(**size, **heads, tie_word_embeddings=True)).to(DEVICE, torch.bfloat16)
+    sizes = {"vocab_size": 64, "num_hidden_layers": 1, "tie_word_embeddings": True} if tiny else SMOLLM2_135M
+    return llama(**sizes).to(DEVICE, torch.bfloat16)
 
 
 def fine_tuning(tiny: bool) -> dict[str, Any]:

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from dba_kernels.formats import StepSettings, StepTables, TensorBatch
 from dba_kernels.kernels import accumulate, coefficients, quantize, similarity, step
 from dba_kernels.reference import quantize as reference
-from tests import cases, test_accumulate, test_quantize, test_similarity, test_step
+from dba_kernels.stepdata import StepOverrides, StepSettings, StepTables, TensorBatch
+from tests.support import agreement, cases, step_agreement
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LISTS = ("params", "remainders", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales")
 
 
 def moved(batch: TensorBatch) -> TensorBatch:
     """The batch on the device, with storage of its own."""
-    tensors = {name: [tensor.to(DEVICE, copy=True) for tensor in getattr(batch, name)] for name in LISTS}
-    stored = [encoded.to(DEVICE) for encoded in batch.global_grads]
-    return dataclasses.replace(batch, **tensors, index=batch.index.to(DEVICE), global_grads=stored, cache={})
+    there = cases.with_parts(batch, lambda part: part.to(DEVICE, copy=True))
+    for tensor in there.tensors:
+        tensor.global_grad = None if tensor.global_grad is None else tensor.global_grad.to(DEVICE)
+    return there
 
 
 def step_on_device(batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor) -> None:
     """One step on the device, its results copied back into the batch."""
     there = moved(batch)
     step.step(there, [grad.to(DEVICE) for grad in grads], table.to(DEVICE))
-    for name in LISTS:
-        for target, source in zip(getattr(batch, name), getattr(there, name), strict=True):
-            target.copy_(source)
+    for target, source in zip(cases.written(batch), cases.written(there), strict=True):
+        target.copy_(source)
 
 
 def sums_on_device(batch: TensorBatch, grads: list[torch.Tensor], sums: torch.Tensor) -> None:
@@ -40,9 +38,9 @@ def sums_on_device(batch: TensorBatch, grads: list[torch.Tensor], sums: torch.Te
     sums.copy_(there)
 
 
-def coefficients_on_device(tables: StepTables, settings: StepSettings) -> None:
+def coefficients_on_device(tables: StepTables, settings: StepSettings, overrides: StepOverrides) -> None:
     there = {name: tensor.to(DEVICE) for name, tensor in vars(tables).items()}
-    coefficients.coefficients(StepTables(**there), settings)
+    coefficients.coefficients(StepTables(**there), settings, overrides)
     for name, tensor in vars(tables).items():
         tensor.copy_(there[name])
 
@@ -61,7 +59,7 @@ def encode_on_device(tensor: torch.Tensor, format: str) -> Any:
 
 
 def assert_decodes_every_code(format: str) -> None:
-    encoded = test_quantize.every_code(format)
+    encoded = agreement.every_code(format)
     assert torch.equal(quantize.decode(encoded.to(DEVICE)).cpu(), reference.decode(encoded))
 
 
@@ -73,17 +71,17 @@ def checks(tiny: bool) -> dict[str, Any]:
     matrix = cases.size_cases()[1:2] if tiny else cases.pairwise_matrix() + cases.size_cases()
     matrix_tensor = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     jobs: dict[str, Callable[[], object]] = {
-        "coefficients": lambda: test_similarity.assert_same_coefficients(
-            coefficients_on_device, test_similarity.BASE, test_similarity.arguments()
+        "coefficients": lambda: agreement.assert_same_coefficients(
+            coefficients_on_device, agreement.BASE, agreement.arguments()
         ),
-        "accumulate": lambda: test_accumulate.assert_agrees(accumulate_on_device, torch.bfloat16),
+        "accumulate": lambda: agreement.assert_same_totals(accumulate_on_device, torch.bfloat16),
     }
     for case in matrix:
-        jobs[f"step {case}"] = functools.partial(test_step.assert_agrees, step_on_device, case)
-        jobs[f"sums {case}"] = functools.partial(test_similarity.assert_same_sums, sums_on_device, case)
-    for name in test_quantize.GROUPED:
+        jobs[f"step {case}"] = functools.partial(step_agreement.assert_agrees, step_on_device, case)
+        jobs[f"sums {case}"] = functools.partial(agreement.assert_same_sums, sums_on_device, case)
+    for name in agreement.GROUPED:
         jobs[f"encode {name}"] = functools.partial(
-            test_quantize.assert_same_encoding, encode_on_device, matrix_tensor, name
+            agreement.assert_same_encoding, encode_on_device, matrix_tensor, name
         )
         jobs[f"decode {name}"] = functools.partial(assert_decodes_every_code, name)
     failures = {}

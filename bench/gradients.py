@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 
-from dba_kernels.cli.assets import cache_dir, load_model, token_blocks
-from dba_kernels.cli.text import load_documents
+from dba_kernels.cli.corpora import load_documents
+from dba_kernels.cli.demo.blocks import token_blocks
+from dba_kernels.cli.models import cache_dir, load_model
 
 STEPS = 48
 GLOBAL_BATCHES = 32

@@ -236,7 +236,7 @@ def measure(row: str, model: torch.nn.Module, loss: Step, before: list[tuple[int
 
 def measure_demo(row: str) -> Held:
     """One row of the table, in this process."""
-    from dba_kernels.cli.assets import load_model
+    from dba_kernels.cli.models import load_model
 
     before = [place for tensor in alive() if (place := span(tensor)) is not None]
     model, _, _ = load_model(dtype=torch.bfloat16)

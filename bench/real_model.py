@@ -18,11 +18,13 @@ from rich.console import Console
 
 from bench import jsonl
 from dba_kernels import DBAAdamW, GlobalGradient, collect_global_gradient
-from dba_kernels.cli.assets import load_model, token_blocks
+from dba_kernels.cli.corpora import load_documents
+from dba_kernels.cli.demo.blocks import token_blocks
+from dba_kernels.cli.demo.training import evaluate, fine_tune
+from dba_kernels.cli.devices import autocast_dtype
+from dba_kernels.cli.models import load_model
 from dba_kernels.cli.progress import progress
-from dba_kernels.cli.signal import advice
-from dba_kernels.cli.text import load_documents
-from dba_kernels.cli.training import autocast_dtype, evaluate, fine_tune
+from dba_kernels.cli.signal_to_noise import advice
 from dba_kernels.schedule import initial_boost
 
 RESULTS = Path(__file__).with_name("real_model.jsonl")

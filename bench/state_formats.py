@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 import dba_kernels
-from dba_kernels.cli.assets import load_model, token_blocks
+from dba_kernels.cli.corpora import load_documents
+from dba_kernels.cli.demo.blocks import token_blocks
+from dba_kernels.cli.demo.training import evaluate, fine_tune
+from dba_kernels.cli.models import load_model
 from dba_kernels.cli.progress import progress
-from dba_kernels.cli.text import load_documents
-from dba_kernels.cli.training import evaluate, fine_tune
 from dba_kernels.formats import GROUP
 
 MIN_FALL = 0.10

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dba_kernels.formats import GROUP, REMAINDER_DTYPES, STORAGE_FORMATS
+from dba_kernels.formats import PARAM_FORMATS, STATE_FORMATS, STORAGE_FORMATS
 from dba_kernels.kernels import accumulate, coefficients, quantize, similarity, step
 from dba_kernels.kernels.common import THREADS
 from dba_kernels.kernels.tables import TRITON_DTYPES, vector_elements
@@ -24,7 +24,6 @@ TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -49,22 +48,18 @@ class Variant:
     bytes_read: float = 0.0
 
 
-def _scale_bytes(format: str) -> float:
-    return 4 / GROUP if format == "int8" else 0.0
-
-
 def _stored_bytes(format: str) -> float:
     return 0.0 if format == "none" else STORAGE_FORMATS[format].bytes_per_parameter
 
 
 def step_variant(param: torch.dtype, grad: torch.dtype, kind: str, state: str, stored: str) -> Variant:
     """The update of parameters of one dtype and format combination."""
-    rest = None if kind == "native" else REMAINDER_DTYPES[kind]
-    moment = STATE_DTYPES[state]
-    dtypes = [param, grad, moment] + [rest] * (rest is not None)
+    rest, moments = PARAM_FORMATS[kind].remainder, STATE_FORMATS[state]
+    dtypes = [param, grad, moments.exp_avg] + [rest] * (rest is not None)
     if stored != "none":
         dtypes.append(STORAGE_FORMATS[stored].dtype)
-    kept = param.itemsize + (rest.itemsize if rest is not None else 0) + 2 * moment.itemsize
+    kept = param.itemsize + PARAM_FORMATS[kind].bytes_per_parameter
+    codes = moments.exp_avg.itemsize + moments.exp_avg_sq.itemsize
     constants = {
         "PARAM_DTYPE": TRITON_DTYPES[param],
         "GRAD_DTYPE": TRITON_DTYPES[grad],
@@ -79,8 +74,8 @@ def step_variant(param: torch.dtype, grad: torch.dtype, kind: str, state: str, s
         step.step_kernel,
         {"pointers_ptr": "*i64", "grads_ptr": "*i64", "chunks_ptr": "*i32", "table_ptr": "*fp64"},
         constants,
-        2 * (kept + 2 * _scale_bytes(state)) - not_read + grad.itemsize + _stored_bytes(stored),
-        kept - not_read + grad.itemsize + (0.0 if stored == "none" else STORAGE_FORMATS[stored].bits / 8),
+        2 * (kept + moments.bytes_per_parameter) - not_read + grad.itemsize + _stored_bytes(stored),
+        kept + codes - not_read + grad.itemsize + (0.0 if stored == "none" else STORAGE_FORMATS[stored].bits / 8),
     )
 
 

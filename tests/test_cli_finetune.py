@@ -17,11 +17,12 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from dba_kernels import DBAAdamW, GlobalGradient, annealing_schedule  # noqa: E402
-from dba_kernels.cli import checkpoint, finetune, trainer  # noqa: E402
+from dba_kernels.cli import checkpoint, finetune_run  # noqa: E402
+from dba_kernels.cli.output import InputError  # noqa: E402
 from dba_kernels.cli.packing import Batches, Encoder  # noqa: E402
 from dba_kernels.cli.text import Corpus  # noqa: E402
 
-from .cli_inputs import SMALL, run, write_inputs  # noqa: E402
+from .support.cli_inputs import SMALL, run, write_inputs  # noqa: E402
 
 STEPS, LR = 8, 2e-5
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +69,7 @@ def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 def test_it_writes_a_model_metrics_and_a_figure(inputs: Path, finished: tuple[Path, Result]) -> None:
+    """Protects the result of a run: a model that has moved, metrics on the schedules, a figure, no remains."""
     out, result = finished
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert model.config.use_cache  # what the base said; it was off while training
@@ -141,6 +143,7 @@ def test_micro_batches_change_rounding_only(inputs: Path, finished: tuple[Path, 
 
 
 def test_compressed_state_and_bf16_weights(inputs: Path, tmp_path: Path) -> None:
+    """Protects the least memory: bf16 weights with int8 state and 8-bit remainders run and are saved as bf16."""
     formats = ("--dtype", "bf16", "--state-format", "int8", "--param-format", "split8")
     result = run_finetune(inputs, tmp_path / "out", *formats)
     assert result.exit_code == 0, result.output
@@ -148,6 +151,7 @@ def test_compressed_state_and_bf16_weights(inputs: Path, tmp_path: Path) -> None
 
 
 def test_without_a_global_gradient_it_is_adamw(inputs: Path, tmp_path: Path) -> None:
+    """Protects plain AdamW: without a global gradient nothing of the method is reported."""
     options = ("--data", inputs / "domain.txt", "--steps", 2, "--out", tmp_path / "out")
     result = run("finetune", "--model", inputs / "model", *options, *SMALL)
     assert result.exit_code == 0, result.output
@@ -172,7 +176,7 @@ def killed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         both | {"kill": ["batch", 1, 3]},
         both,
     ]
-    command = [sys.executable, "-m", "tests.cli_kill", json.dumps(jobs)]
+    command = [sys.executable, "-m", "tests.support.cli_kill", json.dumps(jobs)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -184,6 +188,7 @@ def killed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_killed_run_resumes_to_the_same_bits(inputs: Path, finished: tuple[Path, Result], killed: Path) -> None:
+    """Protects hours of training: a run killed while it wrote a checkpoint resumes to the same bits."""
     out = killed / "tuned"
     left = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert len([name for name in left if name.endswith(".partial")]) == 1
@@ -223,7 +228,7 @@ def test_every_part_of_a_checkpoint_counts(
             for state in self.state.values():
                 state["exp_avg"].zero_()
 
-        monkeypatch.setattr(trainer.DBAAdamW, "load_state_dict", forgetful)
+        monkeypatch.setattr(finetune_run.DBAAdamW, "load_state_dict", forgetful)
     elif forgotten == "random":
         monkeypatch.setattr(torch, "set_rng_state", lambda _: None)
     elif forgotten == "scheduler":
@@ -234,6 +239,7 @@ def test_every_part_of_a_checkpoint_counts(
 
 
 def test_a_collection_killed_under_two_processes_resumes_to_the_same_bytes(inputs: Path, killed: Path) -> None:
+    """Protects hours of collection: two processes, killed and resumed, write the same file as two that were not."""
     files = {path.name for path in killed.glob("*.safetensors")}
     assert files == {"whole.safetensors", "g.safetensors"}  # and no snapshot
     assert (killed / "g.safetensors").read_bytes() == (killed / "whole.safetensors").read_bytes()
@@ -248,6 +254,7 @@ def test_a_collection_killed_under_two_processes_resumes_to_the_same_bytes(input
 
 
 def test_the_newest_two_checkpoints_are_kept_and_a_broken_one_is_passed_over(tmp_path: Path) -> None:
+    """Protects against a damaged checkpoint: the one before it is used, and other settings are refused."""
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     scheduler = annealing_schedule(optimizer, 10)
@@ -258,10 +265,10 @@ def test_the_newest_two_checkpoints_are_kept_and_a_broken_one_is_passed_over(tmp
     assert [file.name for file in kept.files()] == ["step-00000002.pt", "step-00000003.pt"]
     kept.files()[-1].write_bytes(b"broken")
     assert (found := kept.load()) is not None and found["step"] == 2
-    with pytest.raises(finetune.InputError, match="expected --seed 0, got 1"):
+    with pytest.raises(InputError, match="expected --seed 0, got 1"):
         checkpoint.Checkpoints(tmp_path / "c", {"seed": 1}).load()
     kept.files()[0].write_bytes(b"")
-    with pytest.raises(finetune.InputError, match="none can be read"):
+    with pytest.raises(InputError, match="none can be read"):
         kept.load()
 
 
@@ -269,6 +276,7 @@ def test_the_newest_two_checkpoints_are_kept_and_a_broken_one_is_passed_over(tmp
 
 
 def test_another_run_in_the_same_folder_is_refused(inputs: Path, finished: tuple[Path, Result]) -> None:
+    """Protects finished results: another run in their folder is refused and changes nothing."""
     before = weights(finished[0])
     for more, message in (
         ((), "holds a finished run"),
@@ -281,9 +289,10 @@ def test_another_run_in_the_same_folder_is_refused(inputs: Path, finished: tuple
 
 
 def test_resuming_on_other_data_is_refused(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects a resumed run: changed data are noticed and refused."""
     text = tmp_path / "own.txt"
     text.write_text((inputs / "domain.txt").read_text())
-    monkeypatch.setattr(trainer.Training, "finish", lambda _: iter(()))
+    monkeypatch.setattr(finetune_run.Training, "finish", lambda _: iter(()))
     options = ("--model", inputs / "model", "--data", text, "--steps", 2, "--out", tmp_path / "out", *SMALL)
     assert run("finetune", *options).exit_code == 0
     text.write_text(text.read_text()[::-1])
@@ -302,6 +311,7 @@ def test_resuming_on_other_data_is_refused(inputs: Path, tmp_path: Path, monkeyp
     ],
 )
 def test_bad_options_are_refused(inputs: Path, tmp_path: Path, more: tuple[str, Any], message: str) -> None:
+    """Protects the user's time: each bad option is refused with what was expected and what was given."""
     result = run_finetune(inputs, tmp_path / "out", *(str(part).format(inputs=inputs) for part in more))
     assert result.exit_code == 1, result.output
     assert message in result.output
@@ -317,6 +327,7 @@ def test_the_methods_options_need_a_global_gradient(inputs: Path, tmp_path: Path
 
 
 def test_a_gradient_of_another_model_is_refused(inputs: Path, tmp_path: Path) -> None:
+    """Protects against the wrong model: a global gradient of other weights is refused."""
     model = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model")
     with torch.no_grad():
         model.model.norm.weight += 0.1
@@ -328,6 +339,7 @@ def test_a_gradient_of_another_model_is_refused(inputs: Path, tmp_path: Path) ->
 
 
 def test_several_processes_are_refused(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects who starts several processes: one error says what to use for that."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = run_finetune(inputs, tmp_path)
     assert result.exit_code == 1 and "use the Hugging Face Trainer with DBAAdamW" in result.output

@@ -13,11 +13,12 @@ from rich.console import Console
 transformers = pytest.importorskip("transformers")
 
 from dba_kernels.cli import workload  # noqa: E402
-from dba_kernels.cli.files import InputError  # noqa: E402
+from dba_kernels.cli.corpora import CORPORA, LONGEST_DOCUMENT  # noqa: E402
+from dba_kernels.cli.output import InputError  # noqa: E402
 from dba_kernels.cli.packing import IGNORED, Batches, Encoder, Rows  # noqa: E402
-from dba_kernels.cli.text import CORPORA, LONGEST_DOCUMENT, Corpus  # noqa: E402
+from dba_kernels.cli.text import Corpus  # noqa: E402
 
-from .cli_inputs import CHATML, MARKED, conversation, make_tokenizer, sentences, write_inputs, write_jsonl  # noqa: E402
+from .support.cli_inputs import CHATML, MARKED, conversation, make_tokenizer, sentences, write_inputs, write_jsonl  # noqa: E402
 
 OPTIONS = {"Llama": {"intermediate_size": 64}, "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32}}
 
@@ -40,6 +41,7 @@ def learned(tokenizer: transformers.PreTrainedTokenizerFast, labels: list[int]) 
 
 
 def test_every_kind_of_data_is_read(tmp_path: Path) -> None:
+    """Protects the documented kinds of data: each is read, in order, with the chosen field."""
     datasets = pytest.importorskip("datasets")
     write_jsonl(tmp_path / "a.jsonl", [{"body": "one"}, "two", {"messages": conversation("q", "a"), "body": "x"}])
     (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text() + "\n\n")
@@ -55,6 +57,7 @@ def test_every_kind_of_data_is_read(tmp_path: Path) -> None:
 
 
 def test_a_folder_in_a_folder_is_not_passed_over(tmp_path: Path) -> None:
+    """Protects against silently missing data: a folder inside a folder is refused by name."""
     (tmp_path / "year").mkdir()
     (tmp_path / "a.txt").write_text("one")
     with pytest.raises(InputError, match=r"expected a folder of files, found the folder 'year' in it; give .*/year"):
@@ -62,6 +65,7 @@ def test_a_folder_in_a_folder_is_not_passed_over(tmp_path: Path) -> None:
 
 
 def test_the_order_depends_on_the_seed_alone(inputs: Path) -> None:
+    """Protects repeatability: the same seed gives the same order, another seed the same documents in another."""
     corpus = Corpus([str(inputs / "general.jsonl")])
     first, again, other = (list(corpus.in_order(seed)) for seed in (0, 0, 1))
     assert first == again != other
@@ -69,6 +73,7 @@ def test_the_order_depends_on_the_seed_alone(inputs: Path) -> None:
 
 
 def test_long_plain_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path: Path) -> None:
+    """Protects long texts: they are cut at line ends or spaces, and no word is lost."""
     lines = sentences(600, 0)
     (tmp_path / "long.txt").write_text("\n".join(lines))
     corpus = Corpus([str(tmp_path / "long.txt")])
@@ -97,6 +102,7 @@ def test_long_plain_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path: Path)
     ],
 )
 def test_bad_data_are_refused_by_name(tmp_path: Path, name: str, content: str | bytes | None, message: str) -> None:
+    """Protects the user's time: bad data are refused with file, record and reason."""
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError) as caught:
@@ -105,6 +111,7 @@ def test_bad_data_are_refused_by_name(tmp_path: Path, name: str, content: str | 
 
 
 def test_a_dataset_of_several_splits_asks_for_one(tmp_path: Path) -> None:
+    """Protects against a guessed split: a dataset of several is refused with their names."""
     datasets = pytest.importorskip("datasets")
     split = datasets.Dataset.from_list([{"text": "x"}])
     datasets.DatasetDict({"train": split, "test": split}).save_to_disk(tmp_path / "d")
@@ -116,6 +123,7 @@ def test_a_dataset_of_several_splits_asks_for_one(tmp_path: Path) -> None:
 
 
 def test_text_is_learned_but_not_its_separator(tokenizer: transformers.PreTrainedTokenizerFast) -> None:
+    """Protects the loss on text: every token is a target but the first and the separator."""
     text = "stir the butter into flour"
     example = Encoder(tokenizer)(text)
     assert tokenizer.decode(example.ids) == text + "<|im_end|>"
@@ -124,6 +132,7 @@ def test_text_is_learned_but_not_its_separator(tokenizer: transformers.PreTraine
 
 @pytest.mark.parametrize("template", [CHATML, MARKED], ids=["prefixes", "generation marks"])
 def test_only_the_assistant_is_learned(template: str) -> None:
+    """Protects the loss on conversations: only the assistant's turns are targets, with and without generation marks."""
     tokenizer = make_tokenizer(template)
     messages = [*conversation("stir the flour", "bake it"), *conversation("and then", "salt with butter")]
     example = Encoder(tokenizer)(messages)
@@ -134,6 +143,7 @@ def test_only_the_assistant_is_learned(template: str) -> None:
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+    """Protects the loss on conversations: where the turns cannot be found, the error says what to do."""
     only_last = "{% for message in messages[-1:] %}{{ message['role'] + ': ' + message['content'] }}{% endfor %}"
     messages = [*conversation("a", "b"), *conversation("c", "d")]
     with pytest.raises(InputError, match=r"rewrites earlier turns.*--loss-on all"):
@@ -149,6 +159,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
 
 
 def test_rows_hold_every_token_once(tokenizer: transformers.PreTrainedTokenizerFast) -> None:
+    """Protects packing: every token and label is there once, and positions restart exactly at documents."""
     encoder = Encoder(tokenizer)
     examples = [encoder(text) for text in sentences(30, 7)]
     rows = list(Rows(examples, 16, padding=0))
@@ -165,6 +176,7 @@ def test_rows_hold_every_token_once(tokenizer: transformers.PreTrainedTokenizerF
 
 
 def test_conversations_are_never_cut_in_two(tokenizer: transformers.PreTrainedTokenizerFast) -> None:
+    """Protects packing: a conversation stays in one row; what is cut or left out is counted."""
     encoder = Encoder(tokenizer)
     short = [encoder(conversation("stir", text)) for text in sentences(10, 8, words=4)]
     long = encoder(conversation("bake", " ".join(sentences(5, 9))))
@@ -179,6 +191,7 @@ def test_conversations_are_never_cut_in_two(tokenizer: transformers.PreTrainedTo
 
 
 def test_documents_of_a_row_do_not_see_each_other(inputs: Path) -> None:
+    """Protects packing: a packed document's logits are those of the document alone."""
     model = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model").eval()
     model.config.use_cache = False
     encoder = Encoder(transformers.AutoTokenizer.from_pretrained(inputs / "model"))
@@ -207,6 +220,8 @@ def test_a_model_that_mixes_documents_is_told(
 
 
 def test_batches_repeat_in_another_order(inputs: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
+    """Protects repeated data: later epochs come in another order, the first one does not depend on them."""
+
     def batches(repeat: bool, seed: int = 0) -> list[dict[str, torch.Tensor]]:
         corpus = Corpus([str(inputs / "general.jsonl"), str(inputs / "chat.jsonl")])
         made = Batches(corpus, Encoder(tokenizer), length=32, size=3, seed=seed, repeat=repeat)
@@ -222,6 +237,7 @@ def test_batches_repeat_in_another_order(inputs: Path, tokenizer: transformers.P
 def test_nothing_to_learn_is_an_error_and_not_an_endless_search(
     tmp_path: Path, tokenizer: transformers.PreTrainedTokenizerFast
 ) -> None:
+    """Protects against hanging: data without targets are an error."""
     questions = [{"messages": [{"role": "user", "content": "stir"}]}]
     corpus = Corpus([str(write_jsonl(tmp_path / "q.jsonl", questions))])
     with pytest.raises(InputError, match=r"q\.jsonl: expected targets, found none"):
@@ -229,6 +245,7 @@ def test_nothing_to_learn_is_an_error_and_not_an_endless_search(
 
 
 def test_real_text_is_packed(tokenizer: transformers.PreTrainedTokenizerFast) -> None:
+    """Protects the bundled corpora: real text survives packing and decoding."""
     try:
         CORPORA["recipes"].locate()
     except InputError as missing:

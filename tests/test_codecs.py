@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dba_kernels.formats import GROUP, MIN_COMPRESSED_NUMEL, STORAGE_FORMATS, matrix_shape, scales_shape
 from dba_kernels.reference import quantize
-from tests.codec_oracle import (
+from tests.support.codec_oracle import (
     CODECS,
     check_encoding,
     fp8_value,

@@ -22,47 +22,13 @@ from torch.utils.checkpoint import checkpoint
 
 from dba_kernels import GlobalGradient
 from dba_kernels.collect import GlobalGradientCollector, collect_global_gradient
-from dba_kernels.tensor_files import as_bytes
 from dba_kernels.sums import GradientSums, signal_and_noise
+from dba_kernels.tensor_files import as_bytes
 
-from .ranks import run_ranks
+from .support.ranks import run_ranks
+from .support.toy import Batch, Toy, batches_of, token_loss
 
 ROOT = Path(__file__).resolve().parent.parent
-Batch = tuple[torch.Tensor, torch.Tensor]
-
-
-class Toy(nn.Module):
-    """Tied, frozen and sometimes unused parameters, dropout, and a buffer that training mode would move."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.embed = nn.Embedding(50, 96)
-        self.hidden = nn.Linear(96, 96)
-        self.norm = nn.BatchNorm1d(96)
-        self.frozen = nn.Linear(96, 96)
-        self.sometimes = nn.Linear(96, 96, bias=False)
-        self.dropout = nn.Dropout(0.5)
-        self.head = nn.Linear(96, 50, bias=False)
-        self.head.weight = self.embed.weight
-        self.frozen.requires_grad_(False)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.frozen(self.norm(self.hidden(self.dropout(self.embed(ids)))).tanh())
-        if len(ids) % 2:
-            x = x + self.sometimes(x)
-        return self.head(x)
-
-
-def token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
-    ids, targets = batch
-    return nn.functional.cross_entropy(model(ids), targets), len(targets)
-
-
-def batches_of(count: int = 8, seed: int = 0) -> list[Batch]:
-    g = torch.Generator().manual_seed(seed)
-    sizes = [3 + 5 * i % 11 for i in range(count)]
-    return [(torch.randint(0, 50, (n,), generator=g), torch.randint(0, 50, (n,), generator=g)) for n in sizes]
 
 
 def micro_gradients(
@@ -139,19 +105,11 @@ def test_many_small_gradients_do_not_stagnate() -> None:
 def test_hugging_face_model() -> None:
     """Protects the default loss: a decoder with tied embeddings, padding and ignored labels, against its own logits
     and a hand-written mean over the target tokens; counting the first label too would be another mean."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=96,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        attention_dropout=0.3,
-    )
+    pytest.importorskip("transformers")
+    from bench.models import llama
+
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
+    model = llama(vocab_size=96, num_key_value_heads=2, tie_word_embeddings=True, attention_dropout=0.3)
     g = torch.Generator().manual_seed(1)
     batches = []
     for rows, length, padding in ((2, 9, 0), (3, 7, 3), (1, 12, 5), (2, 5, 2)):
@@ -486,7 +444,7 @@ KILLED = """
 import os, signal, sys
 import torch
 torch.set_num_threads(1)
-from tests.test_collect import Toy, batches_of, token_loss
+from tests.support.toy import Toy, batches_of, token_loss
 from dba_kernels.collect import collect_global_gradient
 how, snapshot = sys.argv[1:]
 sync = os.fsync
@@ -607,7 +565,7 @@ def test_ranks_accumulate_and_reduce_once(tmp_path: Path) -> None:
 
 
 def test_reduce_alone_is_nothing() -> None:
-    """Protects the single process: reduce() without a process group changes nothing, and DDP is refused with a mend."""
+    """Protects the single process: reduce() without a process group changes nothing, and DDP is refused with a fix."""
     model, batches = Toy(), batches_of(3)
     collector = GlobalGradientCollector(model)
     with collector:

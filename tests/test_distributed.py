@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from dba_kernels import DBAAdamW
 from dba_kernels.plan import Plan
 
-from .distributed_model import (
+from .support.distributed_model import (
     STEPS,
     displacement_error,
     loss_of,
@@ -29,8 +29,8 @@ from .distributed_model import (
     train,
     weights,
 )
-from .ranks import run_ranks
-from .tolerances import TOLERANCES
+from .support.ranks import run_ranks
+from .support.tolerances import TOLERANCES
 
 Named = dict[str, torch.Tensor]
 
@@ -189,6 +189,7 @@ def test_one_small_message_per_step(trained: dict) -> None:
 
 
 def test_non_finite_rows_skip_the_step_everywhere(trained: dict) -> None:
+    """Protects agreement of ranks: non-finite rows of one rank skip the step on all of them."""
     for how in ("skipped", "skipped by a scaler"):
         for unmoved, figures in (rank[how] for rank in trained[2]):
             assert unmoved and (figures["steps"], figures["skipped_steps"]) == (0, 1), how
@@ -243,6 +244,7 @@ def refused_layouts(world: int) -> dict[str, str]:
 
 
 def test_other_layouts_are_refused_by_name(trained: dict) -> None:
+    """Protects against wrong norms: layouts that cut rows apart are refused with the parameter's name."""
     messages = trained[2][0]["refused"]
     for name in ("columns", "partial"):
         assert "parameter 'layer.weight': expected Replicate() or Shard(0)" in messages[name]

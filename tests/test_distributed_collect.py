@@ -19,12 +19,13 @@ from torch.distributed.fsdp import fully_shard
 
 from dba_kernels import GlobalGradient, GlobalGradientCollector
 from dba_kernels.collect import collect_global_gradient
-from dba_kernels.tensor_files import SavedTensors
+from dba_kernels.passes import ShardedModel, WholeModel
 from dba_kernels.snapshots import Snapshots
 from dba_kernels.sums import GradientSums
+from dba_kernels.tensor_files import SavedTensors
 
-from .distributed_model import WORDS, loss_of, make_net, sharded
-from .ranks import run_ranks
+from .support.distributed_model import WORDS, loss_of, make_net, sharded
+from .support.ranks import run_ranks
 
 MICRO_BATCHES = 5
 Batch = torch.Tensor
@@ -79,7 +80,7 @@ def collect_everywhere(rank: int, world: int, folder: Path) -> dict[str, str]:
         assert gg.path == folder / f"{name}.safetensors"
         assert all(param.grad is None for param in net.parameters())
     net = nets["sharded"]
-    with mock.patch.object(GlobalGradientCollector, "_share", lambda *args: args[1:]):
+    with mock.patch.object(ShardedModel, "agreed", WholeModel.agreed):
         collect_global_gradient(net, batches_of(rank), token_loss, "fp32", save_to=folder / "wrong.safetensors")
     not_finite(rank, net, folder)
     if world == 4:
@@ -218,6 +219,7 @@ def test_the_noise_is_that_of_whole_micro_batches(world: int, collected: dict) -
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_what_is_not_finite_on_one_rank_is_dropped_on_all(world: int, collected: dict) -> None:
+    """Protects the mean over ranks: a batch that is not finite on one is dropped on all, and counted once."""
     folder, _ = collected[world]
     gg = GlobalGradient.load(folder / "not finite.safetensors")
     assert (gg.provenance.batches, gg.provenance.dropped_batches) == (MICRO_BATCHES - 1, 1)
@@ -230,6 +232,7 @@ def test_what_is_not_finite_on_one_rank_is_dropped_on_all(world: int, collected:
 
 
 def test_what_would_go_wrong_is_refused(collected: dict) -> None:
+    """Protects a sharded collection: each misuse is refused on every rank, with the reason."""
     for rank, found in enumerate(collected[2][1]):
         assert found["no path"].startswith("ValueError: save_to: expected the path of a file for a model sharded")
         mine = "OSError: cannot write" if rank == 0 else "RuntimeError: finish(): the rank that writes the file failed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,9 +20,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dba_kernels import DBAAdamW
 from dba_kernels.distributed import local
 from dba_kernels.plan import Plan
+from dba_kernels.stepdata import ParamTensors
 
-from .distributed_model import make_net, make_optimizer, sharded, tensors
-from .ranks import run_ranks
+from .support.distributed_model import make_net, make_optimizer, sharded, tensors
+from .support.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -125,13 +127,11 @@ def through(name: str, net: nn.Module, optimizer: DBAAdamW, **kind: bool) -> tup
 
 
 def without_offsets(world: int) -> Named:
-    def batch(self: Plan, *args: Any) -> Any:
-        made = real(self, *args)
-        made.offsets = [0] * len(made.offsets)
-        return made
+    def tensors_of(self: Plan, *args: Any) -> ParamTensors:
+        return replace(real(self, *args), offset=0)
 
-    real: Callable = Plan._batch
-    with mock.patch.object(Plan, "_batch", batch):
+    real: Callable[..., ParamTensors] = Plan._tensors_of
+    with mock.patch.object(Plan, "_tensors_of", tensors_of):
         return give(*make("split8, int8", world), 0, ALL)
 
 
@@ -210,6 +210,7 @@ def test_other_bits_are_noticed(found: dict, expected: dict) -> None:
 
 
 def test_a_step_that_only_allocates_is_decided_by_all_ranks(found: dict) -> None:
+    """Protects checkpoint loading: whether a step only allocates is decided by all ranks together."""
     keys = ["exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale", "step"]
     for ranks in found.values():
         for rank in ranks:

@@ -22,6 +22,7 @@ MODULES = ("schedule", "backends", "base_model", "global_gradient", "collect", "
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples_run(name: str) -> None:
+    """Protects the docstrings: every example in them gives what it shows."""
     module = importlib.import_module(f"dba_kernels.{name}")
     assert doctest.testmod(module).failed == 0
 
@@ -35,6 +36,7 @@ def test_some_docstring_examples_were_found() -> None:
 
 
 def test_every_public_name_has_a_docstring() -> None:
+    """Protects ``help()``: every public name says what it is."""
     for name in dba_kernels.__all__:
         assert (getattr(dba_kernels, name).__doc__ or "").strip(), name
 
@@ -66,15 +68,12 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("block", python_blocks())
 def test_python_of_the_documents_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Python block of the documents runs as written, in an empty folder, on a small model that it is given."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from bench.models import llama
 
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=128
-    )
     text = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 128, (8, 2, 16))]
-    model = LlamaForCausalLM(config)
+    model = llama(vocab_size=128, num_hidden_layers=1)
     dba_kernels.collect_global_gradient(model, text[:2]).save(tmp_path / "global_gradient.safetensors")
     scope = {"model": model, "general_batches": text, "domain_batches": text[:4]}
     scope["dataset"] = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 128, (8, 16))]

@@ -10,12 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from dba_kernels.formats import Coefficient, Hyper, StepSettings, StepTables, Summary, TensorBatch
 from dba_kernels.reference import accumulate as accumulate_module
-from dba_kernels.reference import quantize, similarity
+from dba_kernels.reference import coefficients, quantize, similarity
 from dba_kernels.reference import step as step_module
-from tests.broken_reference import CONTROLS, edited
-from tests.oracle import (
+from dba_kernels.stepdata import (
+    Coefficient,
+    Hyper,
+    ParamTensors,
+    StepOverrides,
+    StepSettings,
+    StepTables,
+    Summary,
+    TensorBatch,
+)
+from tests.support.broken_reference import CONTROLS, edited
+from tests.support.oracle import (
     BUSY,
     FOUND_INF_STEP,
     GROUP_OF,
@@ -65,16 +74,18 @@ def run_reference(case: Case) -> list[State]:
         grads = {name: torch.tensor(grad, dtype=case.dtype) for name, grad in gradients(case, t).items()}
         batches = []
         for members in ([x for x in grads if x in stored], [x for x in grads if x not in stored]):
-            batch = TensorBatch(
-                param_format="native",
-                state_format="fp32",
-                global_format="fp32" if members and members[0] in stored else "none",
-                params=[params[x] for x in members],
-                exp_avgs=[exp_avgs[x] for x in members],
-                exp_avg_sqs=[exp_avg_sqs[x] for x in members],
-                index=torch.tensor([NAMES.index(x) for x in members], dtype=torch.int64),
-                global_grads=[stored[x] for x in members if x in stored],
-            )
+            tensors = [
+                ParamTensors(
+                    NAMES.index(x),
+                    params[x],
+                    exp_avg=exp_avgs[x],
+                    exp_avg_sq=exp_avg_sqs[x],
+                    global_grad=stored.get(x),
+                )
+                for x in members
+            ]
+            global_format = "fp32" if members and members[0] in stored else "none"
+            batch = TensorBatch("native", "fp32", global_format, tensors)
             batches.append((batch, [grads[x] for x in members]))
         sums = torch.full((n, 2), math.nan, dtype=torch.float64)
         table = torch.full((n, Coefficient.COUNT), math.nan, dtype=torch.float64)
@@ -96,13 +107,15 @@ def run_reference(case: Case) -> list[State]:
             report=report,
             summary=summary,
         )
-        similarity.coefficients(
+        coefficients.coefficients(
             tables,
             settings,
-            loss_scale=None if case.loss_scale is None else torch.tensor(case.loss_scale),
-            found_inf=torch.tensor(float(t == FOUND_INF_STEP)),
-            gamma_override=None if case.gamma is None else torch.tensor(case.gamma, dtype=torch.float64),
-            alpha_override=None if case.alphas is None else torch.tensor(case.alphas, dtype=torch.float64),
+            StepOverrides(
+                loss_scale=None if case.loss_scale is None else torch.tensor(case.loss_scale),
+                found_inf=torch.tensor(float(t == FOUND_INF_STEP)),
+                gamma=None if case.gamma is None else torch.tensor(case.gamma, dtype=torch.float64),
+                alpha=None if case.alphas is None else torch.tensor(case.alphas, dtype=torch.float64),
+            ),
         )
         for batch, batch_grads in batches:
             step_module.step(batch, batch_grads, table)
@@ -234,12 +247,12 @@ def check_cosine(cosine: Callable[..., torch.Tensor]) -> None:
 
 def test_cosine_is_eq_4() -> None:
     """Protects eq. 4: the cosine itself, never the angle, whatever the lengths; 0 where a norm is 0."""
-    check_cosine(similarity.cosine)
+    check_cosine(coefficients.cosine)
     for wrong in (
         lambda d, g, h: d / (g * h).sqrt(),  # NaN for a zero norm
-        lambda d, g, h: similarity.cosine(d, g, h).acos(),
-        lambda d, g, h: similarity.cosine(d, g, h) ** 2,
-        lambda d, g, h: similarity.cosine(d, g, h) * 1.0001,
+        lambda d, g, h: coefficients.cosine(d, g, h).acos(),
+        lambda d, g, h: coefficients.cosine(d, g, h) ** 2,
+        lambda d, g, h: coefficients.cosine(d, g, h) * 1.0001,
     ):
         with pytest.raises(AssertionError):
             check_cosine(wrong)
@@ -248,8 +261,8 @@ def test_cosine_is_eq_4() -> None:
 def test_correction_is_eq_5() -> None:
     """Protects eq. 5 as we read it: larger steps where the gradients differ, clamped to the bounds."""
     phi = torch.tensor([-1.0, -0.5, 0.0, 0.25, 1.0], dtype=torch.float64)
-    assert similarity.correction(phi, (0.0, 2.0)).tolist() == [2.0, 1.5, 1.0, 0.75, 0.0]
-    assert similarity.correction(phi, (0.5, 1.2)).tolist() == [1.2, 1.2, 1.0, 0.75, 0.5]
+    assert coefficients.correction(phi, (0.0, 2.0)).tolist() == [2.0, 1.5, 1.0, 0.75, 0.0]
+    assert coefficients.correction(phi, (0.5, 1.2)).tolist() == [1.2, 1.2, 1.0, 0.75, 0.5]
 
 
 @pytest.mark.parametrize("mode", ["agem", "pcgrad"])
@@ -260,7 +273,7 @@ def test_projections_do_not_harm(mode: str) -> None:
     for _ in range(50):
         g, h = random.normal(size=(2, 6))
         sums = (torch.tensor(float(x), dtype=torch.float64) for x in (g @ h, g @ g, h @ h))
-        a, b = (x.item() for x in similarity.projection_weights(mode, *sums))
+        a, b = (x.item() for x in coefficients.projection_weights(mode, *sums))
         combined = a * g + b * h
         assert combined @ h >= -1e-12
         if g @ h < 0:
@@ -270,7 +283,7 @@ def test_projections_do_not_harm(mode: str) -> None:
     assert conflicts == 20
     zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     for sums in ((zero, zero, one), (zero, one, zero)):
-        assert all(math.isfinite(x.item()) for x in similarity.projection_weights(mode, *sums))
+        assert all(math.isfinite(x.item()) for x in coefficients.projection_weights(mode, *sums))
 
 
 def coefficients_alone(n_steps: int, betas: tuple[float, float], found_inf: set[int]) -> tuple[torch.Tensor, ...]:
@@ -292,7 +305,7 @@ def coefficients_alone(n_steps: int, betas: tuple[float, float], found_inf: set[
             report=torch.zeros(1, 2, dtype=torch.float64),
             summary=torch.zeros(Summary.COUNT, dtype=torch.float64),
         )
-        similarity.coefficients(tables, StepSettings(), found_inf=torch.tensor(float(t in found_inf)))
+        coefficients.coefficients(tables, StepSettings(), StepOverrides(found_inf=torch.tensor(float(t in found_inf))))
     return table[0], bias[0], steps, counters
 
 

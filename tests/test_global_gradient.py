@@ -1,4 +1,4 @@
-"""The stored global gradient: what is written is what is read, and everything else is refused with a mend."""
+"""The stored global gradient: what is written is what is read, and everything else is refused with a fix."""
 
 from __future__ import annotations
 
@@ -295,7 +295,7 @@ def test_check_model_accepts() -> None:
 
 
 def test_check_model_refuses() -> None:
-    """Protects against the wrong model; each error names the tensor, both sides and the mend."""
+    """Protects against the wrong model; each error names the tensor, both sides and the fix."""
     tensors = gradients()
     model = model_of(tensors)
     gg = GlobalGradient.from_tensors(tensors, fingerprint=fingerprint(model.items()))

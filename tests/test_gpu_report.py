@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_tiny_report(tmp_path):
+    """Protects the one command for GPUs: every check and benchmark of it runs, at a small size and without a GPU."""
     pytest.importorskip("transformers")
     output = tmp_path / "report.json"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from .test_integrations_transformers import BATCH, by_hand, make_trainer
-from .tiny_llama import difference, make_model, weights
+from .support.tiny_llama import difference, make_model, weights
+from .support.trainer import BATCH, by_hand, make_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2

@@ -14,8 +14,8 @@ from transformers import Trainer, TrainerCallback
 
 from dba_kernels import DBAAdamW
 
-from .test_integrations_transformers import make_trainer
-from .tiny_llama import weights
+from .support.tiny_llama import weights
+from .support.trainer import make_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVED, KILLED = 2, 3  # steps, of six
@@ -79,6 +79,7 @@ def test_resumed_run_is_the_uninterrupted_one(
     tmp_path: Path,
     recwarn: pytest.WarningsRecorder,
 ) -> None:
+    """Protects checkpoints of the Trainer: a resumed run ends with the bits of an uninterrupted one, and quietly."""
     whole = run(tmp_path / "whole", stored, formats)
     run(tmp_path / "stopped", stored, formats, stop=Stop(KILLED, kill=False))
     resumed = run(tmp_path / "resumed", stored, formats, resume=tmp_path / "stopped" / CHECKPOINT)

@@ -2,82 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from dba_kernels import DBAAdamW, GlobalGradient
 from dba_kernels.integrations.transformers import DBAAdamWFactory, DBACallback, dba_adamw
 
-from .tiny_llama import batches, decay_groups, difference, examples, make_model, plain_loop, weights
-
-LR, STEPS, BATCH, DECAY = 1e-5, 6, 2, 0.1
+from .support.tiny_llama import difference, examples, make_model, weights
+from .support.trainer import BATCH, LR, STEPS, arguments, by_hand, train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-
-
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    defaults = dict(
-        output_dir=str(folder),
-        learning_rate=LR,
-        weight_decay=DECAY,
-        max_steps=STEPS,
-        per_device_train_batch_size=BATCH,
-        train_sampling_strategy="sequential",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    return TrainingArguments(**(defaults | options))
-
-
-def make_trainer(
-    folder: Path, stored: Path | None, dtype=torch.float32, optimizer: dict | None = None, **options: Any
-) -> Trainer:
-    """What a user's script does, in the three lines of the integration."""
-    args = arguments(folder, **options)
-    count = STEPS * BATCH * args.gradient_accumulation_steps
-    trainer = Trainer(
-        make_model(dtype),
-        args,
-        train_dataset=examples(count),
-        optimizer_cls_and_kwargs=dba_adamw(args, stored, **(optimizer or {})),
-    )
-    DBACallback.attach(trainer)
-    return trainer
-
-
-def train(*args: Any, **kwargs: Any) -> Trainer:
-    trainer = make_trainer(*args, **kwargs)
-    trainer.train()
-    return trainer
-
-
-def by_hand(
-    stored: Path | None,
-    dtype=torch.float32,
-    accumulation: int = 1,
-    clip: float | None = 1.0,
-    bf16: bool = False,
-    total_steps: int = STEPS,
-    **options: Any,
-) -> tuple[torch.nn.Module, list[float]]:
-    """The same run without any of Hugging Face's training code."""
-    model = make_model(dtype)
-    if stored is not None:
-        options |= {"global_gradient": stored, "total_steps": total_steps}
-    optimizer = DBAAdamW(decay_groups(model, DECAY), lr=LR, **options)
-    micro = batches(examples(STEPS * BATCH * accumulation), BATCH)
-    steps = [micro[i : i + accumulation] for i in range(0, len(micro), accumulation)]
-    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16)
-    return model, plain_loop(model, optimizer, steps, STEPS, clip, autocast)
 
 
 FUSED = {"max_grad_norm": 1.0}
@@ -133,6 +71,7 @@ def test_where_one_clips_does_not_matter(stored: Path, tmp_path: Path) -> None:
 
 
 def test_clipping_twice_is_refused(stored: Path, tmp_path: Path) -> None:
+    """Protects the gradient: clipping by the Trainer and in the step is refused, early or at the first step."""
     args = arguments(tmp_path)
     message = r"max_grad_norm: expected clipping in one place, got TrainingArguments\(max_grad_norm=1.0\).*DBAAdamW"
     with pytest.raises(ValueError, match=message):
@@ -148,6 +87,7 @@ def test_clipping_twice_is_refused(stored: Path, tmp_path: Path) -> None:
     "name, sharding", [("ZeRO", {"deepspeed": "zero.json"}), ("FSDP1", {"fsdp_config": {"version": 1}})]
 )
 def test_flattened_parameters_are_refused(name: str, sharding: dict, stored: Path, tmp_path: Path) -> None:
+    """Protects names: sharding that flattens parameters is refused, and what works is not."""
     args = arguments(tmp_path)
     if "deepspeed" in sharding:
         args.deepspeed = sharding["deepspeed"]  # the constructor would want DeepSpeed installed
@@ -162,12 +102,14 @@ def test_flattened_parameters_are_refused(name: str, sharding: dict, stored: Pat
 
 
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    """Protects the callback's user: with another optimizer it says so and does not do nothing."""
     trainer = Trainer(make_model(), arguments(tmp_path), train_dataset=examples(4), callbacks=[DBACallback()])
     with pytest.raises(ValueError, match=r"optimizer: expected DBAAdamW, got AdamW; .*dba_adamw\(args, …\)"):
         trainer.train()
 
 
 def test_a_forgotten_callback_is_said(stored: Path, tmp_path: Path) -> None:
+    """Protects who forgets the callback: the first step says what is missing."""
     args = arguments(tmp_path)
     trainer = Trainer(
         make_model(), args, train_dataset=examples(4), optimizer_cls_and_kwargs=dba_adamw(args, str(stored))

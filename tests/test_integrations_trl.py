@@ -15,9 +15,10 @@ from trl import SFTConfig, SFTTrainer
 from dba_kernels import DBAAdamW
 from dba_kernels.integrations.transformers import DBACallback, dba_adamw
 
-from .tiny_llama import TEXT, decay_groups, difference, make_model, plain_loop
+from .support.tiny_llama import TEXT, decay_groups, difference, make_model, plain_loop
+from .support.trainer import BATCH, LR, STEPS, arguments
 
-STEPS, BATCH, ACCUMULATION, LR = 6, 2, 2, 1e-5
+ACCUMULATION = 2
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:boost. gamma starts at:UserWarning"),
@@ -36,22 +37,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_trainer(folder: Path, stored: Path) -> SFTTrainer:
     paragraphs = [" ".join(part.split()) for part in TEXT.decode().split("\n\n") if part.strip()]
-    args = SFTConfig(
-        str(folder),
-        learning_rate=LR,
-        weight_decay=0.1,
-        max_steps=STEPS,
-        per_device_train_batch_size=BATCH,
-        gradient_accumulation_steps=ACCUMULATION,
-        train_sampling_strategy="sequential",
-        max_length=48,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,
-    )
+    args = arguments(folder, SFTConfig, gradient_accumulation_steps=ACCUMULATION, max_length=48, bf16=False)
     trainer = SFTTrainer(
         make_model(),
         args,

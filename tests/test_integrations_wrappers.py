@@ -16,10 +16,10 @@ from transformers import Trainer, get_scheduler
 from dba_kernels import DBAAdamW, GlobalGradient
 from dba_kernels.integrations.transformers import DBACallback, dba_adamw
 
-from .test_integrations_transformers import arguments
-from .tiny_llama import batches, difference, examples, make_global, make_model, plain_loop, weights
+from .support.tiny_llama import batches, difference, examples, make_global, make_model, plain_loop, weights
+from .support.trainer import BATCH, LR, STEPS, arguments
 
-LR, STEPS, BATCH, ACCUMULATION = 1e-5, 6, 2, 2
+ACCUMULATION = 2
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -41,14 +41,17 @@ def swap_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> No
     fsdp2_switch_optimizer_parameters(optimizer, mapping)
 
 
+def optimizer_and_schedule(model: torch.nn.Module, stored: Path) -> tuple[DBAAdamW, Any]:
+    options = {"global_gradient": stored, "total_steps": STEPS, "max_grad_norm": 1.0}
+    optimizer = DBAAdamW(model.named_parameters(), lr=LR, weight_decay=0.0, **options)
+    return optimizer, get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=STEPS)
+
+
 def accelerated(stored: Path, swap: bool, accumulation: int = ACCUMULATION) -> torch.nn.Module:
     """The loop that Accelerate's documentation shows: everything is called at every micro-batch."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     model = make_model()
-    optimizer = DBAAdamW(
-        model.named_parameters(), lr=LR, weight_decay=0.0, global_gradient=stored, total_steps=STEPS, max_grad_norm=1.0
-    )
-    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=STEPS)
+    optimizer, scheduler = optimizer_and_schedule(model, stored)
     loader = torch.utils.data.DataLoader(examples(STEPS * BATCH * ACCUMULATION), batch_size=BATCH)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     if swap:
@@ -66,10 +69,7 @@ def accelerated(stored: Path, swap: bool, accumulation: int = ACCUMULATION) -> t
 
 def accumulated_by_hand(stored: Path) -> torch.nn.Module:
     model = make_model()
-    optimizer = DBAAdamW(
-        model.named_parameters(), lr=LR, weight_decay=0.0, global_gradient=stored, total_steps=STEPS, max_grad_norm=1.0
-    )
-    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=STEPS)
+    optimizer, scheduler = optimizer_and_schedule(model, stored)
     for i, batch in enumerate(batches(examples(STEPS * BATCH * ACCUMULATION), BATCH), start=1):
         (model(**batch).loss / ACCUMULATION).backward()
         if i % ACCUMULATION == 0:
@@ -252,6 +252,7 @@ def test_fp16_with_a_scaler(stored: Path) -> None:
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("unscale_first", [False, True])
 def test_an_overflow_skips_one_step(unscale_first: bool, wrapped: bool, stored: Path) -> None:
+    """Protects fp16 training: an overflow skips exactly one step, and the scale halves."""
     model, optimizer, scaler = fp16_run(stored, unscale_first, poisoned_step=2, wrapped=wrapped)
     assert scaler.get_scale() == 2.0**9
     assert weights(model).isfinite().all()

@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 from dba_kernels import DBAAdamW, GlobalGradient
-from dba_kernels.formats import Coefficient, EncodedTensor, Hyper, StepSettings, StepTables, Summary, TensorBatch
-from dba_kernels.kernels import accumulate, common, quantize, similarity, step, tables
+from dba_kernels.formats import EncodedTensor
+from dba_kernels.kernels import accumulate, coefficients, common, quantize, similarity, step, tables
+from dba_kernels.stepdata import UPDATED_PARTS, Coefficient, Hyper, StepSettings, StepTables, Summary, TensorBatch
 
-from . import guard_pages
-from .cases import Case, build
+from .support import guard_pages
+from .support.cases import Case, build
+from .support.operations import CountedOperations
 
 SETTINGS = StepSettings(boost=0.2, total_steps=10, correction="cosine", max_grad_norm=1.0, reduce=True)
 Launch = tuple[str, tuple[Any, ...], dict[str, Any]]
@@ -36,19 +37,6 @@ def recorded_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]
     with monkeypatch.context() as patch:
         patch.setattr(GridExecutor, "__call__", record)
         yield launches
-
-
-class CountedOperations(TorchDispatchMode):
-    """Every torch operation that runs inside: allocations, copies, reads back to the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace not in ("profiler", "prim"):  # marks of torch.optim's own, and questions for metadata
-            self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 UPLOAD = ["aten.lift_fresh.default", "aten.copy_.default"]
@@ -85,7 +73,7 @@ class Step:
             "global_sq": table(rows) + 1,
             "hyper": table(1, Hyper.COUNT) + 0.5,
             "group": torch.zeros(rows, dtype=torch.int64),
-            "active": self.batch.index.clone(),
+            "active": torch.tensor(self.batch.all("index")),
             "steps": torch.zeros(rows),
             "bias_corrections": table(rows, 2),
             "counters": torch.zeros(2, dtype=torch.int64),
@@ -96,12 +84,13 @@ class Step:
 
     def run(self) -> None:
         similarity.similarity(self.batch, self.grads, self.tables["sums"])
-        similarity.coefficients(StepTables(**self.tables), SETTINGS)
+        coefficients.coefficients(StepTables(**self.tables), SETTINGS)
         step.step(self.batch, self.grads, self.tables["table"])
 
 
 @pytest.mark.parametrize("n", [3, 300])
 def test_codecs_launch_once_whatever_the_number_of_tensors(monkeypatch, n):
+    """Protects the speed on many tensors: encoding and decoding are one launch each."""
     matrices = [torch.zeros(64, 64)] * n
     with recorded_launches(monkeypatch) as launches:
         encoded = quantize.encode_all(matrices, "int8")
@@ -114,6 +103,7 @@ def test_codecs_launch_once_whatever_the_number_of_tensors(monkeypatch, n):
 
 @pytest.mark.parametrize("n", [3, 300])
 def test_launches_do_not_depend_on_the_number_of_tensors(monkeypatch, n):
+    """Protects the speed on many tensors: a step is four launches, for 3 as for 300."""
     one_step = Step(n)
     with recorded_launches(monkeypatch) as launches:
         one_step.run()
@@ -153,6 +143,7 @@ def test_whole_optimizer_step_is_four_launches(monkeypatch, n):
 
 
 def test_optimizer_step_without_reduction_is_two_launches(monkeypatch):
+    """Protects plain AdamW: a step that needs no reduction launches none."""
     param = torch.nn.Parameter(torch.randn(64, 64))
     param.grad = torch.zeros_like(param)
     optimizer = DBAAdamW([param], backend="triton")
@@ -209,6 +200,7 @@ def test_optimizer_step_compiles_nothing_new(monkeypatch):
 
 
 def test_nothing_but_launches_from_the_second_step_on(monkeypatch):
+    """Protects the host: from the second step on, torch is asked for nothing besides the launches."""
     one_step = Step(5)
     with recorded_launches(monkeypatch):
         one_step.run()
@@ -218,6 +210,7 @@ def test_nothing_but_launches_from_the_second_step_on(monkeypatch):
 
 
 def test_moved_gradients_cost_one_copy_of_their_addresses(monkeypatch):
+    """Protects the host: new gradient addresses cost one copy and no read-back."""
     one_step = Step(5)
     with recorded_launches(monkeypatch):
         one_step.run()
@@ -231,6 +224,7 @@ def test_moved_gradients_cost_one_copy_of_their_addresses(monkeypatch):
 
 
 def test_a_read_back_would_be_counted():
+    """Negative control: a read-back is seen by the counter that the tests above rely on."""
     with CountedOperations() as counted:
         torch.ones(1).item()
     assert "aten._local_scalar_dense.default" in counted.names
@@ -255,6 +249,7 @@ def test_nothing_that_changes_is_compiled_in(monkeypatch):
 
 
 def test_chunks_cover_every_position_once():
+    """Protects disjoint writes: the chunks of a tensor cover each position exactly once."""
     positions = [0, 1, 8192, 8193, 3 * 8192 - 1]
     chunk = common.CHUNK.value
     covered = [torch.zeros(n, dtype=torch.int64) for n in positions]
@@ -266,6 +261,7 @@ def test_chunks_cover_every_position_once():
 @pytest.mark.parametrize("size", [1, 63, 1023, 1024, 1025, 8191, 8192, 8193, 20000])
 @pytest.mark.parametrize("aligned", [True, False])
 def test_every_element_is_written_once(size, aligned):
+    """Protects disjoint writes: each element is added to once, at any size and alignment, and none beside it."""
     storage = torch.zeros(size + 1)
     total = storage[:size] if aligned else storage[1:]
     accumulate.accumulate([total], [torch.ones(size)], 1.0, torch.zeros(1, dtype=torch.float64))
@@ -280,10 +276,10 @@ def test_grouped_tiles_cover_every_element_once():
     table[:] = 0.0
     table[:, Coefficient.LR_WEIGHT_DECAY] = 0.5
     table[:, Coefficient.EPS] = 1.0
-    for param in batch.params:
+    for param in batch.all("param"):
         param.fill_(1.0)
     step.step(batch, grads, table)
-    assert all((param == 0.5).all() for param in batch.params)
+    assert all((param == 0.5).all() for param in batch.all("param"))
 
 
 def virtual(numel: int, dtype: torch.dtype) -> torch.Tensor:
@@ -299,19 +295,19 @@ def test_offsets_beyond_32_bits():
     numel = 2**31 + tail
     case = Case(torch.bfloat16, "split8", "int8", "int8", torch.bfloat16, ((1, tail),))
     small, (small_grad,), table = build(case)
-    small.offsets = [2**31]
-    lists = ("params", "remainders", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales")
-    huge = dataclasses.replace(small, offsets=[0], cache={})
-    for name in lists:
-        (part,) = getattr(small, name)
-        scales = name.endswith("scales")
-        whole = virtual(2**31 // 64 + part.numel() if scales else numel, part.dtype)
-        whole[:, -part.numel() :] = part
-        setattr(huge, name, [whole])
-    stored = small.global_grads[0]
-    codes, scales = virtual(numel, torch.int8), virtual(2**31 // 64 + stored.scales.numel(), torch.float32)
-    codes[:, -tail:], scales[:, -stored.scales.numel() :] = stored.codes, stored.scales
-    huge.global_grads = [EncodedTensor("int8", (1, numel), codes, scales)]
+    (part,) = small.tensors
+    part.offset = 2**31
+
+    def grown(tail_of: torch.Tensor, scales: bool) -> torch.Tensor:
+        whole = virtual(2**31 // (64 if scales else 1) + tail_of.numel(), tail_of.dtype)
+        whole[:, -tail_of.numel() :] = tail_of
+        return whole
+
+    parts = {name: grown(getattr(part, name), name.endswith("scale")) for name in UPDATED_PARTS}
+    stored = part.global_grad
+    whole_stored = EncodedTensor("int8", (1, numel), grown(stored.codes, False), grown(stored.scales, True))
+    whole = dataclasses.replace(part, **parts, global_grad=whole_stored, offset=0)
+    huge = dataclasses.replace(small, tensors=[whole], cache={})
     grad = virtual(numel, torch.bfloat16)
     grad[:, -tail:] = small_grad
 
@@ -319,9 +315,9 @@ def test_offsets_beyond_32_bits():
     launched.chunks, launched.n_chunks = launched.chunks[-2:].clone(), 2
     step.step(huge, [grad], table)
     step.step(small, [small_grad], table)
-    for name in lists:
-        (part,), (whole,) = getattr(small, name), getattr(huge, name)
-        assert torch.equal(whole[:, -part.numel() :], part), name
+    for name in UPDATED_PARTS:
+        small_part, whole_part = getattr(part, name), getattr(whole, name)
+        assert torch.equal(whole_part[:, -small_part.numel() :], small_part), name
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -332,13 +328,15 @@ def small_batch() -> tuple[TensorBatch, list[torch.Tensor], torch.Tensor]:
 
 
 def test_strided_parameter_is_refused():
+    """Protects memory: a strided parameter, which kernels would misread, is refused by position."""
     batch, grads, table = small_batch()
-    batch.params[1] = torch.zeros(64, 2).T
-    with pytest.raises(ValueError, match=r"params\[1\].*contiguous"):
+    batch.tensors[1].param = torch.zeros(64, 2).T
+    with pytest.raises(ValueError, match=r"tensors\[1\]\.param.*contiguous"):
         step.step(batch, grads, table)
 
 
 def test_strided_gradient_is_refused():
+    """Protects memory: a strided gradient, which kernels would misread, is refused by position."""
     batch, grads, table = small_batch()
     grads[0] = torch.zeros(64, 4).T
     with pytest.raises(ValueError, match=r"grads\[0\].*contiguous"):
@@ -346,6 +344,7 @@ def test_strided_gradient_is_refused():
 
 
 def test_mixed_gradient_dtypes_are_refused():
+    """Protects memory: gradients of another dtype than the first are refused by position."""
     batch, grads, table = small_batch()
     grads[1] = grads[1].bfloat16()
     with pytest.raises(ValueError, match=r"grads\[1\]: expected torch.float32 like grads\[0\], got torch.bfloat16"):
@@ -353,9 +352,10 @@ def test_mixed_gradient_dtypes_are_refused():
 
 
 def test_wrong_format_of_a_global_gradient_is_refused():
+    """Protects memory: codes of another format than the batch's are refused by position."""
     batch, grads, table = build(Case(shapes=((4, 64),), global_format="int8"))
     batch.global_format = "int4"
-    with pytest.raises(ValueError, match=r"global_grads\[0\]: expected format 'int4', got 'int8'"):
+    with pytest.raises(ValueError, match=r"tensors\[0\]\.global_grad: expected format 'int4', got 'int8'"):
         step.step(batch, grads, table)
 
 
@@ -364,11 +364,12 @@ def test_wrong_format_of_a_global_gradient_is_refused():
 
 @pytest.mark.parametrize("arguments", [("triton", "one"), ("native",)], ids=str)
 def test_guard_pages(arguments, request):
-    """All of the interpreter's matrix: ``python -m tests.guard_pages triton``."""
+    """All of the interpreter's matrix: ``python -m tests.support.guard_pages triton``."""
     if arguments[0] == "native":
         request.getfixturevalue("native")
     assert guard_pages.run(*arguments) == 0
 
 
 def test_guard_pages_kill_an_overrun():
+    """Negative control: reading one element past the end kills the process."""
     assert guard_pages.run("overrun") == -signal.SIGSEGV

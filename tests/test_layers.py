@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from dba_kernels.backends import STEMS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dba_kernels"
@@ -22,12 +25,14 @@ PUBLIC = "public names"
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {PUBLIC},
     "formats": set(),
+    "stepdata": {"formats"},
     "schedule": {"formats"},
-    "reference": {"formats", "reference"},
-    "kernels": {"formats", "kernels"},
-    "native": {"formats"},
+    "reference": {"formats", "stepdata", "reference"},
+    "kernels": {"formats", "stepdata", "kernels"},
+    "native": {"formats", "stepdata", "native"},
     "backends": {"formats"},
-    "ops": {"backends", "formats"},
+    "operators": {"backends", "formats", "stepdata"},
+    "ops": {"operators", "backends", "formats", "stepdata"},
     "distributed": {"formats"},
     "global_gradient": {"ops", "distributed", "formats", "tensor_files", "descriptions", "base_model", "records"},
     "collect": {
@@ -42,8 +47,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "batches",
         "sums",
         "snapshots",
+        "passes",
     },
-    "optim": {"ops", "distributed", "schedule", "global_gradient", "formats", "backends", "plan", "state"},
+    "method": {"schedule", "formats", "stepdata", "global_gradient"},
+    "optim": {"ops", "distributed", "global_gradient", "base_model", "formats", "stepdata", "method", "plan", "state"},
     # Modules that the three above were cut into, to keep each of them short: at most what the whole may import.
     "files": {"formats"},
     "tensor_files": {"formats", "files"},
@@ -51,10 +58,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "base_model": {"distributed", "formats", "descriptions"},
     "records": {"ops", "formats", "tensor_files", "descriptions"},
     "batches": {"tensor_files"},
+    "passes": {"distributed", "sums"},
     "snapshots": {"distributed", "files", "tensor_files", "sums"},
     "sums": {"ops", "distributed", "formats", "tensor_files", "records", "descriptions"},
     "state": {"distributed", "backends", "formats"},
-    "plan": {"state", "distributed", "global_gradient", "formats"},
+    "plan": {"state", "distributed", "global_gradient", "base_model", "formats", "stepdata"},
     "integrations": {PUBLIC, "integrations"},
     "cli": {PUBLIC, "cli"},
     "__main__": {PUBLIC, "cli"},
@@ -75,8 +83,6 @@ def imported_modules(source: str, path: Path) -> list[tuple[str, list[str], bool
     found: list[tuple[str, list[str], bool]] = []
 
     def visit(node: ast.AST, in_function: bool) -> None:
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            return  # for annotations: never executed
         if isinstance(node, ast.Import):
             found.extend((alias.name, [], in_function) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -140,18 +146,20 @@ def test_import_column(path: Path) -> None:
         ("kernels/step.py", "def f():\n    from dba_kernels.reference.quantize import encode"),
         ("kernels/step.py", "import importlib\nimportlib.import_module('dba_kernels.reference.step')"),
         ("kernels/step.py", "import dba_kernels"),
-        ("native.py", "from .reference.remainder import mix32"),
-        ("native.py", "from . import reference"),
+        ("native/step.py", "from ..reference.remainder import mix32"),
+        ("native/step.py", "from .. import reference"),
         ("reference/step.py", "from ..kernels import common"),
         ("formats.py", "from . import schedule"),
         ("backends.py", "from .kernels import step"),
         ("optim.py", "from .reference import similarity"),
         ("ops.py", "from .optim import DBAAdamW"),
-        ("cli/demo.py", "from dba_kernels.optim import _private"),
+        ("cli/demo/comparison.py", "from dba_kernels.optim import _private"),
         ("integrations/trl.py", "from ..reference import step"),
         ("plan.py", "from .reference import step"),
         ("files.py", "from .plan import Plan"),
-        ("plan.py", "if not TYPE_CHECKING:\n    from .optim import DBAAdamW"),
+        ("plan.py", "from .optim import DBAAdamW"),
+        ("plan.py", "if TYPE_CHECKING:\n    from .optim import DBAAdamW"),
+        ("reference/step.py", "if TYPE_CHECKING:\n    from ..kernels import common"),
         ("stray.py", ""),
     ],
 )
@@ -164,6 +172,75 @@ def test_import_column_notices(file: str, source: str) -> None:
 def test_lazy_import_of_backends_is_allowed() -> None:
     """Protects the exception for backends.py: the same import is right inside a function and wrong outside one."""
     check_imports("def f():\n    from .kernels import step", PACKAGE / "backends.py")
+
+
+def edges_of(sources: dict[Path, str]) -> dict[str, set[str]]:
+    """Module → modules of this package that it imports, inside functions and for type checkers too."""
+    dotted = {path: ".".join(("dba_kernels", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in sources}
+    names = {path: name.removesuffix(".__init__") for path, name in dotted.items()}
+    edges: dict[str, set[str]] = {}
+    for path, source in sources.items():
+        found = edges.setdefault(names[path], set())
+        for module, imported, _ in imported_modules(source, path):
+            inner = {f"{module}.{name}" for name in imported} & set(names.values())
+            found |= inner or {module}
+    return edges
+
+
+def check_no_circles(sources: dict[Path, str]) -> None:
+    try:
+        graphlib.TopologicalSorter(edges_of(sources)).prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError(f"modules import each other: {' → '.join(error.args[1])}") from error
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Protects the order of the layers within a folder too: there is a module to read first."""
+    check_no_circles({path: path.read_text() for path in MODULES if layer_of(path) != "cli"})
+
+
+@pytest.mark.parametrize(
+    "written", ["from . import b", "if TYPE_CHECKING:\n    from .b import B", "def f():\n    from .b import g"]
+)
+def test_circles_are_noticed(written: str) -> None:
+    """Negative control: a circle of two and of three modules, however one of the imports is written."""
+    a, b, c = (PACKAGE / "cli" / f"{name}.py" for name in "abc")
+    check_no_circles({a: written, b: "from .c import f", c: ""})
+    for circle in ({a: written, b: "from .a import f"}, {a: written, b: "from .c import f", c: "from . import a"}):
+        with pytest.raises(AssertionError, match="import each other"):
+            check_no_circles(circle)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_stem_names_one_file_everywhere(stem: str) -> None:
+    """Protects the promise of the layout: who knows one operation's files knows all."""
+    places = [f"dba_kernels/{folder}/{stem}.py" for folder in ("reference", "kernels", "native")]
+    places += [f"csrc/{stem}.h", f"tests/test_{stem}.py", f"bench/bench_{stem}.py"]
+    assert [place for place in places if not (ROOT / place).is_file()] == []
+
+
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
+LONG_KERNELS = {"coefficients_kernel"}
+"""One straight list of scalars; cut in two it would pass twenty of them on."""
+
+
+def too_long(source: str) -> list[str]:
+    found = [f"{len(source.splitlines())} lines"] if len(source.splitlines()) > MAX_FILE_LINES else []
+    functions = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    lengths = {f.name: (f.end_lineno or f.lineno) - f.lineno + 1 for f in functions}
+    return found + [
+        f"{name}: {n}" for name, n in lengths.items() if n > MAX_FUNCTION_LINES and name not in LONG_KERNELS
+    ]
+
+
+def test_files_and_functions_are_short() -> None:
+    """Protects the reader: no file above 400 lines, no function above 80."""
+    found = {str(path.relative_to(ROOT)): too_long(path.read_text()) for path in MODULES}
+    assert {path: why for path, why in found.items() if why} == {}
+    assert too_long("def f():\n" + "    x = 1\n" * 80) == ["f: 81"]
+    assert too_long("x = 1\n" * 401) == ["401 lines"]
 
 
 def test_kernels_and_native_never_reach_the_reference() -> None:

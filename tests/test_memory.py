@@ -5,22 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-from bench import memory  # noqa: E402
-from dba_kernels.cli.plan import Sizes  # noqa: E402
+from bench import memory
+from bench.models import SMOLLM2_135M, llama
+from dba_kernels.cli.sizes import Sizes
 
 OURS = list(memory.OURS)
 
 
-def llama(**sizes: int) -> torch.nn.Module:
-    config = transformers.LlamaConfig(**sizes, tie_word_embeddings=True)
-    return transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-
-
 def counted(row: str, spoil: list[torch.Tensor] | None = None) -> tuple[memory.Held, Sizes]:
     before = [place for tensor in memory.alive() if (place := memory.span(tensor)) is not None]
-    model = llama(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+    model = llama(vocab_size=512, hidden_size=128, intermediate_size=256, tie_word_embeddings=True).to(torch.bfloat16)
     ids = torch.arange(16)[None]
     if spoil is not None:
         spoil.append(torch.zeros(10_000))
@@ -36,6 +32,7 @@ def by_shapes(row: str, sizes: Sizes) -> float:
 
 @pytest.mark.parametrize("row", OURS)
 def test_live_storages_are_what_the_shapes_say(row: str) -> None:
+    """Protects the memory table: what is alive after a step is what the shapes say, and hardly more."""
     held, sizes = counted(row)
     assert held.weights == held.gradients == 2.0
     assert held.total - held.other == pytest.approx(by_shapes(row, sizes), rel=1e-6)
@@ -43,6 +40,7 @@ def test_live_storages_are_what_the_shapes_say(row: str) -> None:
 
 
 def test_mixed_precision_holds_sixteen_bytes() -> None:
+    """Protects the baseline: torch's mixed precision is counted with its 16 bytes."""
     held, _ = counted("torch mixed")
     assert held.total - held.other == pytest.approx(16, abs=1e-3)
 
@@ -55,6 +53,7 @@ def test_a_forgotten_buffer_is_counted() -> None:
 
 
 def test_overlapping_views_are_counted_once() -> None:
+    """Protects the count: bytes that several tensors share count once, tensors without memory not at all."""
     whole = torch.zeros(100)
     taken: list[tuple[int, int]] = []
     assert memory.covered([whole, whole[10:20], whole.view(10, 10)], taken) == 400
@@ -66,14 +65,7 @@ def test_overlapping_views_are_counted_once() -> None:
 def test_the_limits_hold_for_the_shapes_of_the_demo_model(row: str, limit: float) -> None:
     """SmolLM2-135M by its configuration alone."""
     with torch.device("meta"):
-        model = llama(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-        )
+        model = llama(**SMOLLM2_135M)
     sizes = Sizes({name: tuple(p.shape) for name, p in model.named_parameters()}, torch.bfloat16)
     assert sizes.parameters == 134_515_008
     assert by_shapes(row, sizes) <= limit

@@ -19,16 +19,17 @@ import torch
 
 from bench.bench_step import fresh_tables
 from dba_kernels import DBAAdamW
-from dba_kernels.formats import Coefficient, StepSettings, StepTables
+from dba_kernels.native import coefficients, library, similarity, step
+from dba_kernels.reference import coefficients as reference_coefficients
 from dba_kernels.reference import similarity as reference_similarity
 from dba_kernels.reference import step as reference_step
+from dba_kernels.stepdata import Coefficient, StepSettings, StepTables
 
-from .cases import Case, build, clone, size_cases
-from .test_step import assert_agrees
+from .support.cases import Case, build, clone, size_cases, written
+from .support.step_agreement import assert_agrees
 
-native = pytest.importorskip("dba_kernels.native")
-if native.why_not() is not None:
-    pytest.skip(f"the native library does not load: {native.why_not()}", allow_module_level=True)
+if library.why_not() is not None:
+    pytest.skip(f"the native library does not load: {library.why_not()}", allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE = ((300, 700), (512, 256), (20, 20), (9_001, 7), (3, 40_000))
@@ -42,12 +43,11 @@ def _step_bytes(case: Case, threads: int) -> list[torch.Tensor]:
     try:
         batch, grads, table = build(case)
         sums = torch.zeros(len(table), 2, dtype=torch.float64)
-        native.similarity(batch, grads, sums)
-        native.step(batch, grads, table)
+        similarity.similarity(batch, grads, sums)
+        step.step(batch, grads, table)
     finally:
         torch.set_num_threads(before)
-    written = [sums, *batch.params, *batch.remainders, *batch.exp_avgs, *batch.exp_avg_sqs]
-    return [*written, *batch.exp_avg_scales, *batch.exp_avg_sq_scales]
+    return [sums, *written(batch)]
 
 
 def _same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -65,11 +65,12 @@ FP32 = Case(torch.float32, "native", "fp32", "int4", torch.float32, LARGE, seed=
 
 
 @pytest.mark.parametrize("case", [*size_cases(), INT8, FP32], ids=str)
-@pytest.mark.parametrize("isa", native.usable_isas())
+@pytest.mark.parametrize("isa", library.usable_isas())
 def test_every_instruction_set_agrees_with_the_reference(isa, case):
-    with native.use_isa(isa):
-        assert native.isa() == isa
-        assert_agrees(native.step, case)
+    """Protects every CPU: each instruction set that runs here agrees with the reference, at all sizes."""
+    with library.use_isa(isa):
+        assert library.isa() == isa
+        assert_agrees(step.step, case)
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -84,12 +85,14 @@ def _copy_package(to: Path) -> None:
 
 
 def test_environment_variable_forces_the_instruction_set():
-    code = "from dba_kernels import native; print(native.isa())"
+    """Protects debugging: ``DBA_KERNELS_ISA`` chooses the instruction set."""
+    code = "from dba_kernels.native import library; print(library.isa())"
     assert _python(code, DBA_KERNELS_ISA="scalar").stdout.strip() == "scalar"
 
 
 def test_environment_variable_with_nonsense_is_a_reason_not_a_crash():
-    done = _python("from dba_kernels import native; print(native.why_not())", DBA_KERNELS_ISA="mmx")
+    """Protects who mistypes ``DBA_KERNELS_ISA``: the backend says why it cannot run."""
+    done = _python("from dba_kernels.native import library; print(library.why_not())", DBA_KERNELS_ISA="mmx")
     assert "DBA_KERNELS_ISA: expected one of scalar" in done.stdout and "got 'mmx'" in done.stdout
 
 
@@ -101,7 +104,7 @@ WITHOUT_EDITABLE = (
 # --- finding the library ----------------------------------------------------------------------------------------------
 
 
-def test_missing_library_is_a_reason_with_its_mend(tmp_path):
+def test_missing_library_is_a_reason_with_its_fix(tmp_path):
     """A checkout without a build: the import works and says what to do."""
     _copy_package(tmp_path)
     code = (
@@ -109,7 +112,7 @@ def test_missing_library_is_a_reason_with_its_mend(tmp_path):
         "from importlib import metadata\n"
         "def missing(name): raise metadata.PackageNotFoundError(name)\n"
         "metadata.distribution = missing\n"
-        "from dba_kernels import native; print(native.__file__, native.why_not())"
+        "from dba_kernels.native import library; print(library.__file__, library.why_not())"
     )
     done = _python(code)
     assert str(tmp_path) in done.stdout, done.stderr
@@ -120,7 +123,7 @@ def test_shadowing_checkout_finds_the_installed_library(tmp_path):
     """``dba_kernels/`` of a checkout hides the installed package; the distribution still knows where the library is."""
     site = tmp_path / "site"
     (site / "dba_kernels").mkdir(parents=True)
-    shutil.copy(native.load()._name, site / "dba_kernels" / native.LIBRARY)
+    shutil.copy(library.load()._name, site / "dba_kernels" / library.LIBRARY)
     info = site / "dba_kernels-0.1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: dba-kernels\nVersion: 0.1.0\n")
@@ -128,24 +131,25 @@ def test_shadowing_checkout_finds_the_installed_library(tmp_path):
     _copy_package(checkout)
     code = (
         f"{WITHOUT_EDITABLE}sys.path[:0] = [{str(checkout)!r}, {str(site)!r}]\n"
-        "from dba_kernels import native; print(native.__file__, native.load()._name)"
+        "from dba_kernels.native import library; print(library.__file__, library.load()._name)"
     )
     done = _python(code)
     assert done.stdout.split() == [
-        str(checkout / "dba_kernels" / "native.py"),
-        str(site / "dba_kernels" / native.LIBRARY),
+        str(checkout / "dba_kernels" / "native" / "library.py"),
+        str(site / "dba_kernels" / library.LIBRARY),
     ], done.stderr
 
 
 def test_library_of_another_version_is_refused(monkeypatch):
-    monkeypatch.setattr(native, "ABI", native.ABI + 1)
-    native.load.cache_clear()
+    """Protects memory: a library with another interface is refused before it is called."""
+    monkeypatch.setattr(library, "ABI", library.ABI + 1)
+    library.load.cache_clear()
     try:
-        assert "expected interface version" in native.why_not()
+        assert "expected interface version" in library.why_not()
     finally:
         monkeypatch.undo()
-        native.load.cache_clear()
-    assert native.why_not() is None
+        library.load.cache_clear()
+    assert library.why_not() is None
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
@@ -153,11 +157,13 @@ def test_library_of_another_version_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("case", [INT8, FP32], ids=str)
 def test_same_bits_for_any_number_of_threads(case):
+    """Protects repeatability: the number of threads does not change a bit."""
     expected = _step_bytes(case, 1)
     assert all(_same_bits(expected, _step_bytes(case, threads)) for threads in (2, 3, 8))
 
 
 def test_control_the_comparison_of_bits_sees_one_bit():
+    """Negative control: one flipped bit is noticed."""
     first, second = _step_bytes(INT8, 1), _step_bytes(INT8, 1)
     second[-1].view(torch.uint8)[0] ^= 1
     assert not _same_bits(first, second)
@@ -170,20 +176,20 @@ def test_flush_to_zero_of_the_caller_changes_nothing():
     def prepare() -> tuple:
         batch, grads, table = build(tiny)
         table[:, Coefficient.STEP_SIZE] = 0
-        for tensor in (*grads, *batch.exp_avgs, *batch.exp_avg_sqs, *batch.params):
+        for tensor in (*grads, *written(batch)):
             tensor.mul_(2.0**-126)
         return batch, grads, table
 
     expected, *arguments = prepare()
-    native.step(expected, *arguments)
+    step.step(expected, *arguments)
     flushed, *arguments = prepare()
     if not torch.set_flush_denormal(True):
         pytest.skip("this machine cannot flush subnormals")
     try:
-        native.step(flushed, *arguments)
+        step.step(flushed, *arguments)
     finally:
         torch.set_flush_denormal(False)
-    assert _same_bits([*expected.params, *expected.exp_avgs], [*flushed.params, *flushed.exp_avgs])
+    assert _same_bits(written(expected), written(flushed))
 
 
 def test_calls_from_several_python_threads():
@@ -212,8 +218,8 @@ def test_survives_fork():
     queue = context.Queue()
 
     def child() -> None:
-        native.step(batch, grads, table)
-        queue.put(batch.exp_avg_sq_scales[-1].numpy().tobytes())
+        step.step(batch, grads, table)
+        queue.put(batch.tensors[-1].exp_avg_sq_scale.numpy().tobytes())
 
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -249,7 +255,8 @@ def _model() -> tuple[list, list, StepTables]:
     batches, grads, count, has_global = [], [], 0, []
     for case in cases:
         batch, part, _ = build(case)
-        batch.index = torch.arange(len(case.shapes)) + count
+        for i, tensor in enumerate(batch.tensors):
+            tensor.index = count + i
         count += len(case.shapes)
         has_global += [case.global_format != "none"] * len(case.shapes)
         batches.append(batch)
@@ -258,9 +265,8 @@ def _model() -> tuple[list, list, StepTables]:
 
 
 def _everything(batches: list, tables: StepTables | None) -> list[torch.Tensor]:
-    parts = ("params", "remainders", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales")
     own = [] if tables is None else vars(tables).values()
-    return [*own, *(tensor for batch in batches for part in parts for tensor in getattr(batch, part))]
+    return [*own, *(tensor for batch in batches for tensor in written(batch))]
 
 
 SETTINGS = {
@@ -276,15 +282,16 @@ SETTINGS = {
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_fused_step_equals_its_parts_bit_for_bit(settings):
+    """Protects the one call per step: it computes what its three parts compute, bit for bit."""
     batches, grads, tables = _model()
     for batch, part in zip(batches, grads, strict=True):
         if settings.reduce:
-            native.similarity(batch, part, tables.sums)
-    native.coefficients(tables, settings)
+            similarity.similarity(batch, part, tables.sums)
+    coefficients.coefficients(tables, settings)
     for batch, part in zip(batches, grads, strict=True):
-        native.step(batch, part, tables.table)
+        step.step(batch, part, tables.table)
     fused_batches, fused_grads, fused_tables = _model()
-    native.fused_step(fused_batches, fused_grads, fused_tables, settings)
+    step.fused_step(fused_batches, fused_grads, fused_tables, settings)
     assert _same_bits(_everything(batches, tables), _everything(fused_batches, fused_tables))
 
 
@@ -295,69 +302,73 @@ def test_fused_step_with_a_non_finite_gradient_changes_nothing(where):
     flat = [grad for part in grads for grad in part]
     flat[where].view(-1)[-1] = float("nan")
     before = [tensor.clone() for tensor in _everything(batches, None)]
-    native.fused_step(batches, grads, tables, SETTINGS["cosine"])
+    step.fused_step(batches, grads, tables, SETTINGS["cosine"])
     assert _same_bits(before, _everything(batches, None))
     assert tables.counters.tolist() == [0, 1] and tables.steps.sum() == 0
 
 
 def test_fused_step_agrees_with_the_reference():
+    """Protects the one call per step: coefficients and weights agree with the reference."""
     batches, grads, tables = _model()
     expected, expected_grads, expected_tables = _model()
-    native.fused_step(batches, grads, tables, SETTINGS["cosine and clip"])
+    step.fused_step(batches, grads, tables, SETTINGS["cosine and clip"])
     for batch, part in zip(expected, expected_grads, strict=True):
         reference_similarity.similarity(batch, part, expected_tables.sums)
-    reference_similarity.coefficients(expected_tables, SETTINGS["cosine and clip"])
+    reference_coefficients.coefficients(expected_tables, SETTINGS["cosine and clip"])
     torch.testing.assert_close(tables.table, expected_tables.table, rtol=1e-5, atol=1e-12)
     for batch, part in zip(expected, expected_grads, strict=True):
         reference_step.step(batch, part, tables.table)
     for mine, theirs in zip(batches, expected, strict=True):
-        for a, b in zip(mine.params, theirs.params, strict=True):
-            step = 2**-7 if a.dtype == torch.bfloat16 else 1e-5
-            torch.testing.assert_close(a.float(), b.float(), rtol=step, atol=1e-6)
+        for a, b in zip(mine.all("param"), theirs.all("param"), strict=True):
+            rtol = 2**-7 if a.dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(a.float(), b.float(), rtol=rtol, atol=1e-6)
 
 
 # --- input that must be refused ---------------------------------------------------------------------------------------
 
 
 def test_gradient_of_another_shape_is_refused():
+    """Protects memory: a gradient of another shape is refused by position."""
     batch, grads, table = build(FP32)
     grads[1] = grads[1][:-1]
     with pytest.raises(ValueError, match=r"grads\[1\]: expected .* of shape \(512, 256\)"):
-        native.step(batch, grads, table)
+        step.step(batch, grads, table)
 
 
 def test_parameter_that_is_not_contiguous_is_refused():
+    """Protects memory: a strided parameter is refused by position."""
     batch, grads, table = build(FP32)
-    batch.params[0] = batch.params[0].T.contiguous().T
-    with pytest.raises(ValueError, match=r"params\[0\]: expected contiguous"):
-        native.step(batch, grads, table)
+    batch.tensors[0].param = batch.tensors[0].param.T.contiguous().T
+    with pytest.raises(ValueError, match=r"tensors\[0\]\.param: expected contiguous"):
+        step.step(batch, grads, table)
 
 
 def test_gradient_that_is_not_contiguous_is_read_right():
+    """Protects strided gradients: they give the bits that contiguous ones give."""
     batch, grads, table = build(FP32)
     expected = clone(batch)
-    native.step(expected, grads, table)
-    native.step(batch, [grad.T.contiguous().T if grad.dim() == 2 else grad for grad in grads], table)
-    assert _same_bits(batch.params, expected.params)
+    step.step(expected, grads, table)
+    step.step(batch, [grad.T.contiguous().T if grad.dim() == 2 else grad for grad in grads], table)
+    assert _same_bits(written(batch), written(expected))
 
 
 def test_moved_parameters_are_noticed():
     """``p.data = other`` swaps the memory under the same tensor: the cached addresses must not be used."""
     batch, grads, table = build(FP32)
-    native.step(batch, grads, table)
-    old = batch.params[0].clone()
-    kept = batch.params[0].data
-    batch.params[0].data = kept.clone()
-    native.step(batch, grads, table)
-    assert torch.equal(kept, old) and not torch.equal(batch.params[0], old)
+    step.step(batch, grads, table)
+    param = batch.tensors[0].param
+    old, kept = param.clone(), param.data
+    param.data = kept.clone()
+    step.step(batch, grads, table)
+    assert torch.equal(kept, old) and not torch.equal(param, old)
 
 
 def test_library_is_plain_c():
     """No torch headers, no Python: only libc, libstdc++ and the like are needed."""
     if shutil.which("ldd") is None:
         pytest.skip("ldd is not installed")
-    needed = subprocess.run(["ldd", native.load()._name], capture_output=True, text=True).stdout
-    assert "torch" not in needed and "python" not in needed and isinstance(native.load(), ctypes.CDLL)
+    needed = subprocess.run(["ldd", library.load()._name], capture_output=True, text=True).stdout
+    assert "torch" not in needed and "python" not in needed and isinstance(library.load(), ctypes.CDLL)
 
 
 def test_nothing_moves_at_learning_rate_zero():

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from dba_kernels import DBAAdamW, GlobalGradient, plan
 from dba_kernels.formats import PARAM_FORMATS, STATE_FORMATS
 
-from .test_launch import CountedOperations
+from .support.operations import CountedOperations
 
 SHAPES = {"a.weight": (64, 64), "b.weight": (70, 65), "norm.weight": (64,)}
 
@@ -49,6 +49,7 @@ def run(steps: int = 3, found_inf: bool = False, **options) -> DBAAdamW:
 @pytest.mark.parametrize("state_format", STATE_FORMATS)
 @pytest.mark.parametrize("param_format", PARAM_FORMATS)
 def test_no_format_synchronises(fake_cuda: None, state_format: str, param_format: str) -> None:
+    """Protects the overlap with the GPU: no pair of formats reads a value back in a step."""
     run(state_format=state_format, param_format=param_format, max_grad_norm=1.0)
 
 

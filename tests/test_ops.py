@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dba_kernels import ops
-from dba_kernels.formats import STORAGE_FORMATS, Coefficient, EncodedTensor, Hyper, Summary, TensorBatch
+from dba_kernels import operators, ops
+from dba_kernels.formats import STORAGE_FORMATS, EncodedTensor
+from dba_kernels.stepdata import Coefficient, Hyper, ParamTensors, Summary, TensorBatch
 
 ROWS, COLS = 66, 70
 
@@ -34,19 +35,12 @@ def random_table(n: int) -> torch.Tensor:
 
 def make_batch(global_grads: list, global_format: str, n: int = 2) -> tuple[TensorBatch, list[torch.Tensor]]:
     torch.manual_seed(0)
-    params = [torch.randn(ROWS, COLS) for _ in range(n)]
-    batch = TensorBatch(
-        param_format="native",
-        state_format="fp32",
-        global_format=global_format,
-        params=params,
-        exp_avgs=[torch.randn(ROWS, COLS) for _ in range(n)],
-        exp_avg_sqs=[torch.rand(ROWS, COLS) for _ in range(n)],
-        index=torch.arange(n),
-        global_grads=global_grads,
-        seeds=[0] * n,
-        offsets=[0] * n,
-    )
+    params, exp_avgs = ([torch.randn(ROWS, COLS) for _ in range(n)] for _ in range(2))
+    tensors = [
+        ParamTensors(i, params[i], exp_avg=exp_avgs[i], exp_avg_sq=torch.rand(ROWS, COLS), global_grad=global_grads[i])
+        for i in range(n)
+    ]
+    batch = TensorBatch("native", "fp32", global_format, tensors)
     return batch, [torch.randn(ROWS, COLS) for _ in range(n)]
 
 
@@ -54,12 +48,14 @@ OPCHECK = ("test_schema", "test_faketensor", "test_autograd_registration")
 
 
 def test_opcheck_accumulate() -> None:
+    """Protects ``torch.compile``: schema, fake and mutation of accumulate are what torch is told."""
     args = ([torch.zeros(4, 5)], [torch.randn(4, 5)], 1.0, torch.zeros(1, dtype=torch.float64), "reference")
     torch.library.opcheck(torch.ops.dba_kernels.accumulate, args, test_utils=OPCHECK)
 
 
 @pytest.mark.parametrize("format", STORAGE_FORMATS)
 def test_opcheck_encode_and_decode(format: str) -> None:
+    """Protects ``torch.compile``: schema and fakes of encode and decode hold for every format."""
     tensor = torch.randn(ROWS, COLS)
     torch.library.opcheck(torch.ops.dba_kernels.encode, (tensor, format, "reference"), test_utils=OPCHECK)
     stored = ops.encode(tensor, format, backend="reference")
@@ -68,20 +64,18 @@ def test_opcheck_encode_and_decode(format: str) -> None:
 
 
 def test_opcheck_similarity_and_step() -> None:
+    """Protects ``torch.compile``: schemas, fakes and mutations of similarity and step are what torch is told."""
     stored = [ops.encode(torch.randn(ROWS, COLS), "int8", backend="reference") for _ in range(2)]
     batch, grads = make_batch(stored, "int8")
-    codes, scales = [s.codes for s in stored], [s.scales for s in stored]
     sums = torch.zeros(2, 2, dtype=torch.float64)
-    args = (batch.params, grads, codes, scales, batch.index, sums, "int8", "reference")
+    args = (*operators.flat(batch), grads, sums, "reference")
     torch.library.opcheck(torch.ops.dba_kernels.similarity, args, test_utils=OPCHECK)
-    args = (
-        *(batch.params, [], batch.exp_avgs, [], batch.exp_avg_sqs, [], grads, codes, scales, batch.index),
-        *(random_table(2), [0, 0], [0, 0], "native", "fp32", "int8", "reference"),
-    )
+    args = (*operators.flat(batch), grads, random_table(2), "reference")
     torch.library.opcheck(torch.ops.dba_kernels.step, args, test_utils=OPCHECK)
 
 
 def test_opcheck_coefficients() -> None:
+    """Protects ``torch.compile``: schema, fake and mutations of coefficients are what torch is told."""
     n = 3
     tensors = (
         torch.rand(n, 2, dtype=torch.float64),
@@ -97,7 +91,7 @@ def test_opcheck_coefficients() -> None:
         torch.zeros(Summary.COUNT, dtype=torch.float64),
     )
     assert tensors[2].shape[1] == Hyper.COUNT
-    scalars = (0.2, 1000, 0.5, "cosine", "tensor", 0.0, 2.0, 1.0, True, "reference")
+    scalars = (0.2, 1000, 0.5, "cosine", "tensor", (0.0, 2.0), 1.0, True, "reference")
     args = (*tensors, None, None, None, None, *scalars)
     torch.library.opcheck(torch.ops.dba_kernels.coefficients, args, test_utils=OPCHECK)
 
@@ -108,12 +102,8 @@ def test_registered_operator_equals_the_eager_call() -> None:
     eager, grads = make_batch(stored, "int4")
     traced, _ = make_batch(stored, "int4")
     ops.step(eager, grads, random_table(2), backend="reference")
-    torch.ops.dba_kernels.step(
-        *(traced.params, [], traced.exp_avgs, [], traced.exp_avg_sqs, [], grads),
-        *([s.codes for s in stored], [s.scales for s in stored], traced.index, random_table(2), [0, 0], [0, 0]),
-        *("native", "fp32", "int4", "reference"),
-    )
-    assert all(torch.equal(a, b) for a, b in zip(eager.params, traced.params, strict=True))
+    operators.step(traced, grads, random_table(2), "reference")
+    assert all(torch.equal(a, b) for a, b in zip(eager.all("param"), traced.all("param"), strict=True))
 
 
 @pytest.mark.parametrize("backend", ["reference", "native", "triton"])
@@ -129,13 +119,13 @@ def test_low_rank_equals_its_dense_rebuild(backend: str) -> None:
         ops.similarity(batch, grads, sums[i], backend=backend)
         ops.step(batch, grads, random_table(2), backend=backend)
     torch.testing.assert_close(sums[0], sums[1], rtol=1e-5, atol=1e-4)
-    for a, b, tensor in zip(one.params, two.params, exact, strict=True):
+    for a, b, tensor in zip(one.all("param"), two.all("param"), exact, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
         assert (a - b).abs().max() < 1e-3 * tensor.abs().max()
     # Negative control: another rank is another gradient.
     worse, _ = make_batch([ops.factorize(tensor, 4, "fp32") for tensor in exact], "lowrank")
     ops.step(worse, grads, random_table(2), backend=backend)
-    assert (worse.params[0] - two.params[0]).abs().max() > 1e-4
+    assert (worse.tensors[0].param - two.tensors[0].param).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("place", ["dba_kernels/reference", "dba_kernels/kernels", "csrc"])
@@ -147,6 +137,7 @@ def test_every_equation_is_tagged_in_every_backend(place: str) -> None:
 
 
 def test_wrong_shapes_dtypes_and_ranks_are_named() -> None:
+    """Protects the caller: wrong shapes, dtypes, formats and ranks are refused by name."""
     norms = torch.zeros(1, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"grads\[0\]: expected shape \(4,\), got \(5,\)"):
         ops.accumulate([torch.zeros(4)], [torch.zeros(5)], 1.0, norms)

@@ -16,46 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dba_kernels import DBAAdamW, GlobalGradient, annealing_schedule, ops
 from dba_kernels.formats import PARAM_FORMATS, STATE_FORMATS
-from dba_kernels.global_gradient import fingerprint
 from dba_kernels.reference import remainder
 
-SHAPES = {"embed.weight": (70, 65), "norm.weight": (65,), "head.weight": (64, 64), "tiny.weight": (8, 8)}
-COMPRESSED = "head.weight"
-
-
-def make_params(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
-        for name, shape in SHAPES.items()
-    }
-
-
-def gradient(name: str, step: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1000 * step + len(name))
-    return (scale * torch.randn(SHAPES[name], generator=generator, dtype=torch.float64)).to(dtype)
-
-
-def make_global(params: dict[str, torch.nn.Parameter] | None = None, format: str = "int8") -> GlobalGradient:
-    tensors = {name: gradient(name, 999_999, torch.float32) for name in SHAPES}
-    return GlobalGradient.from_tensors(tensors, format, fingerprint=fingerprint(params.items()) if params else None)
-
-
-def dba(params: dict[str, torch.nn.Parameter], **kwargs) -> DBAAdamW:
-    """A DBA optimizer on the reference backend, in the regime of the method."""
-    defaults = dict(lr=1e-5, global_gradient=make_global(params), total_steps=1000, boost="paper", backend="reference")
-    return DBAAdamW(params.items(), **(defaults | kwargs))
-
-
-def train(params: dict, optimizer: torch.optim.Optimizer, steps: range, scheduler=None) -> None:
-    for step in steps:
-        for name, param in params.items():
-            missing = name == "norm.weight" and step % 3 == 0
-            param.grad = None if missing else gradient(name, step, param.dtype)
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-
+from .support.params import COMPRESSED, SHAPES, dba, gradient, make_global, make_params, train
 
 # --- drop-in ----------------------------------------------------------------------------------------------------------
 
@@ -282,7 +245,7 @@ def warnings_of(make: Callable[[], object]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         make()
-    assert all(w.filename == __file__ for w in caught)
+    assert all(w.filename in (__file__, dba.__code__.co_filename) for w in caught)
     return [str(w.message) for w in caught]
 
 
@@ -339,8 +302,8 @@ def test_auto_boost_starts_from_the_learning_rate_that_was_given() -> None:
     annealing_schedule(optimizer, total_steps=200, warmup_steps=9)
     assert max(group["lr"] for group in optimizer.param_groups) == pytest.approx(1e-5)
     optimizer.set_total_steps(200)
-    assert optimizer.settings.boost == pytest.approx(0.15)
-    assert copy.deepcopy(optimizer).initial_lr == 1e-4
+    assert optimizer.method.settings.boost == pytest.approx(0.15)
+    assert copy.deepcopy(optimizer).method.initial_lr == 1e-4
 
 
 def test_boost_and_correction_may_be_functions() -> None:
@@ -436,6 +399,7 @@ def test_super_load_state_dict_alone_would_lose_bits() -> None:
 
 
 def test_small_and_one_dimensional_tensors_keep_fp32_state() -> None:
+    """Protects precision: small and 1-D tensors keep fp32 state when int8 is asked for."""
     params = make_params(torch.bfloat16)
     optimizer = dba(params, state_format="int8")
     train(params, optimizer, range(1, 2))
@@ -480,6 +444,7 @@ def test_split16_weight_and_remainder_are_the_fp32_trajectory() -> None:
 
 
 def test_pickled_and_copied_optimizers_continue_identically() -> None:
+    """Protects pickle and deepcopy: both continue with the same bits and metrics."""
     params = make_params()
     optimizer = dba(params)
     train(params, optimizer, range(1, 4))
@@ -574,7 +539,7 @@ def displacement_error(dtype: torch.dtype, backend: str, steps: int, spoil: floa
 def joined_value(optimizer: DBAAdamW, param: torch.nn.Parameter) -> torch.Tensor:
     if "remainder" not in optimizer.state[param]:
         return param.detach()
-    return remainder.join(param.detach(), optimizer.state[param]["remainder"], optimizer.param_format)
+    return remainder.join(param.detach(), optimizer.state[param]["remainder"], optimizer.options.param_format)
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
@@ -681,16 +646,19 @@ def test_missing_adamw_trains_unknown_parameters_plainly() -> None:
     ],
 )
 def test_arguments_are_refused_by_name(arguments: dict, message: str) -> None:
+    """Protects the user's time: each bad argument is refused with its name and what was expected."""
     with pytest.raises(ValueError, match=message):
         dba(make_params(), **arguments)
 
 
 def test_parameters_without_names_are_refused() -> None:
+    """Protects the binding by name: parameters without names are refused with the way to pass them."""
     with pytest.raises(ValueError, match=r"group 0 has no names.*pass model.named_parameters\(\)"):
         DBAAdamW(make_params().values(), global_gradient=make_global(), total_steps=500, lr=1e-5)
 
 
 def test_missing_and_extra_tensors_are_refused_at_the_first_step() -> None:
+    """Protects against a partial match: names that stand on one side only are refused."""
     params = make_params()
     fewer = {name: p for name, p in params.items() if name != "tiny.weight"}
     with pytest.raises(ValueError, match=r"tiny.weight.*expected a parameter of that name"):
@@ -701,6 +669,7 @@ def test_missing_and_extra_tensors_are_refused_at_the_first_step() -> None:
 
 
 def test_unusable_gradients_name_the_parameter() -> None:
+    """Protects the user's time: sparse gradients and strided parameters are refused by the parameter's name."""
     table = torch.nn.Embedding(70, 65, sparse=True)
     table(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(ValueError, match=r"grad of 'weight': expected a dense tensor.*sparse=False"):
@@ -713,6 +682,7 @@ def test_unusable_gradients_name_the_parameter() -> None:
 
 
 def test_state_of_another_model_or_format_is_refused() -> None:
+    """Protects a resumed run: state of another format or shape is refused before it is used."""
     params = make_params(torch.bfloat16)
     optimizer = dba(params, param_format="split16", state_format="int8")
     train(params, optimizer, range(1, 2))

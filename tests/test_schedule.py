@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from dba_kernels.formats import StepSettings
-from dba_kernels.reference import similarity
+from dba_kernels.reference import coefficients
 from dba_kernels.schedule import annealing_factor, annealing_schedule, gamma, initial_boost
+from dba_kernels.stepdata import StepSettings
 
 
 def exact_gamma(t: int, total: int, boost: Fraction, boost_max: Fraction) -> float:
@@ -26,7 +26,7 @@ def exact_gamma(t: int, total: int, boost: Fraction, boost_max: Fraction) -> flo
 def tensor_gamma(step: int, total_steps: int, boost: float, boost_max: float = 1.0) -> float:
     """γ as the optimizer's coefficients compute it, on the device from its own count."""
     settings = StepSettings(boost=boost, total_steps=total_steps, boost_max=boost_max)
-    return similarity.gamma(torch.tensor(step), settings).item()
+    return coefficients.gamma(torch.tensor(step), settings).item()
 
 
 def check_gamma(function: Callable[..., float]) -> None:
@@ -114,7 +114,7 @@ def test_gamma_ends() -> None:
     """Protects runs that go on after T: γ is exactly 0 from step T on, and without a total there is no boost."""
     for t in (1000, 1001, 10**9):
         assert gamma(t, 1000, 0.2) == tensor_gamma(t, 1000, 0.2) == 0.0
-    assert similarity.gamma(torch.tensor(3), StepSettings(boost=1.0, total_steps=0)).item() == 0.0
+    assert coefficients.gamma(torch.tensor(3), StepSettings(boost=1.0, total_steps=0)).item() == 0.0
 
 
 def check_annealing(function: Callable[..., float]) -> None:

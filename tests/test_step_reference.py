@@ -9,7 +9,7 @@ import torch
 
 from dba_kernels.formats import StoredTensor
 from dba_kernels.reference import quantize, remainder, step
-from tests.trajectories import BETA2, batch_of, coefficient_row, displacement, relative_error
+from tests.support.trajectories import BETA2, batch_of, coefficient_row, displacement, relative_error
 
 STEPS, LR, WEIGHT_DECAY = 100, 1e-5, 0.1
 SHAPE = (40, 150)  # two full groups and a ragged one in each row
@@ -124,10 +124,10 @@ def test_bf16_second_moment_decays(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def after(steps: int) -> float:
         batch = batch_of(START.float(), torch.float32, "native", "bf16")
-        batch.exp_avg_sqs[0].fill_(1.0)
+        batch.tensors[0].exp_avg_sq.fill_(1.0)
         for t in range(steps):
             step.step(batch, [torch.zeros(SHAPE)], coefficient_row(t, steps, LR, 0.0, 0.0))
-        return batch.exp_avg_sqs[0].double().mean().item()
+        return batch.tensors[0].exp_avg_sq.double().mean().item()
 
     assert after(300) == pytest.approx(BETA2**300, rel=0.01)
     monkeypatch.setattr(remainder, "stochastic_bf16", lambda value, words: value.bfloat16())

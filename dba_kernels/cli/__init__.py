@@ -6,7 +6,7 @@ import click
 
 import dba_kernels
 
-from . import collect, demo, env, finetune, inspect, plan
+from . import collect_command, demo, env_command, finetune_command, inspect_command, plan_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -15,5 +15,5 @@ def main() -> None:
     """Dynamic Boosted Annealing: fine-tune on domain data alone, boosted by one stored gradient of the general data."""
 
 
-for module in (collect, inspect, plan, finetune, demo, env):
+for module in (collect_command, inspect_command, plan_command, finetune_command, demo, env_command):
     main.add_command(module.command)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .files import InputError, remove_partial, write_whole
+from .output import InputError, remove_partial, write_whole
 from .packing import Batch
 
 KEPT = 2

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .files import InputError
+from .output import InputError
 from .text import Corpus, Messages
 
 if TYPE_CHECKING:

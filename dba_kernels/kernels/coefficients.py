@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .. import formats
-from ..formats import StepSettings, StepTables
+from ..stepdata import NO_OVERRIDES, StepOverrides, StepSettings, StepTables
 from . import columns as col
 from .tables import on_device
 
@@ -204,15 +204,7 @@ def coefficients_kernel(
 
 
 @torch.no_grad()
-def coefficients(
-    tables: StepTables,
-    settings: StepSettings,
-    *,
-    loss_scale: torch.Tensor | None = None,
-    found_inf: torch.Tensor | None = None,
-    gamma_override: torch.Tensor | None = None,
-    alpha_override: torch.Tensor | None = None,
-) -> None:
+def coefficients(tables: StepTables, settings: StepSettings, overrides: StepOverrides = NO_OVERRIDES) -> None:
     """Turn the sums into the coefficient table, and count the step.
 
     Order: unscale → clip by ‖g_D‖ → boost → moments → corrected update. With a non-finite ‖g_D‖² among the active
@@ -222,10 +214,6 @@ def coefficients(
         tables: ``sums`` is read where ``settings.reduce``; ``table``, ``report``, ``steps`` and ``bias_corrections``
             are written where active, ``counters`` and ``summary`` always.
         settings: compiled into the kernel: one compilation per run.
-        loss_scale: scalar by which the gradients are too large; None for 1.
-        found_inf: scalar, not 0 to skip.
-        gamma_override: scalar γ_t in place of eq. 2.
-        alpha_override: ``[n]`` α_t in place of eq. 5.
     """
     with on_device(tables.table):
         coefficients_kernel[(1,)](
@@ -240,10 +228,10 @@ def coefficients(
             tables.hyper,
             tables.group,
             tables.active,
-            loss_scale,
-            found_inf,
-            gamma_override,
-            alpha_override,
+            overrides.loss_scale,
+            overrides.found_inf,
+            overrides.gamma,
+            overrides.alpha,
             tables.active.numel(),
             BOOST=float(settings.boost),
             TOTAL_STEPS=float(settings.total_steps),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from ..formats import Coefficient, Hyper, Summary
+from ..stepdata import Coefficient, Hyper, Summary
 
 # Pointer table, int64 [n_tensors, POINTERS].
 PARAM = tl.constexpr(0)

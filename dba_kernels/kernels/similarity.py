@@ -7,15 +7,16 @@ A tensor's gradient with a norm of 1e18 or more counts as non-finite: beyond, it
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from .. import formats
-from ..formats import TensorBatch
+from ..stepdata import TensorBatch
 from . import columns as col
 from .codecs import load_global, stored_dtype
-from .coefficients import coefficients
 from .common import (
     GROUP,
     MASKED_TILE,
@@ -27,8 +28,6 @@ from .common import (
     tile_offsets,
 )
 from .tables import TRITON_DTYPES, on_device, tables_of, vector_elements
-
-__all__ = ["coefficients", "similarity"]
 
 SUM_BLOCK = tl.constexpr(1024)
 SQUARED_NORM_LIMIT = tl.constexpr(formats.SQUARED_NORM_LIMIT)
@@ -118,7 +117,8 @@ def similarity(batch: TensorBatch, grads: list[torch.Tensor], sums: torch.Tensor
     if not grads:
         return
     tables = tables_of(batch)
-    codes = [stored.codes.dtype for stored in batch.global_grads[:1]]
+    stored: Any = batch.tensors[0].global_grad
+    codes = [] if stored is None else [stored.codes.dtype]
     with on_device(sums):
         if tables.n_chunks:
             reduce_kernel[(tables.n_chunks,)](

@@ -6,11 +6,13 @@ Bytes per parameter with bf16 gradients: fp32 θ, m, v and int8 ĝ_G 27; bf16 sp
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from ..formats import TensorBatch
+from ..stepdata import TensorBatch
 from . import columns as col
 from .codecs import decode_exp_avg, decode_exp_avg_sq, encode_exp_avg, encode_exp_avg_sq, load_global, stored_dtype
 from .common import (
@@ -170,7 +172,7 @@ def step(batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor) -> 
         batch: parameters, state and stored global gradients; its tables are built at the first call and kept in
             ``batch.cache``, so its tensors must stay where they are.
         grads: domain gradients g_D, fp32, bf16 or fp16, contiguous, one per parameter; they may move between steps.
-        table: coefficient table, float64 ``[n_params, Coefficient.COUNT]``; ``batch.index`` names the rows.
+        table: coefficient table, float64 ``[n_params, Coefficient.COUNT]``.
 
     Raises:
         ValueError: storage that is not contiguous, or gradients of several dtypes.
@@ -180,21 +182,21 @@ def step(batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor) -> 
     tables = tables_of(batch)
     if tables.n_chunks == 0:
         return
-    parts = (batch.params, grads, batch.remainders, batch.exp_avgs, batch.exp_avg_sqs)
-    widths = [part[0].dtype for part in parts if part]
-    if batch.global_grads:
-        widths.append(batch.global_grads[0].codes.dtype)
+    first: Any = batch.tensors[0]
+    parts = [first.param, grads[0], first.remainder, first.exp_avg, first.exp_avg_sq]
+    if first.global_grad is not None:
+        parts.append(first.global_grad.codes)
     with on_device(table):
         step_kernel[(tables.n_chunks,)](
             tables.pointers,
             tables.grads.refresh(grads),
             tables.chunks,
             table,
-            TRITON_DTYPES[batch.params[0].dtype],
+            TRITON_DTYPES[first.param.dtype],
             TRITON_DTYPES[grads[0].dtype],
             batch.param_format,
             batch.state_format,
             batch.global_format,
-            vector_elements(*widths),
+            vector_elements(*(part.dtype for part in parts if part is not None)),
             num_warps=NUM_WARPS,
         )

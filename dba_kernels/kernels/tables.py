@@ -10,7 +10,8 @@ import torch
 import triton.language as tl
 
 from .. import formats
-from ..formats import EncodedTensor, TensorBatch, matrix_shape
+from ..formats import EncodedTensor, matrix_shape
+from ..stepdata import TensorBatch
 from . import columns as col
 from .common import ALIGNMENT, CHUNK
 
@@ -155,36 +156,36 @@ def tables_of(batch: TensorBatch) -> GradTables:
     """The batch's tables, built once."""
     if "triton" not in batch.cache:
         stored = formats.STORAGE_FORMATS.get(batch.global_format)
-        grouped = batch.state_format == "int8" or (stored is not None and stored.grouped)
-        entries = [_batch_entry(batch, i, grouped) for i in range(len(batch.params))]
-        for entry, table_row in zip(entries, batch.index.tolist(), strict=True):
-            entry[col.TABLE_ROW.value] = table_row
-        batch.cache["triton"] = GradTables(entries, batch.params[0].device)
+        grouped = formats.STATE_FORMATS[batch.state_format].grouped or (stored is not None and stored.grouped)
+        entries = [_batch_entry(batch, i, grouped) for i in range(len(batch.tensors))]
+        batch.cache["triton"] = GradTables(entries, batch.device)
     return batch.cache["triton"]
 
 
 STREAMS = {
-    "params": col.PARAM,
-    "remainders": col.REMAINDER,
-    "exp_avgs": col.EXP_AVG,
-    "exp_avg_sqs": col.EXP_AVG_SQ,
+    "param": col.PARAM,
+    "remainder": col.REMAINDER,
+    "exp_avg": col.EXP_AVG,
+    "exp_avg_sq": col.EXP_AVG_SQ,
 }
-SCALES = {"exp_avg_scales": col.EXP_AVG_SCALE, "exp_avg_sq_scales": col.EXP_AVG_SQ_SCALE}
+SCALES = {"exp_avg_scale": col.EXP_AVG_SCALE, "exp_avg_sq_scale": col.EXP_AVG_SQ_SCALE}
 
 
 def _batch_entry(batch: TensorBatch, i: int, grouped: bool) -> Entry:
-    entry = Entry(tuple(batch.params[i].shape), grouped)
-    for name, column in STREAMS.items():
-        if getattr(batch, name):
-            entry.stream(column, address_of(f"{name}[{i}]", getattr(batch, name)[i]))
-    for name, column in SCALES.items():
-        if getattr(batch, name):
-            entry[column.value] = address_of(f"{name}[{i}]", getattr(batch, name)[i])
-    if batch.global_grads:
-        stored: Any = batch.global_grads[i]
+    tensor, name = batch.tensors[i], f"tensors[{i}]"
+    entry = Entry(tuple(tensor.param.shape), grouped)
+    for part, column in STREAMS.items():
+        if (streamed := getattr(tensor, part)) is not None:
+            entry.stream(column, address_of(f"{name}.{part}", streamed))
+    for part, column in SCALES.items():
+        if (scales := getattr(tensor, part)) is not None:
+            entry[column.value] = address_of(f"{name}.{part}", scales)
+    stored: Any = tensor.global_grad
+    if stored is not None:
         if stored.format != batch.global_format:
-            raise ValueError(f"global_grads[{i}]: expected format {batch.global_format!r}, got {stored.format!r}")
-        entry.store(f"global_grads[{i}]", stored)
-    entry[col.SEED.value] = batch.seeds[i] if batch.seeds else 0
-    entry[col.OFFSET.value] = batch.offsets[i] if batch.offsets else 0
+            raise ValueError(f"{name}.global_grad: expected format {batch.global_format!r}, got {stored.format!r}")
+        entry.store(f"{name}.global_grad", stored)
+    entry[col.TABLE_ROW.value] = tensor.index
+    entry[col.SEED.value] = tensor.seed
+    entry[col.OFFSET.value] = tensor.offset
     return entry

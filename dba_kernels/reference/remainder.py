@@ -13,7 +13,7 @@ Writes from outside. Whatever somebody writes into a weight between two steps is
 
 - ``master`` notices: a copy whose rounding is not the weight is dropped, and the weight alone counts.
 - ``split16`` and ``split8`` have no bit to spare for noticing. The remainder stays and completes the new weight, by
-  half an ulp of it at most. A weight that was not written keeps its remainder, so masking after every step costs nothing.
+  half an ulp of it at most. A weight that nobody wrote keeps its own, so masking after every step costs nothing.
   A remainder that no value could have left beside the weight is dropped: bf16, a negative one at ±0 and a positive one
   at ±inf, whose joined patterns would be NaN; fp16, one that reaches further toward zero from a power of two than half
   the distance to its lower neighbour.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..formats import Coefficient, TensorBatch
+from ..stepdata import Coefficient, ParamTensors, TensorBatch
 from . import quantize, remainder
 
 
@@ -40,50 +40,52 @@ def updated_param(
     return param - (row[Coefficient.LR_WEIGHT_DECAY] * param + row[Coefficient.STEP_SIZE] * exp_avg / denominator)
 
 
-def _load_state(batch: TensorBatch, i: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    exp_avg, exp_avg_sq = batch.exp_avgs[i], batch.exp_avg_sqs[i]
-    if batch.state_format != "int8":
-        return exp_avg.to(dtype), exp_avg_sq.to(dtype)
-    shape = tuple(batch.params[i].shape)
+def load_state(tensor: ParamTensors, state_format: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(m, v), widened."""
+    if state_format != "int8":
+        return tensor.exp_avg.to(dtype), tensor.exp_avg_sq.to(dtype)
+    shape = tuple(tensor.param.shape)
     return (
-        quantize.decode_exp_avg(exp_avg, batch.exp_avg_scales[i], shape),
-        quantize.decode_exp_avg_sq(exp_avg_sq, batch.exp_avg_sq_scales[i], shape),
+        quantize.decode_exp_avg(tensor.exp_avg, tensor.exp_avg_scale, shape),
+        quantize.decode_exp_avg_sq(tensor.exp_avg_sq, tensor.exp_avg_sq_scale, shape),
     )
 
 
-def _random_words(batch: TensorBatch, i: int, step: int) -> torch.Tensor:
-    param = batch.params[i]
-    return remainder.random_words(tuple(param.shape), batch.seeds[i], step, batch.offsets[i], param.device)
+def _random_words(tensor: ParamTensors, step: int) -> torch.Tensor:
+    shape, device = tuple(tensor.param.shape), tensor.param.device
+    return remainder.random_words(shape, tensor.seed, step, tensor.offset, device)
 
 
-def _store_state(batch: TensorBatch, i: int, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, step: int) -> None:
-    if batch.state_format != "int8":
-        if batch.state_format == "bf16":
-            # Rounded to nearest, v could never decay: 1 − β₂ is less than half a bf16 ulp.
-            exp_avg_sq = remainder.stochastic_bf16(exp_avg_sq.float(), _random_words(batch, i, step))
-        batch.exp_avgs[i].copy_(exp_avg)
-        batch.exp_avg_sqs[i].copy_(exp_avg_sq)
+def _store_state(
+    tensor: ParamTensors, state_format: str, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, step: int
+) -> None:
+    if state_format == "int8":
+        stored = (tensor.exp_avg, tensor.exp_avg_scale, tensor.exp_avg_sq, tensor.exp_avg_sq_scale)
+        for old, new in zip(stored, quantize.encode_moments(exp_avg, exp_avg_sq), strict=True):
+            old.copy_(new)
         return
-    stored = (batch.exp_avgs[i], batch.exp_avg_scales[i], batch.exp_avg_sqs[i], batch.exp_avg_sq_scales[i])
-    for old, new in zip(stored, quantize.encode_moments(exp_avg, exp_avg_sq), strict=True):
-        old.copy_(new)
+    if state_format == "bf16":
+        # Rounded to nearest, v could never decay: 1 − β₂ is less than half a bf16 ulp.
+        exp_avg_sq = remainder.stochastic_bf16(exp_avg_sq.float(), _random_words(tensor, step))
+    tensor.exp_avg.copy_(exp_avg)
+    tensor.exp_avg_sq.copy_(exp_avg_sq)
 
 
-def _load_param(batch: TensorBatch, i: int, dtype: torch.dtype) -> torch.Tensor:
-    if batch.param_format == "native":
-        return batch.params[i].to(dtype)
-    return remainder.join(batch.params[i], batch.remainders[i], batch.param_format)
+def load_param(tensor: ParamTensors, param_format: str, dtype: torch.dtype) -> torch.Tensor:
+    """θ, widened, joined with its remainder."""
+    if param_format == "native":
+        return tensor.param.to(dtype)
+    return remainder.join(tensor.param, tensor.remainder, param_format)
 
 
-def _store_param(batch: TensorBatch, i: int, value: torch.Tensor, step: int) -> None:
-    param = batch.params[i]
-    if batch.param_format == "native":
-        param.copy_(value)
+def _store_param(tensor: ParamTensors, param_format: str, value: torch.Tensor, step: int) -> None:
+    if param_format == "native":
+        tensor.param.copy_(value)
         return
-    random = _random_words(batch, i, step) >> 24 if batch.param_format == "split8" else None
-    weight, rest = remainder.split(value, param.dtype, batch.param_format, random)
-    param.copy_(weight)
-    batch.remainders[i].copy_(rest)
+    random = _random_words(tensor, step) >> 24 if param_format == "split8" else None
+    weight, rest = remainder.split(value, tensor.param.dtype, param_format, random)
+    tensor.param.copy_(weight)
+    tensor.remainder.copy_(rest)
 
 
 @torch.no_grad()
@@ -93,19 +95,19 @@ def step(batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor) -> 
     Args:
         batch: parameters, state and stored global gradients.
         grads: domain gradients g_D, floating point, one per parameter.
-        table: coefficient table, float64 ``[n_params, Coefficient.COUNT]``; ``batch.index`` names the rows.
+        table: coefficient table, float64 ``[n_params, Coefficient.COUNT]``.
     """
-    for i, (index, grad) in enumerate(zip(batch.index.tolist(), grads, strict=True)):
-        if table[index, Coefficient.SKIP] != 0:
+    for tensor, grad in zip(batch.tensors, grads, strict=True):
+        if table[tensor.index, Coefficient.SKIP] != 0:
             continue
-        dtype = torch.float64 if batch.params[i].dtype == torch.float64 else torch.float32
-        row = table[index].to(dtype)
-        global_grad = quantize.decode(batch.global_grads[i]).to(dtype) if batch.global_grads else None
+        dtype = torch.float64 if tensor.param.dtype == torch.float64 else torch.float32
+        row = table[tensor.index].to(dtype)
+        global_grad = None if tensor.global_grad is None else quantize.decode(tensor.global_grad).to(dtype)
         boosted = boosted_gradient(  # eq. 3
             grad.to(dtype), global_grad, row[Coefficient.GRAD_WEIGHT], row[Coefficient.GLOBAL_WEIGHT]
         )
-        exp_avg, exp_avg_sq = moments(boosted, *_load_state(batch, i, dtype), row)  # eq. 7
-        param = updated_param(_load_param(batch, i, dtype), exp_avg, exp_avg_sq, row)  # eq. 8
-        number = int(table[index, Coefficient.STEP])
-        _store_state(batch, i, exp_avg, exp_avg_sq, number)
-        _store_param(batch, i, param, number)
+        exp_avg, exp_avg_sq = moments(boosted, *load_state(tensor, batch.state_format, dtype), row)  # eq. 7
+        param = updated_param(load_param(tensor, batch.param_format, dtype), exp_avg, exp_avg_sq, row)  # eq. 8
+        number = int(table[tensor.index, Coefficient.STEP])
+        _store_state(tensor, batch.state_format, exp_avg, exp_avg_sq, number)
+        _store_param(tensor, batch.param_format, param, number)

@@ -1,0 +1,183 @@
+"""``dba-kernels finetune``: stage 2 on a user's own model and domain text."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+
+from dba_kernels.formats import PARAM_FORMATS, STATE_FORMATS
+from dba_kernels.schedule import BOOSTS
+
+from .checkpoint import check_settings
+from .finetune_options import Options, settings_of
+from .finetune_run import Training
+from .inspect_command import open_gradient
+from .options import DATA_HELP, PathsCommand, data_options, model_option, paths_option
+from .output import InputError, prepare_folder, remove_partial
+from .packing import Batches
+from .progress import wide_console
+from .ranks import Ranks
+from .text import Corpus
+from .workload import Workload, load
+
+HELP = f"""Fine-tune a causal language model on domain text, boosted by a stored global gradient.
+
+Full fine-tuning with DBAAdamW and a learning rate that falls linearly to 0. Without --global-gradient this is AdamW.
+
+\b
+Examples:
+  dba-kernels finetune --model ./base --data domain.jsonl --global-gradient general.safetensors \\
+      --steps 1000 --lr 1e-5 --out ./tuned --eval-data held-out.jsonl
+  dba-kernels finetune … --dtype bf16 --state-format int8 --param-format split16     least memory, exact weights
+  dba-kernels finetune … --out ./tuned --resume                                      goes on after an interruption
+
+{DATA_HELP}
+Texts are packed into rows of --length tokens. Documents do not attend to each other, and you are told where the model's
+architecture cannot keep them apart. Neither prompts, padding nor the tokens between documents count in the loss. Data
+that are too short are repeated, in another order each time.
+
+\b
+--out holds, in the end:
+  config.json, model.safetensors, tokenizer …   as save_pretrained writes them
+  metrics.jsonl    a line a step: loss (nats per target token), lr, seconds, γ, φ, α …; eval_loss where measured
+  figure.png       the same, drawn
+  run.json         settings and outcome; it is there when all else is
+and meanwhile checkpoints/, the newest two. A run that was killed and goes on with --resume ends with the very weights
+of a run that was not.
+"""
+
+
+@click.command("finetune", cls=PathsCommand, help=HELP, short_help="Fine-tune on domain text, boosted by that file.")
+@model_option()
+@paths_option("--data", True, "Domain text; see above.")
+@click.option("--global-gradient", type=click.Path(path_type=Path), metavar="FILE", help="What `collect` wrote.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder of results.")
+@click.option("--steps", type=click.IntRange(1), required=True, help="T, optimizer steps.")
+@click.option("--lr", type=click.FloatRange(0, min_open=True), default=1e-5, show_default=True, help="η₀; falls to 0.")
+@click.option("--warmup", type=click.IntRange(0), default=0, show_default=True, help="Steps before it falls.")
+@click.option("--weight-decay", type=click.FloatRange(0), default=0.0, show_default=True, help="λ, decoupled.")
+@click.option("--max-grad-norm", type=click.FloatRange(0, min_open=True), help="Clip the domain gradient.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Rows per optimizer step.")
+@click.option("--micro-batch", type=click.IntRange(1), help="Rows at once; the rest is accumulated.  [default: all]")
+@click.option(
+    "--boost",
+    default="auto",
+    show_default=True,
+    help="k₀: paper (200/T), auto (less at a large --lr), a number.",
+)
+@click.option("--boost-max", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Largest γ.")
+@click.option(
+    "--correction",
+    type=click.Choice(["cosine", "none", "agem", "pcgrad"]),
+    default="cosine",
+    show_default=True,
+    help="What the similarity of domain and global gradient does.",
+)
+@click.option("--state-format", type=click.Choice(STATE_FORMATS), default="fp32", show_default=True, help="Of m and v.")
+@click.option(
+    "--param-format",
+    type=click.Choice(["auto", *PARAM_FORMATS]),
+    default="auto",
+    show_default=True,
+    help="How bf16 weights keep small updates; auto is split16, the exact fp32 value.",
+)
+@paths_option("--eval-data", False, "Held-out text to measure the loss on; as --data.")
+@click.option(
+    "--eval-every", type=click.IntRange(1), default=100, show_default=True, help="Steps; also first and last."
+)
+@click.option("--eval-batches", type=click.IntRange(1), default=16, show_default=True, help="At most so many.")
+@click.option("--save-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between checkpoints.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, if there is one.")
+@data_options
+def command(**options: Any) -> None:
+    if options["global_gradient"] is None:
+        source = click.get_current_context().get_parameter_source
+        for name in ("boost", "boost_max", "correction"):
+            if source(name) is click.core.ParameterSource.COMMANDLINE:
+                raise InputError(f"--{name.replace('_', '-')}: needs --global-gradient; without it this is AdamW")
+    run(Options(**options))
+
+
+def run(options: Options) -> None:
+    """The whole command.
+
+    Raises:
+        InputError: bad input, or a folder that cannot be written.
+    """
+    if Ranks.from_environment().world > 1:
+        raise InputError("finetune: expected one process, got several; use the Hugging Face Trainer with DBAAdamW")
+    if options.warmup >= options.steps:
+        raise InputError(f"--warmup: expected fewer than --steps {options.steps}, got {options.warmup}")
+    if options.boost not in BOOSTS and not _is_number(options.boost):
+        raise InputError(f"--boost: expected a number, 'auto' or 'paper', got {options.boost!r}")
+    console = wide_console()
+    gradient = None
+    if options.global_gradient is not None:
+        gradient = open_gradient(options.global_gradient, "--global-gradient")
+    settings = settings_of(options, gradient)
+    prepare_folder(options.out)
+    remove_partial(options.out)
+    if _finished(options, settings, console):
+        return
+    corpus = Corpus(options.data, options.field)
+    held_out = Corpus(options.eval_data, options.field) if options.eval_data else None
+    torch.manual_seed(options.seed)
+    work = load(options.model, options.dtype, options.device, console)
+    _check_room(options, work)
+    training = Training(options, work, gradient, settings, console)
+    batches = _batches(options, work, corpus, options.batch, repeat=True)
+    evaluation = None
+    if held_out is not None:
+        rows = _batches(options, work, held_out, options.micro_batch or options.batch, repeat=False)
+        evaluation = list(islice(rows, options.eval_batches))
+    console.print(f"data     {', '.join(corpus.names)} ({len(corpus):,} documents)", soft_wrap=True)
+    training.run(batches, evaluation)
+    if note := str(batches.counts):
+        console.print(note)
+    for line in training.finish():
+        console.print(line, soft_wrap=True)
+
+
+def _batches(options: Options, work: Workload, corpus: Corpus, size: int, repeat: bool) -> Batches:
+    seed = options.seed if repeat else 0  # what is held out stays the same
+    return work.batches(corpus, loss_on=options.loss_on, length=options.length, size=size, seed=seed, repeat=repeat)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _finished(options: Options, settings: dict[str, Any], console: Console) -> bool:
+    """Whether this very run is finished already.
+
+    Raises:
+        InputError: --out holds another run, or one that --resume was not given for.
+    """
+    done, started = options.out / "run.json", (options.out / "metrics.jsonl").exists()
+    if not options.resume and (done.exists() or started):
+        state = "a finished run" if done.exists() else "an unfinished run"
+        raise InputError(f"--out: {str(options.out)!r} holds {state}; go on with --resume, or choose another folder")
+    if not done.exists():
+        return False
+    check_settings(json.loads(done.read_text())["settings"], settings, done)
+    console.print(f"finished already: {options.out}", soft_wrap=True)
+    return True
+
+
+def _check_room(options: Options, work: Workload) -> None:
+    """Refuse a disk without room for the model and three checkpoints: two kept, one being written."""
+    weights = sum(p.nbytes for p in work.model.parameters())
+    param_format = "split16" if options.param_format == "auto" else options.param_format
+    remainder = PARAM_FORMATS[param_format].bytes_per_parameter if work.dtype == "bf16" else 0
+    state = (STATE_FORMATS[options.state_format].bytes_per_parameter + remainder) * work.parameters
+    prepare_folder(options.out, int(weights + 3 * (weights + state)) + (1 << 20))

@@ -1,0 +1,198 @@
+"""The run of ``dba-kernels finetune``: steps, metrics, checkpoints, and what is written at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from dba_kernels import DBAAdamW, GlobalGradient, annealing_schedule
+from dba_kernels.schedule import BOOSTS
+
+from .checkpoint import Checkpoints, extend_digest
+from .figures import draw_run
+from .finetune_options import Options
+from .output import InputError, write_folder, write_whole
+from .packing import Batch, Batches
+from .progress import progress
+from .workload import Workload, count_targets
+
+
+class Training:
+    """One run: its optimizer and schedule, where it stands, and what it has written.
+
+    Args:
+        options, settings: of the command; what checkpoints must agree in.
+        work: the base model.
+        gradient: ĝ_G, or None.
+
+    Raises:
+        InputError: settings that the optimizer refuses, a gradient of another model, a checkpoint of another run.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        work: Workload,
+        gradient: GlobalGradient | None,
+        settings: dict[str, Any],
+        console: Console,
+    ) -> None:
+        self.options, self.work, self.settings, self.console = options, work, settings, console
+        self.checkpoints = Checkpoints(options.out / "checkpoints", settings)
+        self.metrics_file = options.out / "metrics.jsonl"
+        self.optimizer = self._optimizer(gradient)
+        self.scheduler = annealing_schedule(self.optimizer, options.steps, options.warmup)
+        self.done = 0
+        self._data_digest = ""
+        if options.resume:
+            self._resume()
+
+    def _optimizer(self, gradient: GlobalGradient | None) -> DBAAdamW:
+        o, method = self.options, {}
+        try:
+            if gradient is not None:
+                gradient.check_model(self.work.model.named_parameters())
+                boost = o.boost if o.boost in BOOSTS else float(o.boost)
+                method = {"total_steps": o.steps, "boost": boost, "boost_max": o.boost_max, "correction": o.correction}
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                optimizer = DBAAdamW(
+                    self.work.model.named_parameters(),
+                    lr=o.lr,
+                    weight_decay=o.weight_decay,
+                    global_gradient=gradient,
+                    max_grad_norm=o.max_grad_norm,
+                    state_format=o.state_format,
+                    param_format=o.param_format,
+                    **method,  # type: ignore[arg-type]
+                )
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        for warning in caught:
+            self.console.print(f"note     {warning.message}", soft_wrap=True)
+        return optimizer
+
+    def _resume(self) -> None:
+        found = self.checkpoints.load()
+        if found is None:
+            self.console.print("nothing to resume from: starting at the first step")
+            self.metrics_file.unlink(missing_ok=True)
+            return
+        self.work.model.load_state_dict(found["model"])
+        self.optimizer.load_state_dict(found["optimizer"])
+        self.scheduler.load_state_dict(found["scheduler"])
+        torch.set_rng_state(found["random"])
+        if found["random_cuda"]:
+            torch.cuda.set_rng_state_all(found["random_cuda"])
+        self.done, self._data_digest = found["step"], found["data_digest"]
+        kept = [line for line in self.metrics() if line["step"] <= self.done]
+        write_whole(self.metrics_file, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in kept)))
+        self.console.print(f"going on after step {self.done:,} of {self.options.steps:,}")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines written so far; one that a killed process has left half is not there."""
+        if not self.metrics_file.exists():
+            return []
+        return [json.loads(line) for line in self.metrics_file.read_text().split("\n")[:-1]]
+
+    # --- the steps ----------------------------------------------------------------------------------------------------
+
+    def run(self, batches: Batches, evaluation: list[Batch] | None) -> None:
+        """The steps that are left.
+
+        Raises:
+            InputError: the data are not those of the checkpoint, or a checkpoint cannot be written.
+        """
+        o = self.options
+        remaining = self._remaining(batches)
+        with open(self.metrics_file, "a") as file, progress(self.console) as bars:
+            if evaluation and self.done == 0:
+                self._write(file, {"step": 0, "eval_loss": self.evaluate(evaluation)})
+            task = bars.add_task("fine-tuning", total=o.steps, tokens=o.batch * o.length, completed=self.done)
+            for batch in islice(remaining, o.steps - self.done):
+                line = self.step(batch)
+                self.done += 1
+                self._data_digest = extend_digest(self._data_digest, batch)
+                last = self.done == o.steps
+                if evaluation and (last or self.done % o.eval_every == 0):
+                    line["eval_loss"] = self.evaluate(evaluation)
+                self._write(file, line)
+                if last or self.done % o.save_every == 0:
+                    self.checkpoints.save(self.done, self.work.model, self.optimizer, self.scheduler, self._data_digest)
+                bars.advance(task)
+
+    def _remaining(self, batches: Batches) -> Iterator[Batch]:
+        stream = iter(batches)
+        digest = ""
+        for batch in islice(stream, self.done):
+            digest = extend_digest(digest, batch)
+        if digest != self._data_digest:
+            raise InputError("--data: expected the data that the run was started with, got others; restore them")
+        return stream
+
+    def step(self, batch: Batch) -> dict[str, Any]:
+        """One optimizer step on a batch, in micro-batches; the line of metrics that says what it did."""
+        started = time.perf_counter()
+        self.work.model.train()
+        targets, total = count_targets(batch), 0.0
+        rows = self.options.micro_batch or self.options.batch
+        for start in range(0, len(batch["labels"]), rows):
+            loss, count = self.work.loss({key: tensor[start : start + rows] for key, tensor in batch.items()})
+            if count:
+                loss = loss * (count / targets)
+                loss.backward()
+                total += loss.item()
+        lr = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        line = {"step": self.done + 1, "loss": total, "targets": targets, "lr": lr}
+        return line | {"seconds": time.perf_counter() - started} | self.optimizer.metrics()
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> float:
+        """Mean loss per target token, in nats."""
+        self.work.model.eval()
+        measured = [(loss.item(), count) for loss, count in map(self.work.loss, batches) if count]
+        return math.fsum(loss * count for loss, count in measured) / sum(count for _, count in measured)
+
+    def _write(self, file: Any, line: dict[str, Any]) -> None:
+        file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in line.items()}) + "\n")
+        file.flush()
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def finish(self) -> Iterator[str]:
+        """Write model, figure and ``run.json``, drop the checkpoints; lines that say what came of it."""
+        out, lines = self.options.out, self.metrics()
+        self.work.model.config.use_cache = self.work.use_cache
+
+        def save(folder: Path) -> None:
+            self.work.model.save_pretrained(folder)
+            self.work.tokenizer.save_pretrained(folder)
+
+        write_folder(out, save)
+        title = f"{self.work.source}: {self.options.steps} steps at η₀ = {self.options.lr:g}"
+        write_whole(out / "figure.png", lambda path: draw_run(path, lines, title))
+        evaluated = [line["eval_loss"] for line in lines if "eval_loss" in line]
+        outcome = {"settings": self.settings, "steps": self.done, "last": lines[-1]} | (
+            {"eval_loss_before": evaluated[0], "eval_loss_after": evaluated[-1]} if evaluated else {}
+        )
+        write_whole(out / "run.json", lambda path: path.write_text(json.dumps(outcome, indent=1)))
+        self.checkpoints.remove()
+        if evaluated:
+            yield f"held-out loss: {evaluated[0]:.4f} before, {evaluated[-1]:.4f} after"
+        if skipped := lines[-1].get("skipped_steps"):
+            yield f"{skipped:.0f} steps were skipped: their gradients were not finite"
+        yield f"file: {out / 'model.safetensors'}"
+        yield f"file: {self.metrics_file}"
+        yield f"file: {out / 'figure.png'}"

@@ -1,0 +1,180 @@
+"""``dba-kernels inspect``: what a stored global gradient holds, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from dba_kernels import GlobalGradient
+
+from .output import InputError, write_whole
+from .progress import wide_console
+from .signal_to_noise import advice, expected_cosine
+
+HELP = """Show what a global gradient holds: every tensor, the totals, and where it comes from.
+
+Only the file's headers are read, unless --verify asks for every byte.
+
+\b
+Columns:
+  bytes    codes, scales and factors as stored
+  norm     ‖ĝ_G‖ of what is stored
+  error    ‖stored − exact‖ / ‖exact‖
+  cosine   between stored and exact
+  energy   share of ‖exact‖² that the best matrix of this rank keeps; 1 where the tensor is stored whole
+  SNR      estimated ‖μ‖² / E‖ĝ_G − μ‖², μ the gradient over infinitely much such data; below 0: the noise hides it
+
+\b
+Examples:
+  dba-kernels inspect general.safetensors
+  dba-kernels inspect general.safetensors --plot general.png
+  dba-kernels inspect general.safetensors --json | jq '.tensors[] | select(.signal_to_noise < 1) | .name'
+"""
+
+
+@click.command("inspect", help=HELP, short_help="Show what a global gradient holds.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--plot", type=click.Path(path_type=Path), metavar="PNG", help="Draw norm, error and SNR over the tensors."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the table.")
+@click.option("--verify", is_flag=True, help="Read everything and check each tensor's digest.")
+def command(file: Path, plot: Path | None, as_json: bool, verify: bool) -> None:
+    gradient = open_gradient(file, "FILE")
+    if verify:
+        try:
+            gradient.verify()
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    if plot is not None:
+        write_whole(plot, lambda path: draw(path, gradient))
+    if as_json:
+        click.echo(json.dumps(as_dict(gradient), indent=1, allow_nan=False))
+        return
+    console = wide_console()
+    console.print(tensor_table(gradient))
+    for line in summary(gradient):
+        console.print(line, soft_wrap=True, highlight=False)
+    if verify:
+        console.print(f"verified: the digests of all {len(gradient)} tensors are right")
+    if plot is not None:
+        console.print(f"file: {plot}", soft_wrap=True)
+
+
+def open_gradient(path: Path, option: str) -> GlobalGradient:
+    """The stored gradient.
+
+    Raises:
+        InputError: no such file, or not one.
+    """
+    if path.is_dir():
+        raise InputError(f"{option}: expected a file that `collect` wrote, got the folder {str(path)!r}")
+    try:
+        return GlobalGradient.load(path)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{option}: expected a file that `collect` wrote, there is no {error.filename or path}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{option}: {error}") from error
+
+
+def tensor_bytes(gradient: GlobalGradient) -> dict[str, int]:
+    """Stored bytes of each tensor; the file is mapped, so nothing but headers is read."""
+    one = {name: GlobalGradient({name: r}, {}, gradient.provenance, "") for name, r in gradient.records.items()}
+    return {name: single.nbytes for name, single in one.items()}
+
+
+def as_dict(gradient: GlobalGradient) -> dict[str, Any]:
+    """Everything that the table shows, and the records' other fields."""
+    sizes = tensor_bytes(gradient)
+    tensors = [
+        {"name": name, **asdict(r), "bytes": sizes[name], "norm": math.sqrt(r.squared_norm)}
+        | {"signal_to_noise": r.signal_to_noise, "split_half_cosine": r.split_half_cosine}
+        for name, r in gradient.records.items()
+    ]
+    return {
+        "path": str(gradient.path),
+        "digest": gradient.digest,
+        "library_version": gradient.library_version,
+        "parameters": parameters(gradient),
+        "bytes": gradient.nbytes,
+        "signal_to_noise": gradient.signal_to_noise,
+        "provenance": asdict(gradient.provenance),
+        "tensors": tensors,
+    }
+
+
+def parameters(gradient: GlobalGradient) -> int:
+    return sum(math.prod(r.shape) for r in gradient.records.values())
+
+
+def tensor_table(gradient: GlobalGradient) -> Table:
+    table = Table(title=str(gradient.path), title_justify="left")
+    table.add_column("tensor", no_wrap=True)
+    for heading in ("shape", "format", "bytes", "norm", "error", "cosine", "energy", "SNR"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    sizes = tensor_bytes(gradient)
+    for name, r in gradient.records.items():
+        shape = "×".join(map(str, r.shape)) or "scalar"
+        kind = f"rank {r.rank}, {r.format}" if r.rank else r.format
+        snr = "–" if r.signal_to_noise is None else f"{r.signal_to_noise:.3g}"
+        norm = f"{math.sqrt(r.squared_norm):.3e}"
+        measures = (f"{r.relative_error:.2e}", f"{r.cosine:.6f}", f"{r.energy:.4f}" if r.rank else "1")
+        table.add_row(name, shape, kind, f"{sizes[name]:,}", norm, *measures, snr)
+    return table
+
+
+def summary(gradient: GlobalGradient) -> list[str]:
+    """Totals, provenance and what the signal-to-noise says."""
+    records, p, numel = gradient.records.values(), gradient.provenance, parameters(gradient)
+    norm = math.sqrt(math.fsum(r.squared_norm for r in records))
+    # ‖exact‖² of a tensor is not recorded; to first order it is ‖stored‖², by which its error is weighed here.
+    error = math.sqrt(math.fsum(r.squared_norm * r.relative_error**2 for r in records)) / norm if norm else 0.0
+    left_out = [f"{p.dropped_batches:,} not finite"] if p.dropped_batches else []
+    left_out += [f"{p.empty_batches:,} without targets"] if p.empty_batches else []
+    noted = f" ({', '.join(left_out)} left out)" if left_out else ""
+    return [
+        f"{len(gradient):,} tensors, {numel:,} parameters, {gradient.nbytes:,} bytes "
+        f"({gradient.nbytes / max(numel, 1):.3f} per parameter), norm {norm:.4g}, relative error ≈ {error:.2e}",
+        f"mean of {p.batches:,} batches{noted}, {p.tokens:,} target tokens, weighted by {p.weighting}",
+        f"data: {'; '.join(p.data) or 'not named'}",
+        f"digest {gradient.digest[:16]}…, written by dba_kernels {gradient.library_version}",
+        advice(gradient),
+    ]
+
+
+def draw(path: Path, gradient: GlobalGradient) -> None:
+    """Norm per parameter, relative error, and the cosine that the signal-to-noise promises, over the tensors."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(gradient.path.name if gradient.path else "")
+    axes = figure.subplots(3, 1, sharex=True)
+    kinds: dict[str, list[tuple[int, Any]]] = {}
+    for i, (name, r) in enumerate(gradient.records.items()):
+        parts = [part for part in name.split(".") if not part.isdigit()]
+        kinds.setdefault(".".join(parts[-2:]), []).append((i, r))
+    for colour, (kind, members) in enumerate(kinds.items()):
+        at = [i for i, _ in members]
+        rms = [math.sqrt(r.squared_norm / max(math.prod(r.shape), 1)) for _, r in members]
+        cosines = [math.nan if r.signal_to_noise is None else expected_cosine(r.signal_to_noise) for _, r in members]
+        for axis, values in zip(axes, (rms, [r.relative_error for _, r in members], cosines), strict=True):
+            axis.plot(at, values, ".", label=kind, color=colormaps["tab20"](colour % 20))
+    axes[0].set(yscale="log", title="root mean square of the stored gradient")
+    axes[1].set(title="relative error of what is stored", ylim=(0, None))
+    axes[2].set(
+        title="expected cosine with the gradient of endless data, √(s / (1 + s))", ylim=(0, 1.02), xlabel="tensor"
+    )
+    if len(kinds) <= 20:
+        axes[0].legend(fontsize="x-small", ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120, format="png")

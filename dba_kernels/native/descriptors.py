@@ -1,0 +1,134 @@
+"""Tables of descriptors: what one call has to know of every tensor, int64 words laid out as in ``csrc/api.h``.
+
+One call serves a whole model. A batch's table is kept in ``batch.cache`` between steps.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..formats import PARAM_FORMATS, STATE_FORMATS, STORAGE_FORMATS, EncodedTensor, matrix_shape, scales_shape
+from ..stepdata import TensorBatch
+from .library import DTYPE_CODE, GLOBAL_FORMATS, address
+
+
+class Field:
+    """Words of one row of a batch's table: ``Tensor`` in csrc/api.h."""
+
+    ROWS, COLS, INDEX, GRAD_DTYPE, GRAD, PARAM, REMAINDER, EXP_AVG, EXP_AVG_SQ = range(9)
+    EXP_AVG_SCALES, EXP_AVG_SQ_SCALES, GLOBAL_CODES, GLOBAL_SCALES, SEED, OFFSET, COUNT = range(9, 16)
+
+
+class Batch(ctypes.Structure):
+    """``Batch`` in csrc/api.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("count", "dtype", "param_format", "state_format", "global_format")),
+        ("tensors", ctypes.c_void_p),
+    ]
+
+
+def set_grads(table: np.ndarray, grads: list[torch.Tensor], shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    """Enter the gradients into ``table``; returns what must stay alive until the call is over."""
+    kept = [grad if grad.is_contiguous() else grad.contiguous() for grad in grads]
+    for i, (grad, shape) in enumerate(zip(kept, shapes, strict=True)):
+        if grad.dtype not in DTYPE_CODE or grad.shape != shape or grad.device.type != "cpu":
+            raise ValueError(
+                f"grads[{i}]: expected float32, bfloat16 or float16 of shape {tuple(shape)} on the CPU, "
+                f"got {grad.dtype} {tuple(grad.shape)} on {grad.device}"
+            )
+    table[:, Field.GRAD_DTYPE] = [DTYPE_CODE[grad.dtype] for grad in kept]
+    table[:, Field.GRAD] = [grad.data_ptr() for grad in kept]
+    return kept
+
+
+def new_table(shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
+    table = np.zeros((len(shapes), Field.COUNT), dtype=np.int64)
+    table[:, [Field.ROWS, Field.COLS]] = np.array([matrix_shape(shape) for shape in shapes]).reshape(-1, 2)
+    return table
+
+
+def encoded_addresses(name: str, stored: EncodedTensor, format: str) -> tuple[int, int]:
+    if stored.format != format:
+        raise ValueError(f"{name}: expected format {format!r}, got {stored.format!r}")
+    chosen = STORAGE_FORMATS[format]
+    codes = address(f"{name}.codes", stored.codes, chosen.dtype, chosen.codes_shape(stored.shape))
+    if stored.scales is None:
+        return codes, 0
+    return codes, address(f"{name}.scales", stored.scales, torch.float32, scales_shape(stored.shape))
+
+
+FIELD_OF = {
+    "param": Field.PARAM,
+    "remainder": Field.REMAINDER,
+    "exp_avg": Field.EXP_AVG,
+    "exp_avg_sq": Field.EXP_AVG_SQ,
+    "exp_avg_scale": Field.EXP_AVG_SCALES,
+    "exp_avg_sq_scale": Field.EXP_AVG_SQ_SCALES,
+}
+
+
+class _Descriptors:
+    """The table of a batch, filled once; :meth:`enter` enters what changes from step to step."""
+
+    def __init__(self, batch: TensorBatch, with_state: bool):
+        self.shapes: list[tuple[int, ...]] = [tuple(tensor.param.shape) for tensor in batch.tensors]
+        self.params = [tensor.param.data_ptr() for tensor in batch.tensors]
+        self.table = new_table(self.shapes)
+        self.table[:, Field.INDEX] = [tensor.index for tensor in batch.tensors]
+        self.struct = Batch(count=len(self.params), tensors=self.table.ctypes.data)
+        self.struct.global_format = GLOBAL_FORMATS.index(batch.global_format)
+        self._enter_global_grads(batch)
+        if with_state:
+            self._enter_state(batch)
+
+    def _enter_global_grads(self, batch: TensorBatch) -> None:
+        for i, stored in enumerate(batch.all("global_grad")):
+            if stored.shape != self.shapes[i]:
+                raise ValueError(f"tensors[{i}].global_grad: expected shape {self.shapes[i]}, got {stored.shape}")
+            addresses = encoded_addresses(f"tensors[{i}].global_grad", stored, batch.global_format)
+            self.table[i, Field.GLOBAL_CODES], self.table[i, Field.GLOBAL_SCALES] = addresses
+
+    def _enter_state(self, batch: TensorBatch) -> None:
+        dtype = batch.tensors[0].param.dtype
+        state, kept = STATE_FORMATS[batch.state_format], PARAM_FORMATS[batch.param_format]
+        if dtype not in DTYPE_CODE:
+            raise ValueError(f"param: expected float32, bfloat16 or float16, got {dtype}; use backend='reference'")
+        if kept.name in ("split16", "split8") and dtype == torch.float32:
+            raise ValueError(f"param_format: expected 'native' or 'master' for float32, got {kept.name!r}")
+        self.struct.dtype = DTYPE_CODE[dtype]
+        self.struct.param_format = list(PARAM_FORMATS).index(kept.name)
+        self.struct.state_format = list(STATE_FORMATS).index(state.name)
+        for i, (tensor, shape) in enumerate(zip(batch.tensors, self.shapes, strict=True)):
+            wanted = {"param": (shape, dtype), **state.parts(shape)}
+            if kept.remainder is not None:
+                wanted["remainder"] = (shape, kept.remainder)
+            for part, (part_shape, part_dtype) in wanted.items():
+                where = address(f"tensors[{i}].{part}", getattr(tensor, part), part_dtype, part_shape)
+                self.table[i, FIELD_OF[part]] = where
+        if kept.stochastic or state.stochastic:
+            self.table[:, Field.SEED] = [tensor.seed & 0xFFFFFFFF for tensor in batch.tensors]
+            self.table[:, Field.OFFSET] = [tensor.offset for tensor in batch.tensors]
+
+    @staticmethod
+    def enter(batch: TensorBatch, grads: list[torch.Tensor], with_state: bool) -> tuple[Batch, list[torch.Tensor]]:
+        """The struct to pass, and what must stay alive until the call is over."""
+        key = "native" if with_state else "native.similarity"
+        known = batch.cache.get(key)
+        if known is None or known.params != [tensor.param.data_ptr() for tensor in batch.tensors]:
+            known = batch.cache[key] = _Descriptors(batch, with_state)
+        return known.struct, set_grads(known.table, grads, known.shapes)
+
+
+def structs_of(
+    batches: list[TensorBatch], grads: list[list[torch.Tensor]], with_state: bool
+) -> tuple[ctypes.Array, list]:
+    """The structs to pass, and what must stay alive until the call is over."""
+    found = [
+        _Descriptors.enter(batch, part, with_state) for batch, part in zip(batches, grads, strict=True) if batch.tensors
+    ]
+    return (Batch * len(found))(*(struct for struct, _ in found)), found

@@ -1,0 +1,159 @@
+"""How a micro-batch's gradients come into the sums: of a model that this process holds whole, or of a sharded one."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from .distributed import Sharding, local
+from .sums import GradientSums
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch before its backward pass.
+
+    Args:
+        loss: scalar, its mean loss.
+        tokens: its number of target tokens; None where nobody counts them.
+        weight: w_i of eq. 1.
+        finite: whether its loss is.
+    """
+
+    loss: torch.Tensor
+    tokens: int | None
+    weight: float
+    finite: bool
+
+
+class WholeModel:
+    """Every parameter has a hook that adds its gradient to the sum as soon as it is complete, and releases it.
+
+    Args:
+        params: by name, those whose gradients are summed.
+        sums: what they are added to.
+        sharding: of the model.
+
+    Attributes:
+        weight: w_i during a backward pass, else None; it stays where a pass fails half-way.
+    """
+
+    def __init__(self, params: Mapping[str, torch.Tensor], sums: GradientSums, sharding: Sharding) -> None:
+        self.params, self.sums, self.sharding = params, sums, sharding
+        self.weight: float | None = None
+        self._seen: set[str] = set()
+
+    def watch(self, stack: contextlib.ExitStack) -> None:
+        """See gradients until ``stack`` is closed."""
+        for index, (name, param) in enumerate(self.params.items()):
+            hook = param.register_post_accumulate_grad_hook(functools.partial(self._consume, index, name))
+            stack.callback(hook.remove)
+
+    def _consume(self, index: int, name: str, param: torch.Tensor) -> None:
+        """Hook: the gradient of ``param`` is complete."""
+        if self.weight is None:
+            raise RuntimeError(f"gradient of {name!r}: expected collector.backward(loss), got another backward()")
+        if name in self._seen:
+            raise RuntimeError(
+                f"parameter {name!r}: expected one complete gradient per micro-batch, got a second; use checkpointing "
+                "with use_reentrant=False"
+            )
+        assert param.grad is not None  # this hook runs after it was written
+        self._seen.add(name)
+        self.sums.add(index, param.grad, self.weight)
+        param.grad = None
+
+    def agreed(self, batch: MicroBatch) -> MicroBatch:
+        """The micro-batch as all that take part in it see it."""
+        return batch
+
+    def backward(self, batch: MicroBatch) -> None:
+        """Backward pass of a micro-batch, its gradients added to the sums."""
+        self._seen.clear()
+        self.weight = batch.weight
+        batch.loss.backward()
+        self.weight = None
+        self.sums.commit(batch.weight)
+
+    def check_reducible(self) -> None:
+        """Whether sums of several processes may be added up.
+
+        Raises:
+            ValueError: they are sums over all of them already.
+        """
+
+    def check_destination(self, save_to: str | os.PathLike[str] | None) -> None:
+        """Refuse a missing file where one is needed."""
+
+    def complete(self) -> None:
+        """Bring the sums together, when all micro-batches have been seen."""
+
+    def write(self, write: Callable[[], object], means: Iterator[object]) -> None:
+        """Call ``write``, which exhausts ``means``, in the process that writes."""
+        write()
+
+
+class ShardedModel(WholeModel):
+    """FSDP2 itself hands over the rows of the gradient when it has averaged them; they stay until the pass ends."""
+
+    def watch(self, stack: contextlib.ExitStack) -> None:
+        pass
+
+    def agreed(self, batch: MicroBatch) -> MicroBatch:
+        """What all ranks hold together: this rank's share of the loss, and the rest as the ranks agree on it.
+
+        FSDP2 divides the sum over N ranks by N, so the gradient of w_r · N / Σw · loss_r becomes Σ w_r g_r / Σw.
+        """
+        for name, param in self.params.items():
+            if param.grad is not None:
+                raise RuntimeError(f"gradient of {name!r}: expected collector.backward(loss), got another backward()")
+        mesh, here = self.sharding.mesh, [batch.weight, float(batch.tokens or 0), float(not batch.finite)]
+        sums = self.sharding.over_mesh_(torch.tensor(here, dtype=torch.float64, device=mesh.device_type))
+        weight, tokens, broken = sums.tolist()
+        share = batch.weight * mesh.size() / weight if weight > 0 else 0.0
+        counted = None if batch.tokens is None else int(tokens)
+        return replace(batch, loss=batch.loss * share, tokens=counted, weight=weight, finite=broken == 0)
+
+    def backward(self, batch: MicroBatch) -> None:
+        self.weight = batch.weight
+        batch.loss.backward()
+        self.weight = None
+        grads = [None if param.grad is None else local(param.grad) for param in self.params.values()]
+        for param in self.params.values():
+            param.grad = None
+        self.sums.add_rows(grads, batch.weight)
+
+    def check_reducible(self) -> None:
+        raise ValueError(
+            "reduce(): expected a whole model on every rank, got one sharded by FSDP2, whose gradients have been "
+            "summed over the ranks; leave the call (or group=) out"
+        )
+
+    def check_destination(self, save_to: str | os.PathLike[str] | None) -> None:
+        if save_to is None:
+            raise ValueError(
+                "save_to: expected the path of a file for a model sharded over ranks, got None; one of them writes the "
+                "whole, choose a folder that all ranks see"
+            )
+
+    def complete(self) -> None:
+        self.sums.reduce_rows()
+
+    def write(self, write: Callable[[], object], means: Iterator[object]) -> None:
+        """``write`` on the mesh's first rank; all go on together, whatever became of it."""
+        failed: Exception | None = None
+        try:
+            if self.sharding.first:
+                write()
+        except Exception as error:
+            failed = error
+        for _ in means:  # gathering takes all ranks to the end
+            pass
+        vote = torch.tensor(float(failed is not None), device=self.sharding.mesh.device_type)
+        if self.sharding.over_mesh_(vote):
+            raise failed or RuntimeError("finish(): the rank that writes the file failed; its error says why")

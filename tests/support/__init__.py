@@ -1,0 +1,1 @@
+"""What tests share: inputs, matrices of cases, oracles, processes. No test is here, and no test imports another."""
