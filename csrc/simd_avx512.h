@@ -114,18 +114,18 @@ template <> struct GroupOps<Avx512> {
             out[2 * k + 1] = (U)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, words<16, 16, 1>(), high);
         }
     }
-    // low, or 0 where it would make a NaN of zero (by a borrow) or of infinity.
-    static __m512i usable(__m512i high, __m512i low) {
-        const __m512i magnitude = _mm512_and_si512(high, _mm512_set1_epi16(0x7FFF));
-        const __mmask32 negative = _mm512_movepi16_mask(low), zero = _mm512_testn_epi16_mask(magnitude, magnitude);
-        const __mmask32 infinite = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7F80));
-        return _mm512_maskz_mov_epi16(~((zero & negative) | (infinite & ~negative)), low);
+    // A joined pattern, or, where that is a NaN, its high half alone: of zero, by a borrow, of infinity, or of a NaN.
+    static void numbers_or_high(U* x) {
+        for (int k = 0; k < 2; ++k) {
+            const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x[k], (__m512)x[k], _CMP_UNORD_Q);
+            x[k] = (U)_mm512_mask_and_epi32((__m512i)x[k], nan, (__m512i)(x[k] + 0x8000u), _mm512_set1_epi32(-0x10000));
+        }
     }
     static void join16(const void* high, const void* low, U* out) {
         for (int k = 0; k < 2; ++k) {
-            const __m512i top = load(high, k), rest = usable(top, load(low, k));
-            const __m512i borrow = _mm512_srai_epi16(rest, 15);  // -1 where low is negative
-            zip(rest, _mm512_add_epi16(top, borrow), out + 2 * k);
+            const __m512i rest = load(low, k), borrow = _mm512_srai_epi16(rest, 15);  // -1 where low is negative
+            zip(rest, _mm512_add_epi16(load(high, k), borrow), out + 2 * k);
+            numbers_or_high(out + 2 * k);
         }
     }
     static void split16(const U* x, void* high, void* low) {
@@ -136,10 +136,10 @@ template <> struct GroupOps<Avx512> {
     }
     static void join8(const void* high, const void* low, U* out) {
         for (int k = 0; k < 2; ++k) {
-            const __m512i top = load(high, k);
-            const __m512i rest = usable(top, _mm512_cvtepi8_epi16(Avx512::half(static_cast<const char*>(low) + 32 * k)));
+            const __m512i rest = _mm512_cvtepi8_epi16(Avx512::half(static_cast<const char*>(low) + 32 * k));
             const __m512i borrow = _mm512_srai_epi16(rest, 15);
-            zip(_mm512_slli_epi16(rest, 8), _mm512_add_epi16(top, borrow), out + 2 * k);
+            zip(_mm512_slli_epi16(rest, 8), _mm512_add_epi16(load(high, k), borrow), out + 2 * k);
+            numbers_or_high(out + 2 * k);
         }
     }
     static void split8(const U* x, void* high, void* low) {

@@ -17,17 +17,15 @@ template <class S> struct GroupOps {
     static void load_high(const void* p, U* out) {
         for (int k = 0; k < N; ++k) out[k] = S::load_u16(at(p, k, 2)) << 16;
     }
-    // low, or 0 where it would make a NaN of zero (by a borrow) or of infinity.
-    static U usable(U high, typename S::I low) {
-        const U magnitude = high & 0x7FFFu;
-        const auto foreign = ((magnitude == 0u) & (low < 0)) | ((magnitude == 0x7F80u) & (low > 0));
-        return foreign ? S::splat_bits(0) : (U)low;
+    // A joined pattern, or, where that is a NaN, its high half alone: of zero, by a borrow, of infinity, or of a NaN.
+    static U number_or_high(U joined) {
+        const typename S::F value = S::from_bits(joined);
+        return value == value ? joined : (joined + 0x8000u) & 0xFFFF0000u;
     }
-    // out = (high << 16) + low, for 16-bit high and usable signed 16-bit low.
+    // out = (high << 16) + low, for 16-bit high and signed 16-bit low.
     static void join16(const void* high, const void* low, U* out) {
         for (int k = 0; k < N; ++k) {
-            const U top = S::load_u16(at(high, k, 2));
-            out[k] = (top << 16) + usable(top, S::load_i16(at(low, k, 2)));
+            out[k] = number_or_high((S::load_u16(at(high, k, 2)) << 16) + (U)S::load_i16(at(low, k, 2)));
         }
     }
     // The inverse: high is x rounded to a multiple of 2^16 (ties up).
@@ -37,11 +35,10 @@ template <class S> struct GroupOps {
             S::store_low16(at(low, k, 2), x[k]);  // the low half, read back as signed, is the remainder
         }
     }
-    // out = (high << 16) + (low << 8), for 16-bit high and usable signed 8-bit low.
+    // out = (high << 16) + (low << 8), for 16-bit high and signed 8-bit low.
     static void join8(const void* high, const void* low, U* out) {
         for (int k = 0; k < N; ++k) {
-            const U top = S::load_u16(at(high, k, 2));
-            out[k] = (top << 16) + (usable(top, S::load_i8(at(low, k, 1))) << 8);
+            out[k] = number_or_high((S::load_u16(at(high, k, 2)) << 16) + ((U)S::load_i8(at(low, k, 1)) << 8));
         }
     }
     // The inverse for multiples of 2^8; lower bits of x are ignored.

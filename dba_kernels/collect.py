@@ -6,7 +6,8 @@ import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,18 @@ import torch.distributed as dist
 from torch import nn
 
 from .base_model import Fingerprint, fingerprint, named_once
-from .batches import LossFunction, digest_batch, loss_and_tokens
+from .batches import LossFunction, loss_and_tokens
 from .distributed import fsdp_sharding, same_on_ranks
+from .files import try_to_write
 from .formats import STORAGE_FORMATS, check_name
 from .global_gradient import GlobalGradient, Provenance, TensorStatistics
+from .identity import describe_function, digest_batch, dtypes_of, tells_apart
 from .passes import MicroBatch, ShardedModel, WholeModel
 from .records import check_rank
 from .snapshots import Snapshots
 from .sums import GradientSums
 from .tensor_files import to_json
+from .weights import WeightWatch
 
 WEIGHTINGS = ("tokens", "batch")
 
@@ -81,7 +85,12 @@ def collect_global_gradient(
     if rank is not None:  # before the long part
         check_rank(rank, {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad})
     collector = GlobalGradientCollector(
-        model, weighting=weighting, data=data, snapshot_path=snapshot_path, snapshot_every=snapshot_every
+        model,
+        weighting=weighting,
+        data=data,
+        snapshot_path=snapshot_path,
+        snapshot_every=snapshot_every,
+        settings={"loss function": describe_function(loss_fn), "autocast dtype": str(autocast_dtype)},
     )
     collector.check_destination(save_to)
     device_type = next(iter(model.parameters())).device.type
@@ -113,9 +122,12 @@ class GlobalGradientCollector:
     that tensor alone, sum and weight. Both are counted, stored and, at the end, warned about.
 
     With ``snapshot_path``, sums and counts are written there (whole or not at all) every ``snapshot_every``
-    micro-batches. If the file exists when the collector is made, it goes on from there, to the same bits as without the
-    interruption: :meth:`remaining` skips what was consumed, which takes the same batches in the same order, and refuses
-    others. The file stays until you delete it.
+    micro-batches, when the pass ends, and when an exception ends it between two micro-batches. If the file exists when
+    the collector is made, it goes on from there, to the same bits as without the interruption: :meth:`remaining` skips
+    what was consumed, which takes the same batches in the same order, and refuses others. So a finished collection is
+    extended by giving more batches. The file takes 4 bytes per parameter and stays until you delete it. Other weights,
+    dtypes or ``settings`` are refused. Batches are compared by their tensors, arrays, numbers and texts, through
+    containers and attributes; where an object shows none of these, a warning says so before the first micro-batch.
 
     Several processes: with a whole model each (not wrapped in DistributedDataParallel), they accumulate on their own
     and call :meth:`reduce` once. A model sharded by FSDP2 stays sharded: sums are kept of the rows that a rank has, and
@@ -128,6 +140,7 @@ class GlobalGradientCollector:
     Args:
         model: the base model, as above.
         weighting, data, snapshot_path, snapshot_every: see :func:`collect_global_gradient`.
+        settings: what else must be the same, by name, where a snapshot is continued: the loss, autocast, and so on.
 
     Raises:
         ValueError: a bad argument, a model without trainable parameters, flattened by FSDP1 or ZeRO or sharded by
@@ -151,6 +164,7 @@ class GlobalGradientCollector:
         data: str | Iterable[str] = (),
         snapshot_path: str | os.PathLike[str] | None = None,
         snapshot_every: int = 100,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise ValueError("model: expected the bare model, got DistributedDataParallel; pass model.module")
@@ -165,12 +179,14 @@ class GlobalGradientCollector:
         self._fingerprint: Fingerprint = fingerprint(everything.items())
         self._sums = GradientSums(self._params)
         identity = {"weighting": self.weighting, "data": list(self.data), "fingerprint": self._fingerprint}
+        identity["settings"] = {"weight dtypes": dtypes_of(everything), **(settings or {})}
         self._snapshots = Snapshots(snapshot_path, snapshot_every, identity, sharding)
         strategy = WholeModel if sharding.mesh is None else ShardedModel
         self._pass = strategy(self._params, self._sums, sharding)
         self._active = contextlib.ExitStack()
-        self._versions: list[tuple[str, torch.Tensor, int]] = []  # of every parameter: torch counts in-place writes
+        self._watch: WeightWatch | None = None
         self._entered = False
+        self._whole = True  # no micro-batch is half counted
         self._reduced = False
         self._finished = False
         self._snapshots.resume(self._sums)
@@ -185,7 +201,8 @@ class GlobalGradientCollector:
     def __enter__(self) -> GlobalGradientCollector:
         modes = [(module, module.training) for module in self.model.modules()]
         grads = [(param, param.grad) for param in self._params.values()]
-        self._versions = [(name, param, param._version) for name, param in self.model.named_parameters()]
+        self._watch = self._watch or WeightWatch(self.model)
+        self._watch.check_content()  # between two passes, too
         self._active.callback(_restore, modes, grads)
         self._entered = True
         self.model.eval()
@@ -198,15 +215,16 @@ class GlobalGradientCollector:
         self._entered = False
         self._active.close()
         if kind is None:
-            self._check_untouched()
+            self._save(self._snapshots.save_rest)
+        elif self._whole and self._pass.alone:  # other ranks need not have come as far
+            with contextlib.suppress(RuntimeError, OSError):  # the exception that ends the pass is the one to see
+                self._save(self._snapshots.save_rest)
 
-    def _check_untouched(self) -> None:
-        for name, param, version in self._versions:
-            if param._version != version:
-                raise RuntimeError(
-                    f"parameter {name!r}: expected untouched weights, got {param._version - version} writes during the "
-                    "collection; do not step an optimizer meanwhile"
-                )
+    def _save(self, save: Callable[[GradientSums], None]) -> None:
+        """A snapshot, of gradients at the weights that the collection began with."""
+        assert self._watch is not None  # set by __enter__
+        self._watch.check_content()
+        save(self._sums)
 
     def backward(self, loss: torch.Tensor, tokens: int | torch.Tensor | None = None) -> None:
         """Add the gradient of one micro-batch; stands in for ``loss.backward()``.
@@ -226,11 +244,13 @@ class GlobalGradientCollector:
                 "backward(): expected to be called within 'with collector:', which makes it see gradients"
             )
         self._check_not_reduced("backward()")
-        self._check_untouched()
+        assert self._watch is not None  # set by __enter__
+        self._watch.check(replaced=self._pass.alone)
         tokens = None if tokens is None else int(tokens)
         here = MicroBatch(loss, tokens, self._weight_of(tokens), bool(torch.isfinite(loss)))
         batch = self._pass.agreed(here)
         progress = self._sums.progress
+        self._whole = False
         progress.consumed += 1
         if batch.tokens == 0:
             progress.empty += 1
@@ -240,7 +260,9 @@ class GlobalGradientCollector:
             progress.batches += 1
             progress.tokens += batch.tokens or 0
             self._pass.backward(batch)
-        self._snapshots.save_if_due(self._sums)
+        self._whole = True
+        if self._snapshots.due(self._sums):
+            self._save(self._snapshots.save)
 
     def _check_usable(self) -> None:
         if self._finished:
@@ -269,6 +291,12 @@ class GlobalGradientCollector:
         """
         progress, done, chain = self._sums.progress, self.consumed, ""
         for position, batch in enumerate(batches):
+            if position == 0 and self._snapshots.path is not None and (unknown := tells_apart(batch)) is not None:
+                warnings.warn(
+                    f"batches: {unknown} shows no tensors, arrays, numbers or texts, so an interrupted collection "
+                    "cannot tell whether it is given the same data again; see to that",
+                    stacklevel=2,
+                )
             chain = hashlib.sha256(chain.encode() + digest_batch(batch)).hexdigest()
             if position < done:
                 if position == done - 1 and chain != progress.data_digest:
@@ -331,10 +359,12 @@ class GlobalGradientCollector:
         Raises:
             ValueError: no micro-batch, or none with a finite gradient for some tensor; no ``save_to`` for a sharded
                 model; see :meth:`GlobalGradient.from_tensors` too.
-            OSError: the file cannot be written.
-            RuntimeError: the rank that writes failed; its error says why.
+            OSError: the file cannot be written; the error's ``global_gradient`` is the result, in memory.
+            RuntimeError: the weights changed meanwhile, or the rank that writes failed; its error says why.
         """
         self._check_usable()
+        if self._watch is not None:
+            self._watch.check_content()
         check_name("format", format, STORAGE_FORMATS)
         shapes = {name: tuple(param.shape) for name, param in self._params.items()}
         if rank is not None:
@@ -349,18 +379,23 @@ class GlobalGradientCollector:
         describe = functools.partial(self._describe, means, statistics, shapes, format, rank)
         if save_to is None:
             return describe()
-        self._pass.write(lambda: describe().save(save_to), means)
+        self._pass.write(lambda: _save_or_hand_over(describe(), save_to), means)
         return GlobalGradient.load(save_to)
 
     def check_destination(self, save_to: str | os.PathLike[str] | None) -> None:
-        """Refuse, before the long part, what :meth:`finish` would refuse after it.
+        """Refuse, before the long part, what :meth:`finish` would refuse after it: a file is made and removed there.
 
         Raises:
             ValueError: none for a sharded model, or a name that does not end in ``.safetensors``.
+            OSError: nothing can be written there.
         """
         self._pass.check_destination(save_to)
-        if save_to is not None and Path(save_to).suffix != ".safetensors":
+        if save_to is None:
+            return
+        if Path(save_to).suffix != ".safetensors":
             raise ValueError(f"save_to: expected a name that ends in '.safetensors', got {str(save_to)!r}")
+        if self._pass.writes:
+            try_to_write(save_to)
 
     def _describe(
         self,
@@ -386,6 +421,15 @@ class GlobalGradientCollector:
             ),
             statistics=statistics,
         )
+
+
+def _save_or_hand_over(gg: GlobalGradient, path: str | os.PathLike[str]) -> None:
+    """Save; where that fails, hours of collection are not lost with it."""
+    try:
+        gg.save(path)
+    except OSError as error:
+        error.global_gradient = gg  # type: ignore[attr-defined]
+        raise
 
 
 def _restore(

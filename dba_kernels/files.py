@@ -37,6 +37,21 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         sync_folder(path.parent)
 
 
+def try_to_write(path: str | os.PathLike[str]) -> None:
+    """Find out, before the long part, whether :func:`atomic_writer` could begin; leaves nothing.
+
+    Raises:
+        OSError: it could not.
+    """
+    path = Path(path)
+    with writing(path):
+        if path.is_dir():
+            raise OSError(errno.EISDIR, "a folder has that name")
+        with beside(path) as (temporary, _):
+            pass
+        remove([temporary])
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Name ``path`` in every error of the system."""

@@ -40,13 +40,21 @@ class WholeModel:
         sharding: of the model.
 
     Attributes:
+        alone: whether no other process takes part in a backward pass.
         weight: w_i during a backward pass, else None; it stays where a pass fails half-way.
     """
+
+    alone = True
 
     def __init__(self, params: Mapping[str, torch.Tensor], sums: GradientSums, sharding: Sharding) -> None:
         self.params, self.sums, self.sharding = params, sums, sharding
         self.weight: float | None = None
         self._seen: set[str] = set()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the result."""
+        return True
 
     def watch(self, stack: contextlib.ExitStack) -> None:
         """See gradients until ``stack`` is closed."""
@@ -100,6 +108,12 @@ class WholeModel:
 
 class ShardedModel(WholeModel):
     """FSDP2 itself hands over the rows of the gradient when it has averaged them; they stay until the pass ends."""
+
+    alone = False
+
+    @property
+    def writes(self) -> bool:
+        return self.sharding.first
 
     def watch(self, stack: contextlib.ExitStack) -> None:
         pass

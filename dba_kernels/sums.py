@@ -204,10 +204,18 @@ class GradientSums:
                 "of this library that wrote it, or delete it"
             )
         for key, want in self._header(identity).items():
-            if saved.content.get(key) != want:
+            if key != "settings" and saved.content.get(key) != want:
                 raise ValueError(
                     f"{path}: expected a snapshot of this collection, got another {key.replace('_', ' ')}; delete it, "
                     "or choose another snapshot_path"
+                )
+        known = saved.content.get("settings")
+        for name, want in identity.get("settings", {}).items():
+            got = known.get(name, want) if isinstance(known, dict) else want  # an older snapshot says nothing
+            if got != want:
+                raise ValueError(
+                    f"{path}: expected a snapshot with {name} {want}, got {got}; go on as the collection began, or "
+                    "delete the snapshot"
                 )
         progress = read(Progress, f"{path}: progress", saved.content.get("progress"), PROGRESS)
         digests = check_fields(f"{path}: digests", saved.content.get("digests"), dict.fromkeys(own, SHA256))

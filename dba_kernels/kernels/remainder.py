@@ -64,23 +64,22 @@ def fp16_unit_bits(weight, FORMAT: tl.constexpr):
 def join(weight, remainder, FORMAT: tl.constexpr):
     """The fp32 parameter."""
     pattern = weight.to(tl.int16, bitcast=True).to(tl.int32)
-    magnitude = pattern & 0x7FFF
     if FORMAT == "master":
         return tl.where(narrow(remainder, weight.dtype) == weight, remainder, weight.to(tl.float32))
     elif weight.dtype == tl.float16:
         low = remainder.to(tl.int32)
         outward = tl.where(pattern < 0, -low, low)
-        below = ((pattern & 0x3FF) == 0) & (magnitude >= 0x800)  # the lower neighbour is half an ulp away
+        below = ((pattern & 0x3FF) == 0) & ((pattern & 0x7FFF) >= 0x800)  # the lower neighbour is half an ulp away
         low = tl.where(below & (outward < (-8192 if FORMAT == "split16" else -32)), 0, low)
         wide = weight.to(tl.float32)
         return wide + low.to(tl.float32) * fp16_unit_bits(wide, FORMAT).to(tl.float32, bitcast=True)
     else:
         low = remainder.to(tl.int32)
-        foreign = ((magnitude == 0) & (low < 0)) | ((magnitude == 0x7F80) & (low > 0))  # joined, a NaN
-        low = tl.where(foreign, 0, low)
         if FORMAT == "split8":
             low = low << 8
-        return ((pattern << 16) + low).to(tl.float32, bitcast=True)
+        high = pattern << 16
+        value = (high + low).to(tl.float32, bitcast=True)
+        return tl.where(value == value, value, high.to(tl.float32, bitcast=True))  # a NaN: of ±0, by a borrow, or ±inf
 
 
 @triton.jit

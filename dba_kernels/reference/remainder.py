@@ -75,19 +75,18 @@ def join(weight: torch.Tensor, remainder: torch.Tensor, format: str) -> torch.Te
     """
     if format == "master":
         return torch.where(remainder.to(weight.dtype) == weight, remainder, weight.to(torch.float32))
-    pattern = weight.view(torch.int16).to(torch.int32)
-    magnitude = pattern & 0x7FFF
-    low = remainder.to(torch.int32)
+    pattern, low = weight.view(torch.int16).to(torch.int32), remainder.to(torch.int32)
     if weight.dtype == torch.float16:
-        below = (pattern & 0x3FF == 0) & (magnitude >= 0x800)  # powers of two whose lower neighbour is half an ulp away
+        # Powers of two whose lower neighbour is half an ulp away.
+        below = (pattern & 0x3FF == 0) & (pattern & 0x7FFF >= 0x800)
         quarter = 1 << (_FP16_FRACTION_BITS[format] - 2)
         low = torch.where(below & (torch.where(pattern < 0, -low, low) < -quarter), 0, low)
         unit = torch.ldexp(torch.ones_like(weight, dtype=torch.float32), _fp16_unit_exponent(weight, format))
         return weight.to(torch.float32) + low.to(torch.float32) * unit
-    low = torch.where(((magnitude == 0) & (low < 0)) | ((magnitude == 0x7F80) & (low > 0)), 0, low)
     if format == "split8":
         low = low << 8
-    return ((pattern << 16) + low).view(torch.float32)
+    value = ((pattern << 16) + low).view(torch.float32)
+    return torch.where(value.isnan(), weight.to(torch.float32), value)
 
 
 def split(
