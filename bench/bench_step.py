@@ -19,7 +19,7 @@ import torch
 
 from dba_kernels.formats import GROUP, PARAM_FORMATS, STATE_FORMATS, is_compressible
 from dba_kernels.native import quantize, step
-from dba_kernels.stepdata import Coefficient, Hyper, ParamTensors, StepSettings, StepTables, Summary, TensorBatch
+from dba_kernels.stepdata import Coefficient, Hyper, ParamTensors, StepScalars, StepSettings, Summary, TensorBatch
 
 from .harness import Clock, Comparison, compare, machine_load
 from .triad import triad
@@ -48,10 +48,10 @@ def numel(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def fresh_tables(hyper: torch.Tensor, group: torch.Tensor, global_sq: torch.Tensor) -> StepTables:
+def fresh_tables(hyper: torch.Tensor, group: torch.Tensor, global_sq: torch.Tensor) -> StepScalars:
     """Tables as before the first step, every parameter active."""
     n, wide = len(group), torch.float64
-    return StepTables(
+    return StepScalars(
         sums=torch.zeros(n, 2, dtype=wide),
         global_sq=global_sq,
         hyper=hyper,
@@ -60,7 +60,7 @@ def fresh_tables(hyper: torch.Tensor, group: torch.Tensor, global_sq: torch.Tens
         steps=torch.zeros(n),
         bias_corrections=torch.zeros(n, 2, dtype=wide),
         counters=torch.zeros(2, dtype=torch.int64),
-        table=torch.zeros(n, Coefficient.COUNT, dtype=wide),
+        coefficients=torch.zeros(n, Coefficient.COUNT, dtype=wide),
         report=torch.zeros(n, 2, dtype=wide),
         summary=torch.zeros(Summary.COUNT, dtype=wide),
     )

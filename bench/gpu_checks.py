@@ -10,7 +10,7 @@ import torch
 
 from dba_kernels.kernels import accumulate, coefficients, quantize, similarity, step
 from dba_kernels.reference import quantize as reference
-from dba_kernels.stepdata import StepOverrides, StepSettings, StepTables, TensorBatch
+from dba_kernels.stepdata import StepOverrides, StepScalars, StepSettings, TensorBatch
 from tests.support import agreement, cases, step_agreement
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,9 +38,9 @@ def sums_on_device(batch: TensorBatch, grads: list[torch.Tensor], sums: torch.Te
     sums.copy_(there)
 
 
-def coefficients_on_device(tables: StepTables, settings: StepSettings, overrides: StepOverrides) -> None:
+def coefficients_on_device(tables: StepScalars, settings: StepSettings, overrides: StepOverrides) -> None:
     there = {name: tensor.to(DEVICE) for name, tensor in vars(tables).items()}
-    coefficients.coefficients(StepTables(**there), settings, overrides)
+    coefficients.coefficients(StepScalars(**there), settings, overrides)
     for name, tensor in vars(tables).items():
         tensor.copy_(there[name])
 

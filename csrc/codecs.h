@@ -52,6 +52,8 @@ template <class S> struct Float<S, FP16> : GroupLoad<S, Float<S, FP16>> {
 
 // --- the stored global gradient: load() gives code values; grouped formats still want the group's scale ---------------
 
+// Grouped formats also have LARGEST, the value of their largest code, and encode(), from values in units of the scale.
+
 template <class S, int64_t G> struct Global;
 
 template <class S> struct Global<S, GLOBAL_FP32> : Float<S, FP32> {};
@@ -67,16 +69,22 @@ template <class S> typename S::U compress(typename S::F scaled, typename S::F ro
     typename S::U sign = S::bits(scaled) & 0x80000000u;
     return (typename S::U)S::to_int(S::from_bits(S::bits(root_of_magnitude) | sign));
 }
+template <class S> struct Quadratic {
+    static typename S::U encode(typename S::F scaled) { return compress<S>(scaled, S::sqrt(S::abs(scaled))); }
+};
 
-template <class S> struct Global<S, GLOBAL_INT8> {
+template <class S> struct Global<S, GLOBAL_INT8> : Quadratic<S> {
+    static constexpr double LARGEST = 127.0 * 127.0;
     static typename S::F load(bytes_t p, int j) { return expand<S>(S::load_i8(p + j)); }
 };
 
-template <class S> struct Global<S, GLOBAL_INT4> {
+template <class S> struct Global<S, GLOBAL_INT4> : Quadratic<S> {
+    static constexpr double LARGEST = 7.0 * 7.0;
     static typename S::F load(bytes_t p, int j) { return expand<S>(S::load_nibbles(p, j)); }
 };
 
 template <class S> struct Global<S, GLOBAL_FP8> {
+    static constexpr double LARGEST = 448.0;
     static typename S::F load(bytes_t p, int j) {
         typename S::U code = S::load_u8(p + j), magnitude = code & 0x7Fu;
         typename S::F subnormal = S::to_float((typename S::I)magnitude) * S::splat(0x1p-9f);

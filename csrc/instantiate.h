@@ -2,6 +2,7 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "accumulate.h"
 #include "kernels.h"
@@ -19,14 +20,13 @@ template <class S, int64_t D, int64_t G> constexpr void add_global(Kernels& k) {
     if constexpr (global_is_grouped(G)) k.encode[D][G] = Encode<S, D, G>::run;
 }
 
+template <class S, int64_t D, int64_t... G>
+constexpr void add_globals(Kernels& k, std::integer_sequence<int64_t, G...>) {
+    (add_global<S, D, G>(k), ...);
+}
+
 template <class S, int64_t D> constexpr void add_grad(Kernels& k) {
-    add_global<S, D, GLOBAL_NONE>(k);
-    add_global<S, D, GLOBAL_FP32>(k);
-    add_global<S, D, GLOBAL_BF16>(k);
-    add_global<S, D, GLOBAL_FP16>(k);
-    add_global<S, D, GLOBAL_FP8>(k);
-    add_global<S, D, GLOBAL_INT8>(k);
-    add_global<S, D, GLOBAL_INT4>(k);
+    add_globals<S, D>(k, std::make_integer_sequence<int64_t, GLOBAL_FORMATS>());
     k.accumulate[D] = Accumulate<S, D>::run;
 }
 

@@ -18,22 +18,15 @@ template <class S, int64_t D, int64_t G> struct Encode {
         }
     }
 
-    static typename S::F signed_root(typename S::F x) {
-        return S::from_bits(S::bits(S::sqrt(S::abs(x))) | (S::bits(x) & 0x80000000u));
-    }
-
     static void group(bytes_t x, uint8_t* out, float* scale) {
         typename S::F most = S::splat(0.0f);
         for (int j = 0; j < GROUP; j += S::W) most = S::max(most, S::abs(Float<S, D>::load(x, j)));
-        constexpr double largest_value = G == GLOBAL_FP8 ? FP8_ABSMAX_VALUE : G == GLOBAL_INT8 ? INT8_ABSMAX_VALUE : INT4_ABSMAX_VALUE;
-        const Scale<S> s(S::splat(S::largest(most)), S::splat(static_cast<float>(1.0 / largest_value)));
+        const Scale<S> s(S::splat(S::largest(most)), S::splat(static_cast<float>(1.0 / Global<S, G>::LARGEST)));
         float scales[S::W];
         S::store(scales, s.scale);
         *scale = scales[0];
         for (int j = 0; j < GROUP; j += S::W) {
-            typename S::F scaled = Float<S, D>::load(x, j) * s.inverse;
-            if constexpr (G == GLOBAL_FP8) S::store_low8(out + j, Global<S, G>::encode(scaled));
-            else S::store_low8(out + j, compress<S>(scaled, S::sqrt(S::abs(scaled))));
+            S::store_low8(out + j, Global<S, G>::encode(Float<S, D>::load(x, j) * s.inverse));
         }
         if constexpr (G == GLOBAL_INT4)
             for (int k = 0; k < GROUP / 2; ++k) out[k] = static_cast<uint8_t>((out[2 * k] & 0xF) | (out[2 * k + 1] << 4));

@@ -59,7 +59,8 @@ def why_not(backend: str, device: torch.device | str = "cpu", dtype: torch.dtype
         return missing
     if device.type != "cpu":
         return f"native runs on CPU tensors, these are on {device}; use backend='triton' or 'auto'"
-    return importlib.import_module(f"{__package__}.native.library").why_not()
+    reason: str | None = importlib.import_module(f"{__package__}.native.library").why_not()
+    return reason
 
 
 @functools.cache

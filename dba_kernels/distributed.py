@@ -29,7 +29,8 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
 def local(tensor: Any) -> torch.Tensor:
     """This rank's part of a DTensor, in the same memory; any other tensor itself."""
     # Not to_local(), which makes a new Parameter of a Parameter's part: as slow as all else that a step does with it.
-    return tensor._local_tensor if is_dtensor(tensor) else tensor
+    part: torch.Tensor = tensor._local_tensor if is_dtensor(tensor) else tensor
+    return part
 
 
 def layout_of(tensor: Any) -> str:
@@ -46,7 +47,8 @@ def like(param: Any, part: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor
         return part
     stride = torch.empty(shape, device="meta").stride()
     options: dict[str, Any] = dict(run_check=False, shape=torch.Size(shape), stride=stride)
-    return type(param).from_local(part.detach(), param.device_mesh, param.placements, **options)
+    whole: torch.Tensor = type(param).from_local(part.detach(), param.device_mesh, param.placements, **options)
+    return whole
 
 
 def zeros(param: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -186,8 +188,9 @@ def fsdp_sharding(model: torch.nn.Module) -> Sharding:
 
 def gather(param: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """The whole tensor of ``param``'s shape of which every rank has its ``part``; all ranks of the mesh must call."""
-    whole: Any = like(param, part, tuple(param.shape))
-    return whole.full_tensor() if is_dtensor(whole) else whole
+    sharded: Any = like(param, part, tuple(param.shape))
+    whole: torch.Tensor = sharded.full_tensor() if is_dtensor(sharded) else sharded
+    return whole
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:

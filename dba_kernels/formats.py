@@ -59,6 +59,7 @@ class StorageFormat:
             ``scale = absmax / code_max^power`` is the value of code 1. Integer codes are quadratic because Adam
             normalises every element: the small entries of a group count as much as the large one that sets its scale
             (``python -m bench.codecs``).
+        floating: for formats whose codes are the bits of an 8-bit float, torch's dtype of that.
     """
 
     name: str
@@ -66,6 +67,7 @@ class StorageFormat:
     bits: int
     code_max: float = 0.0
     power: int = 1
+    floating: torch.dtype | None = None
 
     @property
     def grouped(self) -> bool:
@@ -84,13 +86,13 @@ class StorageFormat:
         return self.bits / 8 + (4 / GROUP if self.grouped else 0)
 
 
-STORAGE_FORMATS = {
+STORAGE_FORMATS = {  # in the order of their numbers in csrc/formats.h
     f.name: f
     for f in (
         StorageFormat("fp32", torch.float32, 32),
         StorageFormat("bf16", torch.bfloat16, 16),
         StorageFormat("fp16", torch.float16, 16),
-        StorageFormat("fp8_e4m3", torch.uint8, 8, 448.0),
+        StorageFormat("fp8_e4m3", torch.uint8, 8, 448.0, floating=torch.float8_e4m3fn),
         StorageFormat("int8", torch.int8, 8, 127.0, power=2),
         StorageFormat("int4", torch.uint8, 4, 7.0, power=2),
     )

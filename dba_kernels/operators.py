@@ -15,7 +15,7 @@ import torch
 
 from .backends import serving
 from .formats import STORAGE_FORMATS, EncodedTensor, StoredTensor, scales_shape, storage_format
-from .stepdata import UPDATED_PARTS, ParamTensors, StepOverrides, StepSettings, StepTables, TensorBatch
+from .stepdata import UPDATED_PARTS, ParamTensors, StepOverrides, StepScalars, StepSettings, TensorBatch
 
 _SCHEMA_TYPES = {
     "torch.Tensor": "Tensor",
@@ -24,8 +24,8 @@ _SCHEMA_TYPES = {
     "tuple[float, float]": "float[]",
     **{name: name for name in ("float", "int", "str", "bool")},
 }
-_N_TABLES, _N_OVERRIDES = len(fields(StepTables)), len(fields(StepOverrides))
-_WRITTEN_TABLES = ("steps", "bias_corrections", "counters", "table", "report", "summary")
+_N_SCALARS, _N_OVERRIDES = len(fields(StepScalars)), len(fields(StepOverrides))
+_WRITTEN_SCALARS = ("steps", "bias_corrections", "counters", "coefficients", "report", "summary")
 _BATCH = {
     **dict.fromkeys((*UPDATED_PARTS, "codes", "scales"), "Tensor[]"),
     **dict.fromkeys(("index", "seed", "offset"), "int[]"),
@@ -93,14 +93,16 @@ def _(tensor: torch.Tensor, format: str, backend: str) -> tuple[torch.Tensor, to
 
 
 def decode(stored: EncodedTensor, backend: str) -> torch.Tensor:
-    return torch.ops.dba_kernels.decode(stored.codes, stored.scales, list(stored.shape), stored.format, backend)
+    shape = list(stored.shape)
+    decoded: torch.Tensor = torch.ops.dba_kernels.decode(stored.codes, stored.scales, shape, stored.format, backend)
+    return decoded
 
 
 def _decode(
     codes: torch.Tensor, scales: torch.Tensor | None, shape: list[int], format: str, backend: str
 ) -> torch.Tensor:
     encoded = EncodedTensor(format, tuple(shape), codes, scales)
-    decoded = serving(backend, "quantize", codes.device, torch.float32).decode(encoded)
+    decoded: torch.Tensor = serving(backend, "quantize", codes.device, torch.float32).decode(encoded)
     return decoded.clone() if decoded.data_ptr() == codes.data_ptr() else decoded  # an op must not return its input
 
 
@@ -166,35 +168,37 @@ _define(
 )
 
 
-def step(batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor, backend: str) -> None:
-    torch.ops.dba_kernels.step(*flat(batch), grads, table, backend)
+def step(batch: TensorBatch, grads: list[torch.Tensor], coefficients: torch.Tensor, backend: str) -> None:
+    torch.ops.dba_kernels.step(*flat(batch), grads, coefficients, backend)
 
 
 def _step(*arguments: Any) -> None:
-    *flattened, grads, table, backend = arguments
+    *flattened, grads, coefficients, backend = arguments
     batch = _batch(tuple(flattened))
-    _module(batch, backend, "step").step(batch, grads, table)
+    _module(batch, backend, "step").step(batch, grads, coefficients)
 
 
-_define("step", _step, {**_BATCH, "grads": "Tensor[]", "table": "Tensor", "backend": "str"}, written=UPDATED_PARTS)
+_define(
+    "step", _step, {**_BATCH, "grads": "Tensor[]", "coefficients": "Tensor", "backend": "str"}, written=UPDATED_PARTS
+)
 
 
-def coefficients(tables: StepTables, settings: StepSettings, overrides: StepOverrides, backend: str) -> None:
-    parts = [getattr(data, field.name) for data in (tables, overrides, settings) for field in fields(data)]
+def coefficients(scalars: StepScalars, settings: StepSettings, overrides: StepOverrides, backend: str) -> None:
+    parts = [getattr(data, field.name) for data in (scalars, overrides, settings) for field in fields(data)]
     torch.ops.dba_kernels.coefficients(*parts, backend)
 
 
 def _coefficients(*arguments: Any) -> None:
     *parts, backend = arguments
-    tables, overrides = StepTables(*parts[:_N_TABLES]), StepOverrides(*parts[_N_TABLES:][:_N_OVERRIDES])
-    settings = StepSettings(*parts[_N_TABLES + _N_OVERRIDES :])
-    module = serving(backend, "coefficients", tables.table.device, torch.float32)
-    module.coefficients(tables, settings, overrides)
+    scalars, overrides = StepScalars(*parts[:_N_SCALARS]), StepOverrides(*parts[_N_SCALARS:][:_N_OVERRIDES])
+    settings = StepSettings(*parts[_N_SCALARS + _N_OVERRIDES :])
+    module = serving(backend, "coefficients", scalars.coefficients.device, torch.float32)
+    module.coefficients(scalars, settings, overrides)
 
 
 _define(
     "coefficients",
     _coefficients,
-    {**_fields_of(StepTables), **_fields_of(StepOverrides), **_fields_of(StepSettings), "backend": "str"},
-    written=_WRITTEN_TABLES,
+    {**_fields_of(StepScalars), **_fields_of(StepOverrides), **_fields_of(StepSettings), "backend": "str"},
+    written=_WRITTEN_SCALARS,
 )

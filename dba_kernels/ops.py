@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import operators
 from .backends import BACKENDS, implementation, serving
 from .formats import STORAGE_FORMATS, EncodedTensor, LowRankTensor, StoredTensor, check_name, matrix_shape
-from .stepdata import NO_OVERRIDES, StepOverrides, StepSettings, StepTables, TensorBatch
+from .stepdata import NO_OVERRIDES, StepOverrides, StepScalars, StepSettings, TensorBatch
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -92,7 +92,8 @@ def encode_all(tensors: list[torch.Tensor], format: str, backend: str = "auto") 
     tensors = [tensor.float() if tensor.dtype == torch.float64 else tensor for tensor in tensors]
     module = serving(backend, "quantize", tensors[0].device, tensors[0].dtype)
     if hasattr(module, "encode_all"):
-        return module.encode_all(tensors, format)
+        encoded: list[EncodedTensor] = module.encode_all(tensors, format)
+        return encoded
     return [module.encode(tensor, format) for tensor in tensors]
 
 
@@ -112,7 +113,8 @@ def decode_all(encoded: list[EncodedTensor], backend: str = "auto") -> list[torc
         return [operators.decode(stored, backend) for stored in encoded]
     module = serving(backend, "quantize", encoded[0].device, torch.float32)
     if hasattr(module, "decode_all"):
-        return module.decode_all(encoded)
+        decoded: list[torch.Tensor] = module.decode_all(encoded)
+        return decoded
     return [module.decode(stored) for stored in encoded]
 
 
@@ -153,31 +155,31 @@ def similarity(batch: TensorBatch, grads: list[torch.Tensor], sums: torch.Tensor
 
 
 def coefficients(
-    tables: StepTables, settings: StepSettings, overrides: StepOverrides = NO_OVERRIDES, backend: str = "auto"
+    scalars: StepScalars, settings: StepSettings, overrides: StepOverrides = NO_OVERRIDES, backend: str = "auto"
 ) -> None:
-    """Sums → coefficient table, skip flag and counters (eqs. 2, 4, 5); see ``reference.coefficients``."""
-    if _traced(tables.table):
-        operators.coefficients(tables, settings, overrides, backend)
+    """Sums → coefficients, skip flag and counters (eqs. 2, 4, 5); see ``reference.coefficients``."""
+    if _traced(scalars.coefficients):
+        operators.coefficients(scalars, settings, overrides, backend)
     else:
-        module = serving(backend, "coefficients", tables.table.device, torch.float32)
-        module.coefficients(tables, settings, overrides)
+        module = serving(backend, "coefficients", scalars.coefficients.device, torch.float32)
+        module.coefficients(scalars, settings, overrides)
 
 
 # --- step -------------------------------------------------------------------------------------------------------------
 
 
-def step(batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor, backend: str = "auto") -> None:
+def step(batch: TensorBatch, grads: list[torch.Tensor], coefficients: torch.Tensor, backend: str = "auto") -> None:
     """Boost, moments and corrected AdamW update of every parameter of the batch, in place (eqs. 3, 7, 8).
 
     Args:
         grads: as for :func:`similarity`.
-        table: coefficient table, float64 ``[n_params, Coefficient.COUNT]``.
+        coefficients: float64 ``[n_params, Coefficient.COUNT]``.
     """
     for part, part_grads in _dense_parts(batch, grads, backend):
-        if _traced(table):
-            operators.step(part, part_grads, table, backend)
+        if _traced(coefficients):
+            operators.step(part, part_grads, coefficients, backend)
         else:
-            _module(part, backend, "step").step(part, part_grads, table)
+            _module(part, backend, "step").step(part, part_grads, coefficients)
 
 
 def fuses(batches: list[tuple[TensorBatch, list[torch.Tensor]]], backend: str) -> bool:
@@ -192,7 +194,7 @@ def fuses(batches: list[tuple[TensorBatch, list[torch.Tensor]]], backend: str) -
 
 def fused_step(
     batches: list[tuple[TensorBatch, list[torch.Tensor]]],
-    tables: StepTables,
+    scalars: StepScalars,
     settings: StepSettings,
     overrides: StepOverrides = NO_OVERRIDES,
     backend: str = "auto",
@@ -201,10 +203,10 @@ def fused_step(
 
     Args:
         batches: all active parameters with their gradients; :func:`fuses` said yes to them.
-        tables, settings, overrides: those of :func:`coefficients`.
+        scalars, settings, overrides: those of :func:`coefficients`.
     """
-    parts, grads = [batch for batch, _ in batches], [its_grads for _, its_grads in batches]
-    _module(parts[0], backend, "step").fused_step(parts, grads, tables, settings, overrides)
+    parts, grads = [batch for batch, _ in batches], [batch_grads for _, batch_grads in batches]
+    _module(parts[0], backend, "step").fused_step(parts, grads, scalars, settings, overrides)
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------

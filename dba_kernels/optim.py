@@ -100,14 +100,14 @@ class DBAAdamW(Optimizer):
 
     def __init__(
         self,
-        params: Iterable,
+        params: Iterable[Any],
         lr: float | torch.Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
         *,
-        global_gradient: GlobalGradient | str | os.PathLike | None = None,
+        global_gradient: GlobalGradient | str | os.PathLike[str] | None = None,
         total_steps: int | str | None = None,
         boost: str | float | BoostSchedule = "auto",
         boost_max: float = 0.5,
@@ -227,7 +227,7 @@ class DBAAdamW(Optimizer):
         plan, active = self._activate(params, grads)
         plan.upload_hyper(self.param_groups)
         batches = active.batches(grads)
-        settings, tables = self.method.settings, plan.tables(active)
+        settings, scalars = self.method.settings, plan.scalars(active)
         overrides = StepOverrides(
             loss_scale=getattr(self, "grad_scale", None),
             found_inf=getattr(self, "found_inf", None),
@@ -235,18 +235,18 @@ class DBAAdamW(Optimizer):
         )
         sums_here = not (settings.reduce and plan.sharding.communicates)
         if sums_here and self.method.correction is None and ops.fuses(batches, self.backend):
-            ops.fused_step(batches, tables, settings, overrides, self.backend)
+            ops.fused_step(batches, scalars, settings, overrides, self.backend)
         else:
             if settings.reduce:
-                for batch, its_grads in batches:
-                    ops.similarity(batch, its_grads, plan.sums_on(batch), self.backend)
+                for batch, batch_grads in batches:
+                    ops.similarity(batch, batch_grads, plan.sums_on(batch), self.backend)
                 plan.gather_sums(active)
             if self.method.correction is not None:
                 sums = plan.unscaled_sums(active, overrides.loss_scale)
                 overrides = replace(overrides, alpha=self.method.corrections(*sums))
-            ops.coefficients(tables, settings, overrides, self.backend)
-            for batch, its_grads in batches:
-                ops.step(batch, its_grads, plan.table_on(batch), self.backend)
+            ops.coefficients(scalars, settings, overrides, self.backend)
+            for batch, batch_grads in batches:
+                ops.step(batch, batch_grads, plan.coefficients_on(batch), self.backend)
         torch.autograd.graph.increment_version(params)  # kernels write through addresses, which torch does not see
         return loss
 

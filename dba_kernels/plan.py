@@ -9,14 +9,14 @@ One step, and the types that it passes through (the data are in :mod:`.stepdata`
     DBAAdamW.step()          parameters that have a gradient, and these gradients
       Plan.activate()        → ActiveSet, kept per set of parameters: TensorBatches of one ParamTensors per parameter
                                (weight, state, stored ĝ_G, seed), cut by device, dtypes and formats
-      Plan.upload_hyper()    lr, betas, … of the groups → StepTables.hyper, where they changed
+      Plan.upload_hyper()    lr, betas, … of the groups → StepScalars.hyper, where they changed
       Method                 → StepSettings (T, k₀, correction, clipping), StepOverrides (γ and α of a user's functions)
-      ops.similarity()       TensorBatch, gradients → StepTables.sums                        one pass over g and ĝ_G
-      Plan.gather_sums()     other devices' sums and other ranks' rows → StepTables.sums
-      ops.coefficients()     StepTables, StepSettings, StepOverrides → StepTables.table      scalars, per parameter
-      ops.step()             TensorBatch, gradients, StepTables.table → weights and state    one pass over everything
+      ops.similarity()       TensorBatch, gradients → StepScalars.sums                       one pass over g, ĝ_G
+      Plan.gather_sums()     other devices' sums and other ranks' rows → StepScalars.sums
+      ops.coefficients()     StepScalars, StepSettings, StepOverrides → StepScalars.coefficients
+      ops.step()             TensorBatch, gradients, StepScalars.coefficients → weights, state  one pass over all
 
-``ops`` picks the backend and hands on the same types; a backend keeps its own view of a batch (table of pointers,
+``ops`` picks the backend and hands on the same types; a backend keeps its own view of a batch (pointers,
 descriptors) in ``TensorBatch.cache``. The native one runs the last three in one call, ``ops.fused_step()``.
 """
 
@@ -45,8 +45,8 @@ from .stepdata import (
     Coefficient,
     Hyper,
     ParamTensors,
+    StepScalars,
     StepSettings,
-    StepTables,
     Summary,
     TensorBatch,
 )
@@ -76,7 +76,7 @@ class ActiveSet:
     Holds no gradients: they are free as soon as the caller lets go of them.
 
     Args:
-        index: int64 ``[m]``, their rows in the plan's tables.
+        index: int64 ``[m]``, where they stand in the plan's scalars.
         parts: the batches.
         positions: per batch, where its parameters stand among the active ones.
         addresses: of the parameters, in the order of the optimizer's groups.
@@ -117,9 +117,9 @@ def _same_tensors(known: dict[str, torch.Tensor], now: dict[str, torch.Tensor] |
 
 
 class Plan:
-    """Tables on one device (that of the first parameter), one row per parameter of the optimizer.
+    """Scalars on one device (that of the first parameter), one entry per parameter of the optimizer.
 
-    The tables are those of :class:`dba_kernels.formats.StepTables`, documented there.
+    The scalars are those of :class:`dba_kernels.stepdata.StepScalars`, documented there.
 
     Raises:
         ValueError: the parameters do not fit the global gradient, or their state the optimizer's formats.
@@ -135,7 +135,7 @@ class Plan:
     ):
         self.options = options
         self.params = [p for group in groups for p in group["params"]]
-        self._row = {id(p): i for i, p in enumerate(self.params)}  # the plan keeps p alive: its id stays its own
+        self._index = {id(p): i for i, p in enumerate(self.params)}  # the plan keeps p alive: its id stays its own
         full_names = names_of(groups)
         self.names = [normalize_name(name) for name in full_names]
         self.sharding = Sharding(zip(full_names, self.params, strict=True))
@@ -144,12 +144,12 @@ class Plan:
         self._active: dict[Any, ActiveSet] = {}
         self.last: ActiveSet | None = None
 
-        def table(*shape: int) -> torch.Tensor:
+        def empty(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
         n = len(self.params)
-        self.sums, self.report, self.table = table(n, 2), table(n, 2), table(n, Coefficient.COUNT)
-        self.summary, self.hyper = table(Summary.COUNT), table(len(groups), Hyper.COUNT)
+        self.sums, self.report, self.coefficients = empty(n, 2), empty(n, 2), empty(n, Coefficient.COUNT)
+        self.summary, self.hyper = empty(Summary.COUNT), empty(len(groups), Hyper.COUNT)
         owner = [i for i, group in enumerate(groups) for _ in group["params"]]
         self.group = torch.tensor(owner, device=self.device)
         self._uploaded: list[tuple[float, ...]] | None = None
@@ -172,7 +172,7 @@ class Plan:
         self.counters = torch.tensor([done, groups[0]["steps_skipped"]], dtype=torch.int64, device=self.device)
         for param in self.params:
             if "step" in states.get(param, {}):
-                states[param]["step"] = self.steps.select(0, self._row[id(param)])
+                states[param]["step"] = self.steps.select(0, self._index[id(param)])
         self._bind(global_gradient, missing, fresh=done == 0)
 
     def _bind(self, gg: GlobalGradient | None, missing: str, fresh: bool) -> None:
@@ -220,16 +220,16 @@ class Plan:
         return active
 
     def _build(self, params: list[torch.Tensor], grads: list[torch.Tensor], states: States) -> ActiveSet:
-        rows = [self._row[id(p)] for p in params]
+        index = [self._index[id(p)] for p in params]
         by_format: dict[tuple[Any, Any, Any, tuple[str, str, str]], list[int]] = defaultdict(list)
-        for i, (param, grad, row) in enumerate(zip(params, grads, rows, strict=True)):
-            _check_grad(param, grad, self.names[row])
-            stored = self.stored[row]
-            formats = (*self._prepare(param, row, states), "none" if stored is None else stored.format)
+        for i, (param, grad, at) in enumerate(zip(params, grads, index, strict=True)):
+            _check_grad(param, grad, self.names[at])
+            stored = self.stored[at]
+            formats = (*self._prepare(param, at, states), "none" if stored is None else stored.format)
             by_format[param.device, param.dtype, grad.dtype, formats].append(i)
         kept = [{k: v for k, v in states[p].items() if torch.is_tensor(v)} for p in params]
         return ActiveSet(
-            index=torch.tensor(rows, device=self.device),
+            index=torch.tensor(index, device=self.device),
             parts=[
                 TensorBatch(*formats, [self._tensors_of(params[i], states[params[i]]) for i in at])
                 for (_, _, _, formats), at in by_format.items()
@@ -241,9 +241,9 @@ class Plan:
             plain=self.sharding.mesh is None,
         )
 
-    def _prepare(self, param: torch.Tensor, row: int, states: States) -> tuple[str, str]:
+    def _prepare(self, param: torch.Tensor, index: int, states: States) -> tuple[str, str]:
         """State of ``param``, allocated or adopted; its formats."""
-        part, name = local(param), self.names[row]
+        part, name = local(param), self.names[index]
         if not part.is_contiguous() or part.is_complex():
             kind = "complex" if part.is_complex() else f"strides {part.stride()}"
             raise ValueError(
@@ -251,24 +251,24 @@ class Plan:
             )
         formats = formats_of(param, self.options)
         prepare(states[param], param, *formats, name)
-        states[param]["step"] = self.steps.select(0, row)
+        states[param]["step"] = self.steps.select(0, index)
         return formats
 
     def _tensors_of(self, param: torch.Tensor, own: dict[str, Any]) -> ParamTensors:
         """The record of ``param``, whose state is ``own``."""
-        row = self._row[id(param)]
-        first_row = (self.sharding.rows[row] or (0, 0))[0]
+        index = self._index[id(param)]
+        first_row = (self.sharding.rows[index] or (0, 0))[0]
         return ParamTensors(
-            index=row,
+            index=index,
             param=local(param),
             **{part: local(own[part]) for part in UPDATED_PARTS if part in own},
-            global_grad=self.stored[row],
-            seed=zlib.crc32(self.names[row].encode()),
+            global_grad=self.stored[index],
+            seed=zlib.crc32(self.names[index].encode()),
             offset=first_row * matrix_shape(tuple(param.shape))[1],
         )
 
     def upload_hyper(self, groups: Groups) -> None:
-        """Write the groups' hyperparameters to the table, where they changed; tensors are copied on the device."""
+        """Write the groups' hyperparameters where they changed; tensors are copied on the device."""
         rows, tensors = [], []
         for i, group in enumerate(groups):
             values = [
@@ -295,10 +295,10 @@ class Plan:
             self.bias_corrections.copy_(1.0 - powers)
         self._uploaded = rows
 
-    def tables(self, active: ActiveSet) -> StepTables:
-        """The tables that ``coefficients`` reads and writes."""
-        own = (field.name for field in fields(StepTables) if field.name != "active")
-        return StepTables(active=active.index, **{name: getattr(self, name) for name in own})
+    def scalars(self, active: ActiveSet) -> StepScalars:
+        """What ``coefficients`` reads and writes."""
+        own = (field.name for field in fields(StepScalars) if field.name != "active")
+        return StepScalars(active=active.index, **{name: getattr(self, name) for name in own})
 
     def unscaled_sums(
         self, active: ActiveSet, loss_scale: torch.Tensor | None
@@ -312,7 +312,7 @@ class Plan:
         dot, grad_sq, global_sq = (torch.where(used > 0, x, 0.0) for x in (dot, grad_sq, self.global_sq))
         return dot, grad_sq, global_sq
 
-    # Models spread over several devices: each device reduces into its own sums and reads its own copy of the table.
+    # Models spread over several devices: each reduces into its own sums and reads its own copy of the coefficients.
 
     def sums_on(self, batch: TensorBatch) -> torch.Tensor:
         if batch.device == self.device:
@@ -331,8 +331,8 @@ class Plan:
                 sums = sums.where(self.cut.index_select(0, active.index), 0.0)
             self.sums.index_copy_(0, active.index, self.sharding.sum_(sums))
 
-    def table_on(self, batch: TensorBatch) -> torch.Tensor:
-        return self.table.to(batch.device, non_blocking=True)
+    def coefficients_on(self, batch: TensorBatch) -> torch.Tensor:
+        return self.coefficients.to(batch.device, non_blocking=True)
 
 
 def _addresses(tensors: Iterable[torch.Tensor]) -> list[int]:

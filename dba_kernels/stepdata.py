@@ -1,4 +1,4 @@
-"""What travels from the optimizer to a backend in a step: the parameters' tensors, the step's tables, their columns.
+"""What travels from the optimizer to a backend in a step: the parameters' tensors, and scalars in columns.
 
 Plain data without arithmetic, like :mod:`.formats`, so that every backend may import it.
 """
@@ -14,9 +14,9 @@ from .formats import StoredTensor
 
 
 class Coefficient:
-    """Columns of the coefficient table, float64 ``[n_params, Coefficient.COUNT]``.
+    """Columns of a step's coefficients, float64 ``[n_params, Coefficient.COUNT]``.
 
-    The table carries everything that changes between steps, one row per parameter, so one launch serves parameters
+    They carry everything that changes between steps, one row per parameter, so one launch serves parameters
     of different groups and nothing is recompiled or synchronised. Derived factors are computed once, in float64.
     """
 
@@ -36,7 +36,7 @@ class Coefficient:
 
 
 class Hyper:
-    """Columns of the hyperparameter table, float64 ``[n_groups, Hyper.COUNT]``."""
+    """Columns of the hyperparameters, float64 ``[n_groups, Hyper.COUNT]``."""
 
     LR = 0
     BETA1 = 1
@@ -110,7 +110,7 @@ NO_OVERRIDES = StepOverrides()
 
 
 @dataclass(frozen=True)
-class StepTables:
+class StepScalars:
     """Everything of a step that is not per element, on one device: n parameters, G groups, m ≤ n active parameters.
 
     Args:
@@ -123,7 +123,7 @@ class StepTables:
         steps: fp32 ``[n]``, steps done per parameter.
         bias_corrections: float64 ``[n, 2]``, 1 − β₁^k and 1 − β₂^k, kept as the EMA of 1: c ← βc + (1−β).
         counters: int64 ``[2]``, optimizer steps done (the t of γ_t) and steps skipped.
-        table: float64 ``[n, Coefficient.COUNT]``.
+        coefficients: float64 ``[n, Coefficient.COUNT]``.
         report: float64 ``[n, 2]``, φ and α of each parameter (φ 0, α 1 without ĝ_G).
         summary: float64 ``[Summary.COUNT]``.
     """
@@ -136,7 +136,7 @@ class StepTables:
     steps: torch.Tensor
     bias_corrections: torch.Tensor
     counters: torch.Tensor
-    table: torch.Tensor
+    coefficients: torch.Tensor
     report: torch.Tensor
     summary: torch.Tensor
 
@@ -154,7 +154,7 @@ class ParamTensors:
     """One parameter with everything that a step reads or writes beside its gradient; None where its formats have none.
 
     Args:
-        index: the parameter's row of the step's tables.
+        index: where the parameter stands in the step's scalars.
         param: the weight.
         remainder: of the weight's shape, see :class:`ParamFormat`.
         exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale: see :meth:`StateFormat.parts`; None where nothing steps.
@@ -183,7 +183,7 @@ class TensorBatch:
         param_format, state_format: names in :data:`PARAM_FORMATS` and :data:`STATE_FORMATS`.
         global_format: name in :data:`STORAGE_FORMATS`, ``"lowrank"``, or ``"none"``.
         tensors: one record per parameter.
-        cache: scratch that a backend keeps between steps (pointer and chunk tables), keyed by the backend.
+        cache: scratch that a backend keeps between steps (pointers, chunks, descriptors), keyed by the backend.
     """
 
     param_format: str

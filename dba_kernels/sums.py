@@ -43,7 +43,8 @@ class Progress:
 
 def _usable(grad: torch.Tensor) -> torch.Tensor:
     """Whether :func:`ops.accumulate` would add it: finite and of no enormous norm."""
-    return torch.linalg.vector_norm(grad, dtype=torch.float64).square() <= SQUARED_NORM_LIMIT
+    norm_sq: torch.Tensor = torch.linalg.vector_norm(grad, dtype=torch.float64).square()
+    return norm_sq <= SQUARED_NORM_LIMIT
 
 
 class GradientSums:

@@ -270,7 +270,8 @@ class SavedTensors:
         if now and now[:2] == self._opened[path][:2] and now != self._opened[path]:
             # Written to in place: what is mapped has changed too, and beyond a new end reading would kill the process.
             raise corrupt(path, "it was written to since it was opened")
-        return self._files[key].get_tensor(key)
+        tensor: torch.Tensor = self._files[key].get_tensor(key)
+        return tensor
 
 
 def _written_at(path: Path) -> Path:

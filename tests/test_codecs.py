@@ -24,7 +24,7 @@ from tests.support.codec_oracle import (
     round_to_bf16,
 )
 
-GROUPED = ("int8", "int4", "fp8_e4m3")
+GROUPED = tuple(name for name, format in STORAGE_FORMATS.items() if format.grouped)
 MAX = float(np.finfo(np.float32).max)
 Encoded = tuple[np.ndarray, np.ndarray]
 
@@ -100,8 +100,8 @@ def test_decoding_every_code(name: str) -> None:
     """Protects decoding: all 256 bytes, at scales from the smallest to a huge one, against a bit-level formula."""
     dtype = np.int8 if name in ("int8", "exp_avg") else np.uint8
     codes = np.arange(256).astype(np.uint8).view(dtype).reshape(4, 64)
-    cols = 128 if name == "int4" else 64
-    expected = CODECS[name].values(codes.view(np.uint8) if name == "fp8_e4m3" else codes, cols)
+    cols = 128 if CODECS[name].packed else 64
+    expected = CODECS[name].values(codes, cols)
     for scale in (1.0, 0.37, 2.0**-126, 1e28):
         scales = np.full((4, -(-cols // GROUP)), scale, dtype=np.float32)
         got = decode(name, codes, scales, (4, cols))
@@ -120,17 +120,10 @@ def test_fp8_formula_itself() -> None:
 @pytest.mark.parametrize("name", CODECS)
 def test_every_code_survives(name: str) -> None:
     """Protects the round trip: every code that a codec can produce comes back from its own decoded value."""
-    produced = {
-        "int8": range(-127, 128),
-        "int4": range(-7, 8),
-        "fp8_e4m3": [c for c in range(256) if c & 0x7F != 0x7F],
-        "exp_avg": range(-127, 128),
-        "exp_avg_sq": range(256),
-    }[name]
-    top = {"int8": 127, "int4": 7, "fp8_e4m3": 0x7E, "exp_avg": 127, "exp_avg_sq": 255}[name]
-    cells = [part for code in produced for part in (top, code)]  # the largest code fixes every group's scale
+    codec = CODECS[name]
+    cells = [part for code in codec.produced for part in (codec.top, code)]  # the largest code fixes the group's scale
     cols = len(cells)
-    if name == "int4":
+    if codec.packed:
         cells = [(low & 0xF) | (high & 0xF) << 4 for low, high in zip(cells[0::2], cells[1::2], strict=True)]
     codes = np.array([cells], dtype=np.int16).astype(np.int8 if name in ("int8", "exp_avg") else np.uint8)
     codes = np.repeat(codes, -(-MIN_COMPRESSED_NUMEL // cols), axis=0)
@@ -156,11 +149,11 @@ def test_int4_nibble_order() -> None:
         np.testing.assert_array_equal(quantize.unpack_int4(every_byte, 2).flip(1).numpy(), expected)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "fp8_e4m3"])
+@pytest.mark.parametrize("name", GROUPED)
 def test_ties_round_to_even(name: str) -> None:
     """Protects the rounding rule, on every midpoint between two codes in a group of scale 1."""
-    if name == "fp8_e4m3":
-        values = sorted({fp8_value(c) for c in range(127)})
+    if CODECS[name].floats:
+        values = [value for value in CODECS[name].floats[:128] if math.isfinite(value)]  # code 0, 1, …: they ascend
         middles = [(low + high) / 2 for low, high in itertools.pairwise(values)]
         expected = [values[i + i % 2] for i in range(len(middles))]  # neighbours are codes i and i + 1
     else:
@@ -232,14 +225,13 @@ def error_bound(name: str, x: np.ndarray) -> np.ndarray:
     """The docstrings' bounds on \\|decoded − x\\|, per element, for groups that are not stored as zeros."""
     a = per_element(group_absmax(x), x.shape[1])
     magnitude = np.abs(x)
-    return {
-        "int8": lambda: np.sqrt(magnitude) * np.sqrt(a) / 127 + a / 254**2,
-        "int4": lambda: np.sqrt(magnitude) * np.sqrt(a) / 7 + a / 14**2,
-        "fp8_e4m3": lambda: np.maximum(magnitude / 16, a * 2.0**-10 / 448),
-        "exp_avg": lambda: np.sqrt(magnitude) * np.sqrt(a) / 127 + a / 254**2,
-        "bf16": lambda: np.maximum(magnitude * 2.0**-8, 2.0**-134),
-        "fp16": lambda: np.maximum(magnitude * 2.0**-11, 2.0**-25),
-    }[name]()
+    if name == "bf16":
+        return np.maximum(magnitude * 2.0**-8, 2.0**-134)
+    if name == "fp16":
+        return np.maximum(magnitude * 2.0**-11, 2.0**-25)
+    bound = CODECS[name].bound
+    assert bound is not None
+    return bound(magnitude, a)
 
 
 ORDINARY = [name for name in FAMILIES if name not in ("subnormal", "scales about to vanish", "huge", "largest")]
@@ -263,7 +255,7 @@ def worst_error(name: str, shrink: float = 1.0) -> float:
     return worst
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "fp8_e4m3", "bf16", "fp16", "exp_avg"])
+@pytest.mark.parametrize("name", [*GROUPED, "bf16", "fp16", "exp_avg"])
 def test_error_bounds(name: str) -> None:
     """Protects the bounds in the docstrings: they hold, and they are tight (nine tenths of them are no bound)."""
     assert worst_error(name) > 0.98

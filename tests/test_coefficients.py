@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dba_kernels.reference import coefficients as reference
-from dba_kernels.stepdata import CORRECTIONS, Coefficient, StepTables
+from dba_kernels.stepdata import CORRECTIONS, Coefficient, StepScalars
 
 from .support.agreement import ACTIVE, BASE, N, arguments, assert_same_coefficients
 
@@ -54,16 +54,16 @@ def test_non_finite_sum_skips(backend, poison):
     inputs = arguments()
     inputs["sums"][3, 1] = poison
     assert_same_coefficients(backend.coefficients, BASE, inputs)
-    backend.coefficients(StepTables(**inputs), BASE)
+    backend.coefficients(StepScalars(**inputs), BASE)
     assert inputs["counters"].tolist() == [11, 3]
-    assert inputs["table"][ACTIVE, Coefficient.SKIP].tolist() == [1.0] * len(ACTIVE)
+    assert inputs["coefficients"][ACTIVE, Coefficient.SKIP].tolist() == [1.0] * len(ACTIVE)
 
 
 def test_non_finite_sum_of_an_inactive_parameter_is_ignored(backend):
     """Protects the step: what an inactive parameter left in its row does not skip it."""
     inputs = arguments()
     inputs["sums"][1] = float("nan")
-    backend.coefficients(StepTables(**inputs), BASE)
+    backend.coefficients(StepScalars(**inputs), BASE)
     assert inputs["counters"].tolist() == [12, 2]
 
 
@@ -71,7 +71,7 @@ def test_more_parameters_than_one_block(backend):
     """Protects large models: more parameters than one block holds, in any order."""
     n = 700
     inputs = {name: tensor.clone() for name, tensor in arguments().items()}
-    for name in ("sums", "global_sq", "group", "steps", "bias_corrections", "table", "report"):
+    for name in ("sums", "global_sq", "group", "steps", "bias_corrections", "coefficients", "report"):
         tensor = inputs[name]
         inputs[name] = tensor.repeat(100, *[1] * (tensor.dim() - 1))
     inputs["active"] = torch.arange(n - 1, -1, -1)
@@ -83,7 +83,7 @@ def test_zero_norms_mean_no_correction(backend):
     inputs = arguments()
     inputs["sums"][5], inputs["global_sq"][0] = 0.0, 0.0
     inputs["sums"][0, 0] = 0.0
-    backend.coefficients(StepTables(**inputs), BASE)
+    backend.coefficients(StepScalars(**inputs), BASE)
     assert inputs["report"][[5, 0]].tolist() == [[0.0, 1.0], [0.0, 1.0]]
 
 

@@ -326,7 +326,7 @@ def test_unwritable_result_is_refused_before_the_first_batch(tmp_path: Path, kin
         if os.access(path.parent, os.W_OK):
             path = Path("/proc/self/gg.safetensors")  # root may write anywhere but here
     calls = []
-    with pytest.raises(OSError, match="cannot write .*gg.safetensors"):
+    with pytest.raises(OSError, match=r"cannot write .*gg.safetensors"):
         collect_global_gradient(linear(), batches_of(), lambda m, x: calls.append(1) or square_loss(m, x), save_to=path)
     assert calls == []
 

@@ -18,8 +18,8 @@ from dba_kernels.stepdata import (
     Hyper,
     ParamTensors,
     StepOverrides,
+    StepScalars,
     StepSettings,
-    StepTables,
     Summary,
     TensorBatch,
 )
@@ -94,7 +94,7 @@ def run_reference(case: Case) -> list[State]:
         hyper[:, Hyper.LR] = torch.tensor(rates(t), dtype=torch.float64)
         for batch, batch_grads in batches:
             similarity.similarity(batch, batch_grads, sums)
-        tables = StepTables(
+        tables = StepScalars(
             sums=sums,
             global_sq=global_sq,
             hyper=hyper,
@@ -103,7 +103,7 @@ def run_reference(case: Case) -> list[State]:
             steps=steps,
             bias_corrections=bias,
             counters=counters,
-            table=table,
+            coefficients=table,
             report=report,
             summary=summary,
         )
@@ -292,7 +292,7 @@ def coefficients_alone(n_steps: int, betas: tuple[float, float], found_inf: set[
     bias, table = torch.zeros(1, 2, dtype=torch.float64), torch.zeros(1, Coefficient.COUNT, dtype=torch.float64)
     steps, counters, first = torch.zeros(1), torch.zeros(2, dtype=torch.int64), torch.tensor([0])
     for t in range(n_steps):
-        tables = StepTables(
+        tables = StepScalars(
             sums=torch.full((1, 2), math.nan, dtype=torch.float64),
             global_sq=torch.full((1,), -1.0, dtype=torch.float64),
             hyper=hyper,
@@ -301,7 +301,7 @@ def coefficients_alone(n_steps: int, betas: tuple[float, float], found_inf: set[
             steps=steps,
             bias_corrections=bias,
             counters=counters,
-            table=table,
+            coefficients=table,
             report=torch.zeros(1, 2, dtype=torch.float64),
             summary=torch.zeros(Summary.COUNT, dtype=torch.float64),
         )

@@ -16,7 +16,7 @@ from triton.runtime.interpreter import GridExecutor
 from dba_kernels import DBAAdamW, GlobalGradient
 from dba_kernels.formats import EncodedTensor
 from dba_kernels.kernels import accumulate, coefficients, common, quantize, similarity, step, tables
-from dba_kernels.stepdata import UPDATED_PARTS, Coefficient, Hyper, StepSettings, StepTables, Summary, TensorBatch
+from dba_kernels.stepdata import UPDATED_PARTS, Coefficient, Hyper, StepScalars, StepSettings, Summary, TensorBatch
 
 from .support import guard_pages
 from .support.cases import Case, build
@@ -77,15 +77,15 @@ class Step:
             "steps": torch.zeros(rows),
             "bias_corrections": table(rows, 2),
             "counters": torch.zeros(2, dtype=torch.int64),
-            "table": table(rows, Coefficient.COUNT),
+            "coefficients": table(rows, Coefficient.COUNT),
             "report": table(rows, 2),
             "summary": table(Summary.COUNT),
         }
 
     def run(self) -> None:
         similarity.similarity(self.batch, self.grads, self.tables["sums"])
-        coefficients.coefficients(StepTables(**self.tables), SETTINGS)
-        step.step(self.batch, self.grads, self.tables["table"])
+        coefficients.coefficients(StepScalars(**self.tables), SETTINGS)
+        step.step(self.batch, self.grads, self.tables["coefficients"])
 
 
 @pytest.mark.parametrize("n", [3, 300])
@@ -236,7 +236,7 @@ def test_nothing_that_changes_is_compiled_in(monkeypatch):
     with recorded_launches(monkeypatch) as launches:
         one_step.run()
         one_step.tables["hyper"] *= 0.9
-        one_step.tables["table"] += 1.0
+        one_step.tables["coefficients"] += 1.0
         one_step.grads = [grad.clone() for grad in one_step.grads]
         one_step.run()
     first = launches[:4]

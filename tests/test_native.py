@@ -23,7 +23,7 @@ from dba_kernels.native import coefficients, library, similarity, step
 from dba_kernels.reference import coefficients as reference_coefficients
 from dba_kernels.reference import similarity as reference_similarity
 from dba_kernels.reference import step as reference_step
-from dba_kernels.stepdata import Coefficient, StepSettings, StepTables
+from dba_kernels.stepdata import Coefficient, StepScalars, StepSettings
 
 from .support.cases import Case, build, clone, size_cases, written
 from .support.step_agreement import assert_agrees
@@ -237,7 +237,7 @@ def test_survives_fork():
 # --- the fused step ---------------------------------------------------------------------------------------------------
 
 
-def _tables(n: int, has_global: list[bool], generator: torch.Generator) -> StepTables:
+def _tables(n: int, has_global: list[bool], generator: torch.Generator) -> StepScalars:
     """n parameters in two groups."""
     wide = torch.float64
     hyper = torch.tensor([[1e-3, 0.9, 0.99, 1e-8, 1e-2, 1.0], [1e-4, 0.8, 0.999, 1e-6, 0.0, -1.0]], dtype=wide)
@@ -245,7 +245,7 @@ def _tables(n: int, has_global: list[bool], generator: torch.Generator) -> StepT
     return fresh_tables(hyper, torch.arange(n) % 2, global_sq)
 
 
-def _model() -> tuple[list, list, StepTables]:
+def _model() -> tuple[list, list, StepScalars]:
     """Three batches of different formats, one without a global gradient; one tensor of several tasks."""
     cases = (
         Case(torch.bfloat16, "split16", "int8", "int8", torch.bfloat16, (*LARGE, (1100, 1024)), seed=31),
@@ -264,7 +264,7 @@ def _model() -> tuple[list, list, StepTables]:
     return batches, grads, _tables(count, has_global, torch.Generator().manual_seed(5))
 
 
-def _everything(batches: list, tables: StepTables | None) -> list[torch.Tensor]:
+def _everything(batches: list, tables: StepScalars | None) -> list[torch.Tensor]:
     own = [] if tables is None else vars(tables).values()
     return [*own, *(tensor for batch in batches for tensor in written(batch))]
 
@@ -289,7 +289,7 @@ def test_fused_step_equals_its_parts_bit_for_bit(settings):
             similarity.similarity(batch, part, tables.sums)
     coefficients.coefficients(tables, settings)
     for batch, part in zip(batches, grads, strict=True):
-        step.step(batch, part, tables.table)
+        step.step(batch, part, tables.coefficients)
     fused_batches, fused_grads, fused_tables = _model()
     step.fused_step(fused_batches, fused_grads, fused_tables, settings)
     assert _same_bits(_everything(batches, tables), _everything(fused_batches, fused_tables))
@@ -315,9 +315,9 @@ def test_fused_step_agrees_with_the_reference():
     for batch, part in zip(expected, expected_grads, strict=True):
         reference_similarity.similarity(batch, part, expected_tables.sums)
     reference_coefficients.coefficients(expected_tables, SETTINGS["cosine and clip"])
-    torch.testing.assert_close(tables.table, expected_tables.table, rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(tables.coefficients, expected_tables.coefficients, rtol=1e-5, atol=1e-12)
     for batch, part in zip(expected, expected_grads, strict=True):
-        reference_step.step(batch, part, tables.table)
+        reference_step.step(batch, part, tables.coefficients)
     for mine, theirs in zip(batches, expected, strict=True):
         for a, b in zip(mine.all("param"), theirs.all("param"), strict=True):
             rtol = 2**-7 if a.dtype == torch.bfloat16 else 1e-5

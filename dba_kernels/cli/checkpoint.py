@@ -69,7 +69,7 @@ class Checkpoints:
         problem: Exception | None = None
         for file in reversed(self.files()):
             try:
-                found = torch.load(file, map_location="cpu", weights_only=True)
+                found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
             except Exception as error:  # whatever a damaged file makes the unpickler throw
                 problem = problem or error
                 continue

@@ -112,7 +112,7 @@ def sanity_error(backend: str, device: str) -> float:
     """Three steps of DBA in the smallest formats; distance from the reference over the way gone."""
     start, reached = _sanity_steps(backend, device)
     _, expected = _sanity_steps("reference", device)
-    return ((reached - expected).norm() / (expected - start).norm()).item()
+    return float((reached - expected).norm() / (expected - start).norm())
 
 
 def _sanity_steps(backend: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:

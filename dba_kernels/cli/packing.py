@@ -98,14 +98,14 @@ class Encoder:
         text = self._template(messages)
         spans = [(0, len(text))] if self.loss_on == "all" else self._assistant_spans(messages, text)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        starts = [start for start, _ in encoded["offset_mapping"]]  # type: ignore[misc]
+        starts = [start for start, _ in encoded["offset_mapping"]]
         return list(encoded["input_ids"]), [any(a <= start < b for a, b in spans) for start in starts]
 
     def _template(self, messages: Messages, tokenize: bool = False, **more: Any) -> Any:
         from jinja2.exceptions import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=tokenize, **more)  # type: ignore[arg-type]
+            return self.tokenizer.apply_chat_template(messages, tokenize=tokenize, **more)
         except (TemplateError, KeyError, TypeError, ValueError) as error:
             roles = [m.get("role") if isinstance(m, dict) else m for m in messages]
             raise InputError(

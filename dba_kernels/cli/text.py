@@ -82,10 +82,11 @@ class Corpus:
         record = self._sources[source][inner]
         if isinstance(record, str):
             return record
-        if isinstance(record, dict) and isinstance(record.get("messages"), list):
-            return record["messages"]
-        if isinstance(record, dict) and isinstance(record.get(self.field), str):
-            return record[self.field]
+        messages, text = (record.get("messages"), record.get(self.field)) if isinstance(record, dict) else (None, None)
+        if isinstance(messages, list):
+            return messages
+        if isinstance(text, str):
+            return text
         got = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
         raise InputError(
             f"{self._source_names[source]}, record {inner + 1}: expected text in field {self.field!r}, or 'messages', "
@@ -132,7 +133,8 @@ def _dataset(path: Path) -> Sequence[Any]:
     except ImportError as error:
         raise InputError(f"data {str(path)!r} was saved by datasets; run: pip install datasets ({error})") from error
     try:
-        return datasets.load_from_disk(str(path))
+        loaded: Sequence[Any] = datasets.load_from_disk(str(path))
+        return loaded
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {str(path)!r} with datasets.load_from_disk: {error}") from error
 

@@ -37,7 +37,7 @@ class Workload:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return torch.device(self.model.device)
 
     @property
     def parameters(self) -> int:
@@ -85,7 +85,7 @@ def load(model: str | None, dtype: str, device: str | None, console: Console, lo
     chosen = choose_dtype(dtype, model, place)
     with console.status("loading the model"):
         loaded, tokenizer, source = load_model(model, torch.bfloat16 if chosen == "bf16" else torch.float32)
-        loaded.to(place)  # type: ignore[arg-type]  # transformers wraps it untyped
+        loaded.to(place)
     use_cache = bool(getattr(loaded.config, "use_cache", False))
     loaded.config.use_cache = False  # a cache would hide from the model that a row holds several documents
     takes_positions = "position_ids" in inspect.signature(loaded.forward).parameters

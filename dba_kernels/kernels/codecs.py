@@ -114,6 +114,12 @@ def encode_int4(scaled):
     return ((low & 0xF) | ((high & 0xF) << 4)).to(tl.uint8)
 
 
+@triton.jit
+def narrow(scaled, FORMAT: tl.constexpr):
+    """Codes of 8 bits of values in units of their group's scale."""
+    return narrow_signed_root(scaled) if FORMAT == "int8" else narrow_fp8_e4m3(scaled)
+
+
 @triton.constexpr_function
 def stored_dtype(FORMAT):
     """dtype of the codes of a storage, state or remainder format; second moments in int8 state are uint8."""

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .. import formats
-from ..stepdata import NO_OVERRIDES, StepOverrides, StepSettings, StepTables
+from ..stepdata import NO_OVERRIDES, StepOverrides, StepScalars, StepSettings
 from . import columns as col
 from .tables import on_device
 
@@ -204,35 +204,35 @@ def coefficients_kernel(
 
 
 @torch.no_grad()
-def coefficients(tables: StepTables, settings: StepSettings, overrides: StepOverrides = NO_OVERRIDES) -> None:
-    """Turn the sums into the coefficient table, and count the step.
+def coefficients(scalars: StepScalars, settings: StepSettings, overrides: StepOverrides = NO_OVERRIDES) -> None:
+    """Turn the sums into coefficients, and count the step.
 
     Order: unscale → clip by ‖g_D‖ → boost → moments → corrected update. With a non-finite ‖g_D‖² among the active
     parameters, or ``found_inf`` not 0, the step is skipped: nothing is counted but the skip.
 
     Args:
-        tables: ``sums`` is read where ``settings.reduce``; ``table``, ``report``, ``steps`` and ``bias_corrections``
-            are written where active, ``counters`` and ``summary`` always.
+        scalars: ``sums`` is read where ``settings.reduce``; ``coefficients``, ``report``, ``steps`` and
+            ``bias_corrections`` are written where active, ``counters`` and ``summary`` always.
         settings: compiled into the kernel: one compilation per run.
     """
-    with on_device(tables.table):
+    with on_device(scalars.coefficients):
         coefficients_kernel[(1,)](
-            tables.table,
-            tables.steps,
-            tables.bias_corrections,
-            tables.counters,
-            tables.report,
-            tables.summary,
-            tables.sums,
-            tables.global_sq,
-            tables.hyper,
-            tables.group,
-            tables.active,
+            scalars.coefficients,
+            scalars.steps,
+            scalars.bias_corrections,
+            scalars.counters,
+            scalars.report,
+            scalars.summary,
+            scalars.sums,
+            scalars.global_sq,
+            scalars.hyper,
+            scalars.group,
+            scalars.active,
             overrides.loss_scale,
             overrides.found_inf,
             overrides.gamma,
             overrides.alpha,
-            tables.active.numel(),
+            scalars.active.numel(),
             BOOST=float(settings.boost),
             TOTAL_STEPS=float(settings.total_steps),
             BOOST_MAX=float(settings.boost_max),

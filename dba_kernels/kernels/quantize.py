@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..formats import STORAGE_FORMATS, EncodedTensor, scales_shape, storage_format
 from . import columns as col
-from .codecs import encode_int4, load_global, narrow_fp8_e4m3, narrow_signed_root, scale_and_inverse, stored_dtype
+from .codecs import encode_int4, load_global, narrow, scale_and_inverse, stored_dtype
 from .common import (
     GROUP,
     MASKED_TILE,
@@ -46,8 +46,7 @@ def encode_tile(tensors, start, rows, cols, FORMAT: tl.constexpr, STEP: tl.const
             packed_at = tile_offsets(start, rows, (cols + 1) // 2, GROUP // 2, MASKED)
             store(codes_ptr, packed_at, encode_int4(scaled), MASKED)
         else:
-            codes = narrow_signed_root(scaled) if FORMAT == "int8" else narrow_fp8_e4m3(scaled)
-            store(codes_ptr, at, codes, MASKED)
+            store(codes_ptr, at, narrow(scaled, FORMAT), MASKED)
 
 
 @triton.jit

@@ -165,14 +165,14 @@ def step_kernel(
 
 
 @torch.no_grad()
-def step(batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor) -> None:
+def step(batch: TensorBatch, grads: list[torch.Tensor], coefficients: torch.Tensor) -> None:
     """Update every parameter of the batch and its state in place: boost, moments, corrected AdamW update.
 
     Args:
         batch: parameters, state and stored global gradients; its tables are built at the first call and kept in
             ``batch.cache``, so its tensors must stay where they are.
         grads: domain gradients g_D, fp32, bf16 or fp16, contiguous, one per parameter; they may move between steps.
-        table: coefficient table, float64 ``[n_params, Coefficient.COUNT]``.
+        coefficients: float64 ``[n_params, Coefficient.COUNT]``.
 
     Raises:
         ValueError: storage that is not contiguous, or gradients of several dtypes.
@@ -186,12 +186,12 @@ def step(batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor) -> 
     parts = [first.param, grads[0], first.remainder, first.exp_avg, first.exp_avg_sq]
     if first.global_grad is not None:
         parts.append(first.global_grad.codes)
-    with on_device(table):
+    with on_device(coefficients):
         step_kernel[(tables.n_chunks,)](
             tables.pointers,
             tables.grads.refresh(grads),
             tables.chunks,
-            table,
+            coefficients,
             TRITON_DTYPES[first.param.dtype],
             TRITON_DTYPES[grads[0].dtype],
             batch.param_format,

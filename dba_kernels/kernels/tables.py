@@ -32,7 +32,7 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def vector_elements(*dtypes: torch.dtype) -> int:
     """Elements per access, the same for all tensors of a tile: 16 bytes of the widest, less of the others."""
-    return ALIGNMENT.value // max(dtype.itemsize for dtype in dtypes)
+    return int(ALIGNMENT.value) // max(dtype.itemsize for dtype in dtypes)
 
 
 def address_of(name: str, tensor: torch.Tensor) -> int:
@@ -48,7 +48,7 @@ def address_of(name: str, tensor: torch.Tensor) -> int:
     return tensor.data_ptr()
 
 
-def copy_to(table: torch.Tensor, values: list) -> torch.Tensor:
+def copy_to(table: torch.Tensor, values: list[Any]) -> torch.Tensor:
     """Fill a device table from a host list, without waiting for the copy."""
     # Pinned memory comes from torch's caching allocator, which reuses it only after this copy has completed.
     host = torch.tensor(values, dtype=table.dtype, pin_memory=table.is_cuda)
@@ -159,7 +159,8 @@ def tables_of(batch: TensorBatch) -> GradTables:
         grouped = formats.STATE_FORMATS[batch.state_format].grouped or (stored is not None and stored.grouped)
         entries = [_batch_entry(batch, i, grouped) for i in range(len(batch.tensors))]
         batch.cache["triton"] = GradTables(entries, batch.device)
-    return batch.cache["triton"]
+    tables: GradTables = batch.cache["triton"]
+    return tables
 
 
 STREAMS = {

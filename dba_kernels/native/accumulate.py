@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .descriptors import Field, new_table, set_grads
+from .descriptors import Field, new_descriptors, set_grads
 from .library import address, execution, load
 
 
@@ -17,12 +17,12 @@ def accumulate(
     if not totals:
         return
     shapes = [tuple(total.shape) for total in totals]
-    table = new_table(shapes)
-    table[:, Field.INDEX] = np.arange(len(totals))
-    table[:, Field.PARAM] = [
+    descriptors = new_descriptors(shapes)
+    descriptors[:, Field.INDEX] = np.arange(len(totals))
+    descriptors[:, Field.PARAM] = [
         address(f"totals[{i}]", total, torch.float32, shape)
         for i, (total, shape) in enumerate(zip(totals, shapes, strict=True))
     ]
-    kept = set_grads(table, grads, shapes)
+    kept = set_grads(descriptors, grads, shapes)
     norms = address("squared_norms", squared_norms, torch.float64, (len(totals),))
-    load().dba_accumulate(*execution(), table.ctypes.data, len(kept), float(weight), norms)
+    load().dba_accumulate(*execution(), descriptors.ctypes.data, len(kept), float(weight), norms)

@@ -1,4 +1,4 @@
-"""The coefficient table of a step, from the sums of its reduction (eqs. 2, 4, 5)."""
+"""The coefficients of a step, from the sums of its reduction (eqs. 2, 4, 5)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..stepdata import (
     Coefficient,
     Hyper,
     StepOverrides,
+    StepScalars,
     StepSettings,
-    StepTables,
     Summary,
 )
 from .library import address, load
@@ -37,26 +37,26 @@ class CoefficientArguments(ctypes.Structure):
 
 
 def entered(
-    tables: StepTables, settings: StepSettings, overrides: StepOverrides
+    scalars: StepScalars, settings: StepSettings, overrides: StepOverrides
 ) -> tuple[CoefficientArguments, list[torch.Tensor | None]]:
     """The struct to pass, and what must stay alive until the call is over."""
-    n, wide, index = len(tables.steps), torch.float64, torch.int64
+    n, wide, index = len(scalars.steps), torch.float64, torch.int64
     loss_scale, found_inf = overrides.loss_scale, overrides.found_inf
     gamma = None if overrides.gamma is None else overrides.gamma.to(wide).reshape(())
     alpha = None if overrides.alpha is None else overrides.alpha.to(wide).contiguous()
     arguments = CoefficientArguments(
-        sums=address("sums", tables.sums, wide, (n, 2)),
-        global_sq=address("global_sq", tables.global_sq, wide, (n,)),
-        hyper=address("hyper", tables.hyper, wide, (len(tables.hyper), Hyper.COUNT)),
-        group=address("group", tables.group, index, (n,)),
-        active=address("active", tables.active, index, (len(tables.active),)),
-        active_count=len(tables.active),
-        steps=address("steps", tables.steps, torch.float32),
-        bias_corrections=address("bias_corrections", tables.bias_corrections, wide, (n, 2)),
-        counters=address("counters", tables.counters, index, (2,)),
-        table=address("table", tables.table, wide, (n, Coefficient.COUNT)),
-        report=address("report", tables.report, wide, (n, 2)),
-        summary=address("summary", tables.summary, wide, (Summary.COUNT,)),
+        sums=address("sums", scalars.sums, wide, (n, 2)),
+        global_sq=address("global_sq", scalars.global_sq, wide, (n,)),
+        hyper=address("hyper", scalars.hyper, wide, (len(scalars.hyper), Hyper.COUNT)),
+        group=address("group", scalars.group, index, (n,)),
+        active=address("active", scalars.active, index, (len(scalars.active),)),
+        active_count=len(scalars.active),
+        steps=address("steps", scalars.steps, torch.float32),
+        bias_corrections=address("bias_corrections", scalars.bias_corrections, wide, (n, 2)),
+        counters=address("counters", scalars.counters, index, (2,)),
+        table=address("coefficients", scalars.coefficients, wide, (n, Coefficient.COUNT)),
+        report=address("report", scalars.report, wide, (n, 2)),
+        summary=address("summary", scalars.summary, wide, (Summary.COUNT,)),
         boost=settings.boost,
         total_steps=settings.total_steps,
         boost_max=settings.boost_max,
@@ -74,7 +74,7 @@ def entered(
     return arguments, [gamma, alpha]
 
 
-def coefficients(tables: StepTables, settings: StepSettings, overrides: StepOverrides = NO_OVERRIDES) -> None:
-    """Sums → coefficient table, skip flag and counters (eqs. 2, 4, 5); see ``reference.coefficients``."""
-    arguments, _kept = entered(tables, settings, overrides)
+def coefficients(scalars: StepScalars, settings: StepSettings, overrides: StepOverrides = NO_OVERRIDES) -> None:
+    """Sums → coefficients, skip flag and counters (eqs. 2, 4, 5); see ``reference.coefficients``."""
+    arguments, _kept = entered(scalars, settings, overrides)
     load().dba_coefficients(ctypes.byref(arguments))

@@ -1,12 +1,13 @@
-"""Tables of descriptors: what one call has to know of every tensor, int64 words laid out as in ``csrc/api.h``.
+"""Descriptors: what one call has to know of every tensor, int64 words laid out as in ``csrc/api.h``.
 
-One call serves a whole model. A batch's table is kept in ``batch.cache`` between steps.
+One call serves a whole model. Those of a batch are kept in ``batch.cache`` between steps.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from .library import DTYPE_CODE, GLOBAL_FORMATS, address
 
 
 class Field:
-    """Words of one row of a batch's table: ``Tensor`` in csrc/api.h."""
+    """Words of one descriptor: ``Tensor`` in csrc/api.h."""
 
     ROWS, COLS, INDEX, GRAD_DTYPE, GRAD, PARAM, REMAINDER, EXP_AVG, EXP_AVG_SQ = range(9)
     EXP_AVG_SCALES, EXP_AVG_SQ_SCALES, GLOBAL_CODES, GLOBAL_SCALES, SEED, OFFSET, COUNT = range(9, 16)
@@ -32,8 +33,10 @@ class Batch(ctypes.Structure):
     ]
 
 
-def set_grads(table: np.ndarray, grads: list[torch.Tensor], shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
-    """Enter the gradients into ``table``; returns what must stay alive until the call is over."""
+def set_grads(
+    descriptors: np.ndarray, grads: list[torch.Tensor], shapes: Sequence[tuple[int, ...]]
+) -> list[torch.Tensor]:
+    """Enter the gradients into ``descriptors``; returns what must stay alive until the call is over."""
     kept = [grad if grad.is_contiguous() else grad.contiguous() for grad in grads]
     for i, (grad, shape) in enumerate(zip(kept, shapes, strict=True)):
         if grad.dtype not in DTYPE_CODE or grad.shape != shape or grad.device.type != "cpu":
@@ -41,15 +44,15 @@ def set_grads(table: np.ndarray, grads: list[torch.Tensor], shapes: Sequence[tup
                 f"grads[{i}]: expected float32, bfloat16 or float16 of shape {tuple(shape)} on the CPU, "
                 f"got {grad.dtype} {tuple(grad.shape)} on {grad.device}"
             )
-    table[:, Field.GRAD_DTYPE] = [DTYPE_CODE[grad.dtype] for grad in kept]
-    table[:, Field.GRAD] = [grad.data_ptr() for grad in kept]
+    descriptors[:, Field.GRAD_DTYPE] = [DTYPE_CODE[grad.dtype] for grad in kept]
+    descriptors[:, Field.GRAD] = [grad.data_ptr() for grad in kept]
     return kept
 
 
-def new_table(shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
-    table = np.zeros((len(shapes), Field.COUNT), dtype=np.int64)
-    table[:, [Field.ROWS, Field.COLS]] = np.array([matrix_shape(shape) for shape in shapes]).reshape(-1, 2)
-    return table
+def new_descriptors(shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
+    descriptors = np.zeros((len(shapes), Field.COUNT), dtype=np.int64)
+    descriptors[:, [Field.ROWS, Field.COLS]] = np.array([matrix_shape(shape) for shape in shapes]).reshape(-1, 2)
+    return descriptors
 
 
 def encoded_addresses(name: str, stored: EncodedTensor, format: str) -> tuple[int, int]:
@@ -73,14 +76,14 @@ FIELD_OF = {
 
 
 class _Descriptors:
-    """The table of a batch, filled once; :meth:`enter` enters what changes from step to step."""
+    """The descriptors of a batch, filled once; :meth:`enter` enters what changes from step to step."""
 
     def __init__(self, batch: TensorBatch, with_state: bool):
         self.shapes: list[tuple[int, ...]] = [tuple(tensor.param.shape) for tensor in batch.tensors]
         self.params = [tensor.param.data_ptr() for tensor in batch.tensors]
-        self.table = new_table(self.shapes)
-        self.table[:, Field.INDEX] = [tensor.index for tensor in batch.tensors]
-        self.struct = Batch(count=len(self.params), tensors=self.table.ctypes.data)
+        self.words = new_descriptors(self.shapes)
+        self.words[:, Field.INDEX] = [tensor.index for tensor in batch.tensors]
+        self.struct = Batch(count=len(self.params), tensors=self.words.ctypes.data)
         self.struct.global_format = GLOBAL_FORMATS.index(batch.global_format)
         self._enter_global_grads(batch)
         if with_state:
@@ -91,7 +94,7 @@ class _Descriptors:
             if stored.shape != self.shapes[i]:
                 raise ValueError(f"tensors[{i}].global_grad: expected shape {self.shapes[i]}, got {stored.shape}")
             addresses = encoded_addresses(f"tensors[{i}].global_grad", stored, batch.global_format)
-            self.table[i, Field.GLOBAL_CODES], self.table[i, Field.GLOBAL_SCALES] = addresses
+            self.words[i, Field.GLOBAL_CODES], self.words[i, Field.GLOBAL_SCALES] = addresses
 
     def _enter_state(self, batch: TensorBatch) -> None:
         dtype = batch.tensors[0].param.dtype
@@ -109,10 +112,10 @@ class _Descriptors:
                 wanted["remainder"] = (shape, kept.remainder)
             for part, (part_shape, part_dtype) in wanted.items():
                 where = address(f"tensors[{i}].{part}", getattr(tensor, part), part_dtype, part_shape)
-                self.table[i, FIELD_OF[part]] = where
+                self.words[i, FIELD_OF[part]] = where
         if kept.stochastic or state.stochastic:
-            self.table[:, Field.SEED] = [tensor.seed & 0xFFFFFFFF for tensor in batch.tensors]
-            self.table[:, Field.OFFSET] = [tensor.offset for tensor in batch.tensors]
+            self.words[:, Field.SEED] = [tensor.seed & 0xFFFFFFFF for tensor in batch.tensors]
+            self.words[:, Field.OFFSET] = [tensor.offset for tensor in batch.tensors]
 
     @staticmethod
     def enter(batch: TensorBatch, grads: list[torch.Tensor], with_state: bool) -> tuple[Batch, list[torch.Tensor]]:
@@ -121,12 +124,12 @@ class _Descriptors:
         known = batch.cache.get(key)
         if known is None or known.params != [tensor.param.data_ptr() for tensor in batch.tensors]:
             known = batch.cache[key] = _Descriptors(batch, with_state)
-        return known.struct, set_grads(known.table, grads, known.shapes)
+        return known.struct, set_grads(known.words, grads, known.shapes)
 
 
 def structs_of(
     batches: list[TensorBatch], grads: list[list[torch.Tensor]], with_state: bool
-) -> tuple[ctypes.Array, list]:
+) -> tuple[ctypes.Array[Any], list[Any]]:
     """The structs to pass, and what must stay alive until the call is over."""
     found = [
         _Descriptors.enter(batch, part, with_state) for batch, part in zip(batches, grads, strict=True) if batch.tensors

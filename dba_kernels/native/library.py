@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..formats import check_name
+from ..formats import STORAGE_FORMATS, check_name
 
 LIBRARY = "libdba_native.so"
 ABI = 1  # of csrc/api.cpp
@@ -23,7 +23,7 @@ ISAS = ("scalar", "avx2", "avx512")
 ISA_VARIABLE = "DBA_KERNELS_ISA"
 
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-GLOBAL_FORMATS = ("none", "fp32", "bf16", "fp16", "fp8_e4m3", "int8", "int4")
+GLOBAL_FORMATS = ("none", *STORAGE_FORMATS)
 """dtypes and formats by their numbers in csrc/formats.h."""
 
 REBUILD = "reinstall with a C++17 compiler (g++ or clang++) at hand: pip install --force-reinstall --no-deps ."

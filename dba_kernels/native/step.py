@@ -6,26 +6,26 @@ import ctypes
 
 import torch
 
-from ..stepdata import NO_OVERRIDES, StepOverrides, StepSettings, StepTables, TensorBatch
+from ..stepdata import NO_OVERRIDES, StepOverrides, StepScalars, StepSettings, TensorBatch
 from .coefficients import entered
 from .descriptors import structs_of
 from .library import address, execution, load
 
 
-def step(batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor) -> None:
+def step(batch: TensorBatch, grads: list[torch.Tensor], coefficients: torch.Tensor) -> None:
     """Boost, moments and corrected AdamW update of every parameter of the batch, in place (eqs. 3, 7, 8).
 
     One pass. With bf16 gradients and int8 ĝ_G: 27 B/param for fp32 parameters and state, 15 for bf16 split16 with int8
     state, 13 for split8; scales not counted.
     """
     structs, kept = structs_of([batch], [grads], with_state=True)
-    load().dba_step(*execution(), structs, len(kept), address("table", table, torch.float64))
+    load().dba_step(*execution(), structs, len(kept), address("coefficients", coefficients, torch.float64))
 
 
 def fused_step(
     batches: list[TensorBatch],
     grads: list[list[torch.Tensor]],
-    tables: StepTables,
+    scalars: StepScalars,
     settings: StepSettings,
     overrides: StepOverrides = NO_OVERRIDES,
 ) -> None:
@@ -37,9 +37,9 @@ def fused_step(
     Args:
         batches: all active parameters, each in exactly one batch.
         grads: as for :func:`step`, one list per batch.
-        tables, settings, overrides: those of ``coefficients``.
+        scalars, settings, overrides: those of ``coefficients``.
     """
     structs, kept = structs_of(batches, grads, with_state=True)
-    arguments, kept_overrides = entered(tables, settings, overrides)
+    arguments, kept_overrides = entered(scalars, settings, overrides)
     load().dba_fused_step(*execution(), structs, len(kept), ctypes.byref(arguments))
     del kept_overrides

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..formats import SQUARED_NORM_LIMIT
-from ..stepdata import NO_OVERRIDES, PROJECTIONS, Coefficient, Hyper, StepOverrides, StepSettings, StepTables, Summary
+from ..stepdata import NO_OVERRIDES, PROJECTIONS, Coefficient, Hyper, StepOverrides, StepScalars, StepSettings, Summary
 
 
 def gamma(step: torch.Tensor, settings: StepSettings) -> torch.Tensor:
@@ -74,15 +74,15 @@ class Sums:
 
 
 def unscaled_and_clipped(
-    tables: StepTables, settings: StepSettings, inverse_scale: torch.Tensor, found_inf: torch.Tensor | None
+    scalars: StepScalars, settings: StepSettings, inverse_scale: torch.Tensor, found_inf: torch.Tensor | None
 ) -> Sums:
     """Skip and clip: both by the norm of g_D over everything active."""
-    zero = tables.table.new_zeros(())
-    none = zero.expand(len(tables.active))
+    zero = scalars.coefficients.new_zeros(())
+    none = zero.expand(len(scalars.active))
     sums = Sums(none, none, zero, zero + 1.0, torch.zeros_like(zero, dtype=torch.bool))
     if settings.reduce:
-        dot, grad_sq = tables.sums[tables.active].unbind(1)
-        raw_sq, dot, grad_sq = grad_sq, dot * inverse_scale, grad_sq * inverse_scale.square()
+        dot, raw_sq = scalars.sums[scalars.active].unbind(1)
+        dot, grad_sq = dot * inverse_scale, raw_sq * inverse_scale.square()
         usable = (raw_sq <= SQUARED_NORM_LIMIT) & (grad_sq <= SQUARED_NORM_LIMIT)  # false for NaN
         sums.skip = ~usable.all()
         sums.grad_norm = grad_sq.sum().sqrt()
@@ -95,7 +95,7 @@ def unscaled_and_clipped(
 
 def weights(
     sums: Sums,
-    stored_sq: torch.Tensor,
+    global_sq: torch.Tensor,
     has_global: torch.Tensor,
     gamma_t: torch.Tensor,
     settings: StepSettings,
@@ -104,11 +104,11 @@ def weights(
     """(φ, a, b, α) of ``g' = a·g_D + b·ĝ_G`` and its update; plain AdamW where there is no ĝ_G.
 
     Args:
-        stored_sq: ‖ĝ_G‖² of the active parameters, 0 without one.
+        global_sq: ‖ĝ_G‖² of the active parameters, 0 without one.
         has_global: whether they have one.
         alpha: α of the active parameters where the caller gives it.
     """
-    dot, grad_sq, scope_sq = sums.dot, sums.grad_sq, stored_sq
+    dot, grad_sq, scope_sq = sums.dot, sums.grad_sq, global_sq
     if settings.scope == "global":  # over all tensors that have a global gradient
         dot, grad_sq, scope_sq = (torch.where(has_global, x, 0.0).sum().expand_as(x) for x in (dot, grad_sq, scope_sq))
     phi = cosine(dot, grad_sq, scope_sq)  # eq. 4
@@ -123,39 +123,39 @@ def weights(
     return torch.where(has_global, phi, 0.0), a, torch.where(has_global, b, 0.0), alpha
 
 
-def count_step(tables: StepTables, hyper: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+def count_step(scalars: StepScalars, hyper: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
     """Advance t, every k and its 1 − β^k, c ← βc + (1−β); a skipped step counts nowhere. Returns ``[m, 2]`` of c."""
-    active = tables.active
-    tables.counters.add_(torch.stack((~skip, skip)))
-    tables.steps[active] += (~skip).to(tables.steps.dtype)
+    active = scalars.active
+    scalars.counters.add_(torch.stack((~skip, skip)))
+    scalars.steps[active] += (~skip).to(scalars.steps.dtype)
     betas = hyper[:, [Hyper.BETA1, Hyper.BETA2]]
-    bias = tables.bias_corrections[active]
-    tables.bias_corrections[active] = torch.where(skip, bias, betas * bias + (1.0 - betas))
-    return tables.bias_corrections[active]
+    bias = scalars.bias_corrections[active]
+    scalars.bias_corrections[active] = torch.where(skip, bias, betas * bias + (1.0 - betas))
+    return scalars.bias_corrections[active]
 
 
-def coefficients(tables: StepTables, settings: StepSettings, overrides: StepOverrides = NO_OVERRIDES) -> None:
-    """Turn the sums into the coefficient table, and count the step.
+def coefficients(scalars: StepScalars, settings: StepSettings, overrides: StepOverrides = NO_OVERRIDES) -> None:
+    """Turn the sums into coefficients, and count the step.
 
     Order: unscale → clip by ‖g_D‖ → boost → moments → corrected update. With a non-finite ‖g_D‖² among the active
     parameters, or ``found_inf`` not 0, the step is skipped: nothing is counted but the skip.
 
     Args:
-        tables: ``sums`` is read where ``settings.reduce``; ``table``, ``report``, ``steps`` and ``bias_corrections``
-            are written where active, ``counters`` and ``summary`` always.
+        scalars: ``sums`` is read where ``settings.reduce``; ``coefficients``, ``report``, ``steps`` and
+            ``bias_corrections`` are written where active, ``counters`` and ``summary`` always.
     """
-    active = tables.active
-    h = tables.hyper[tables.group[active]]
+    active = scalars.active
+    h = scalars.hyper[scalars.group[active]]
     inverse_scale = h[:, Hyper.SIGN] / (1.0 if overrides.loss_scale is None else overrides.loss_scale.double())
-    has_global = tables.global_sq[active] >= 0
-    stored_sq = tables.global_sq[active].clamp(min=0.0)
-    sums = unscaled_and_clipped(tables, settings, inverse_scale, overrides.found_inf)
-    gamma_t = gamma(tables.counters[0], settings) if overrides.gamma is None else overrides.gamma.double()  # eq. 2
+    has_global = scalars.global_sq[active] >= 0
+    global_sq = scalars.global_sq[active].clamp(min=0.0)
+    sums = unscaled_and_clipped(scalars, settings, inverse_scale, overrides.found_inf)
+    gamma_t = gamma(scalars.counters[0], settings) if overrides.gamma is None else overrides.gamma.double()  # eq. 2
     given = None if overrides.alpha is None else overrides.alpha[active]
-    phi, a, b, alpha = weights(sums, stored_sq, has_global, gamma_t, settings, given)
-    bias = count_step(tables, h, sums.skip)
+    phi, a, b, alpha = weights(sums, global_sq, has_global, gamma_t, settings, given)
+    bias = count_step(scalars, h, sums.skip)
 
-    row = torch.empty(len(active), Coefficient.COUNT, dtype=torch.float64, device=tables.table.device)
+    row = torch.empty(len(active), Coefficient.COUNT, dtype=torch.float64, device=scalars.coefficients.device)
     row[:, Coefficient.GRAD_WEIGHT] = a * sums.factor * inverse_scale
     row[:, Coefficient.GLOBAL_WEIGHT] = b
     row[:, Coefficient.BETA1] = h[:, Hyper.BETA1]
@@ -166,11 +166,11 @@ def coefficients(tables: StepTables, settings: StepSettings, overrides: StepOver
     row[:, Coefficient.INV_SQRT_BIAS_CORRECTION2] = bias[:, 1].rsqrt()
     row[:, Coefficient.EPS] = h[:, Hyper.EPS]
     row[:, Coefficient.LR_WEIGHT_DECAY] = h[:, Hyper.LR] * h[:, Hyper.WEIGHT_DECAY]
-    row[:, Coefficient.STEP] = tables.steps[active].double()
+    row[:, Coefficient.STEP] = scalars.steps[active].double()
     row[:, Coefficient.SKIP] = sums.skip.double()
-    tables.table[active] = row
-    tables.report[active] = torch.stack((phi, alpha), dim=1)
-    tables.summary[Summary.GAMMA] = gamma_t
-    tables.summary[Summary.CLIP_FACTOR] = sums.factor
-    tables.summary[Summary.GRAD_NORM] = sums.grad_norm
-    tables.summary[Summary.GLOBAL_NORM] = stored_sq.sum().sqrt()
+    scalars.coefficients[active] = row
+    scalars.report[active] = torch.stack((phi, alpha), dim=1)
+    scalars.summary[Summary.GAMMA] = gamma_t
+    scalars.summary[Summary.CLIP_FACTOR] = sums.factor
+    scalars.summary[Summary.GRAD_NORM] = sums.grad_norm
+    scalars.summary[Summary.GLOBAL_NORM] = global_sq.sum().sqrt()

@@ -82,8 +82,8 @@ def encode(tensor: torch.Tensor, format: str) -> EncodedTensor:
     groups = _groups(tensor.detach().to(torch.float32).reshape(rows, cols))
     scale, inverse = _scale_and_inverse(groups.abs().amax(dim=2), chosen.code_max**chosen.power)
     scaled = groups * inverse.unsqueeze(2)
-    if chosen.name == "fp8_e4m3":
-        codes = _ungroup(scaled, cols).to(torch.float8_e4m3fn).view(torch.uint8)
+    if chosen.floating is not None:
+        codes = _ungroup(scaled, cols).to(chosen.floating).view(torch.uint8)
     else:
         codes = _ungroup(_quadratic_codes(scaled, chosen.code_max), cols)
         if chosen.bits == 4:
@@ -95,14 +95,15 @@ def decode(encoded: StoredTensor) -> torch.Tensor:
     """The fp32 tensor that is stored: ``scale · c·|c|`` for integer codes, ``scale · c`` for fp8."""
     if isinstance(encoded, LowRankTensor):
         return rebuild(encoded)
-    if not STORAGE_FORMATS[encoded.format].grouped:
+    chosen = STORAGE_FORMATS[encoded.format]
+    if not chosen.grouped:
         return encoded.codes.to(torch.float32)
     assert encoded.scales is not None  # every grouped format has them
     cols = matrix_shape(encoded.shape)[1]
-    if encoded.format == "fp8_e4m3":
-        values = encoded.codes.view(torch.float8_e4m3fn).to(torch.float32)
+    if chosen.floating is not None:
+        values = encoded.codes.view(chosen.floating).to(torch.float32)
     else:
-        codes = unpack_int4(encoded.codes, cols) if encoded.format == "int4" else encoded.codes
+        codes = unpack_int4(encoded.codes, cols) if chosen.bits == 4 else encoded.codes
         values = codes.to(torch.float32) * codes.to(torch.float32).abs()
     return _ungroup(_groups(values) * encoded.scales.unsqueeze(2), cols).reshape(encoded.shape)
 

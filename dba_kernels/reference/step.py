@@ -89,25 +89,25 @@ def _store_param(tensor: ParamTensors, param_format: str, value: torch.Tensor, s
 
 
 @torch.no_grad()
-def step(batch: TensorBatch, grads: list[torch.Tensor], table: torch.Tensor) -> None:
+def step(batch: TensorBatch, grads: list[torch.Tensor], coefficients: torch.Tensor) -> None:
     """Update every parameter of the batch and its state in place.
 
     Args:
         batch: parameters, state and stored global gradients.
         grads: domain gradients g_D, floating point, one per parameter.
-        table: coefficient table, float64 ``[n_params, Coefficient.COUNT]``.
+        coefficients: float64 ``[n_params, Coefficient.COUNT]``.
     """
     for tensor, grad in zip(batch.tensors, grads, strict=True):
-        if table[tensor.index, Coefficient.SKIP] != 0:
+        if coefficients[tensor.index, Coefficient.SKIP] != 0:
             continue
         dtype = torch.float64 if tensor.param.dtype == torch.float64 else torch.float32
-        row = table[tensor.index].to(dtype)
+        row = coefficients[tensor.index].to(dtype)
         global_grad = None if tensor.global_grad is None else quantize.decode(tensor.global_grad).to(dtype)
         boosted = boosted_gradient(  # eq. 3
             grad.to(dtype), global_grad, row[Coefficient.GRAD_WEIGHT], row[Coefficient.GLOBAL_WEIGHT]
         )
         exp_avg, exp_avg_sq = moments(boosted, *load_state(tensor, batch.state_format, dtype), row)  # eq. 7
         param = updated_param(load_param(tensor, batch.param_format, dtype), exp_avg, exp_avg_sq, row)  # eq. 8
-        number = int(table[tensor.index, Coefficient.STEP])
+        number = int(coefficients[tensor.index, Coefficient.STEP])
         _store_state(tensor, batch.state_format, exp_avg, exp_avg_sq, number)
         _store_param(tensor, batch.param_format, param, number)

@@ -11,7 +11,7 @@ import torch
 
 from dba_kernels.formats import STORAGE_FORMATS, EncodedTensor
 from dba_kernels.reference import accumulate, coefficients, quantize, similarity
-from dba_kernels.stepdata import Coefficient, Hyper, StepOverrides, StepSettings, StepTables, Summary
+from dba_kernels.stepdata import Coefficient, Hyper, StepOverrides, StepScalars, StepSettings, Summary
 
 from .cases import Case, build, plain, random_tensor
 from .tolerances import TOLERANCES, assert_codes, assert_fp32
@@ -58,9 +58,10 @@ GROUPED = tuple(name for name, format in STORAGE_FORMATS.items() if format.group
 
 def unpacked(encoded: EncodedTensor) -> torch.Tensor:
     """Codes as integers that lie in the order of their values."""
-    if encoded.format == "int4":
+    chosen = STORAGE_FORMATS[encoded.format]
+    if chosen.bits == 4:
         return quantize.unpack_int4(encoded.codes, encoded.codes.shape[1] * 2)
-    if encoded.format == "fp8_e4m3":
+    if chosen.floating is not None:
         magnitude = (encoded.codes & 0x7F).to(torch.int16)
         return torch.where(encoded.codes > 0x7F, -magnitude, magnitude)
     return encoded.codes
@@ -80,13 +81,13 @@ def assert_same_encoding(encode: object, tensor: torch.Tensor, format: str, plac
 
 def every_code(format: str) -> EncodedTensor:
     """All byte patterns that ``format`` can store, each under four scales."""
-    codes = torch.arange(256, dtype=torch.uint8)
-    if format == "fp8_e4m3":
-        codes = codes[(codes & 0x7F) != 0x7F]  # NaN
-    elif format == "int8":
+    codes, chosen = torch.arange(256, dtype=torch.uint8), STORAGE_FORMATS[format]
+    if chosen.floating is not None:
+        codes = codes[codes.view(chosen.floating).float().isfinite()]
+    elif chosen.dtype == torch.int8:
         codes = codes[codes != 128]
-    cols = codes.numel() * (2 if format == "int4" else 1)
-    rows = codes.repeat(32, 1).view(STORAGE_FORMATS[format].dtype)
+    cols = codes.numel() * (2 if chosen.bits == 4 else 1)
+    rows = codes.repeat(32, 1).view(chosen.dtype)
     scales = torch.tensor([1.0, 0.3, 2.0**-120, 1e30]).repeat(8)[:, None].repeat(1, -(-cols // 64))
     return EncodedTensor(format, (32, cols), rows.contiguous(), scales)
 
@@ -137,7 +138,7 @@ BASE = StepSettings(
     max_grad_norm=0.37,
     reduce=True,
 )
-OUTPUTS = ("steps", "bias_corrections", "counters", "table", "report", "summary")
+OUTPUTS = ("steps", "bias_corrections", "counters", "coefficients", "report", "summary")
 
 
 def arguments(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -166,7 +167,7 @@ def arguments(seed: int = 0) -> dict[str, torch.Tensor]:
         "steps": torch.tensor([0.0, 4, 2, 7, 1, 0, 3]),
         "bias_corrections": uniform(N, 2) * 0.5,
         "counters": torch.tensor([11, 2]),
-        "table": torch.full((N, Coefficient.COUNT), float("nan"), dtype=torch.float64),
+        "coefficients": torch.full((N, Coefficient.COUNT), float("nan"), dtype=torch.float64),
         "report": torch.full((N, 2), float("nan"), dtype=torch.float64),
         "summary": torch.full((Summary.COUNT,), float("nan"), dtype=torch.float64),
     }
@@ -179,8 +180,8 @@ def assert_same_coefficients(
     overrides = StepOverrides(**(optional or {}))
     expected = {name: tensor.clone() for name, tensor in inputs.items()}
     actual = {name: tensor.clone() for name, tensor in inputs.items()}
-    coefficients.coefficients(StepTables(**expected), settings, overrides)
-    backend_coefficients(StepTables(**actual), dataclasses.replace(settings, **spoiled), overrides)
+    coefficients.coefficients(StepScalars(**expected), settings, overrides)
+    backend_coefficients(StepScalars(**actual), dataclasses.replace(settings, **spoiled), overrides)
     for name in OUTPUTS:
         limit = TOLERANCES["table"].bound
         torch.testing.assert_close(

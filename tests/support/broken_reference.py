@@ -12,7 +12,7 @@ import torch
 
 from dba_kernels.reference import coefficients
 from dba_kernels.reference import step as step_module
-from dba_kernels.stepdata import Coefficient, StepOverrides, StepSettings, StepTables, Summary
+from dba_kernels.stepdata import Coefficient, StepOverrides, StepScalars, StepSettings, Summary
 
 from .oracle import BUSY, Case
 
@@ -28,12 +28,12 @@ def patched(function: str, wrong: Callable[..., Any], module: Any = coefficients
 def edited(edit: Callable[[Arguments, torch.Tensor], None]) -> Callable[[pytest.MonkeyPatch], None]:
     """Coefficients changed after they were computed: ``edit(arguments, rows of the active parameters)``."""
 
-    def wrong(tables: StepTables, settings: StepSettings, overrides: StepOverrides) -> None:
+    def wrong(tables: StepScalars, settings: StepSettings, overrides: StepOverrides) -> None:
         _coefficients(tables, settings, overrides)
         arguments = vars(tables) | {"settings": settings} | vars(overrides)
-        rows = arguments["table"][arguments["active"]]
+        rows = arguments["coefficients"][arguments["active"]]
         edit(arguments, rows)
-        arguments["table"][arguments["active"]] = rows
+        arguments["coefficients"][arguments["active"]] = rows
 
     return patched("coefficients", wrong)
 
@@ -41,12 +41,12 @@ def edited(edit: Callable[[Arguments, torch.Tensor], None]) -> Callable[[pytest.
 def given(**change: Callable[[Arguments], Any]) -> Callable[[pytest.MonkeyPatch], None]:
     """Coefficients computed from wrong arguments."""
 
-    def wrong(tables: StepTables, settings: StepSettings, overrides: StepOverrides) -> None:
+    def wrong(tables: StepScalars, settings: StepSettings, overrides: StepOverrides) -> None:
         arguments = vars(tables) | {"settings": settings} | vars(overrides)
         arguments |= {name: f(arguments) for name, f in change.items()}
         settings = arguments.pop("settings")
         _coefficients(
-            StepTables(**{name: arguments[name] for name in vars(tables)}),
+            StepScalars(**{name: arguments[name] for name in vars(tables)}),
             settings,
             StepOverrides(**{name: arguments[name] for name in vars(overrides)}),
         )

@@ -6,6 +6,8 @@ codes may take either, because fp32 arithmetic decides there.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,18 +37,48 @@ def int4_values(packed: np.ndarray, cols: int) -> np.ndarray:
     return codes
 
 
+Bound = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""The stated bound on an element's error, from its magnitude and the absmax of its group."""
+
+
+def quadratic_bound(code_max: int) -> Bound:
+    return lambda magnitude, absmax: np.sqrt(magnitude) * np.sqrt(absmax) / code_max + absmax / (2 * code_max) ** 2
+
+
+def float_bound(precision: int, smallest: float, largest: float) -> Bound:
+    """Half an ulp of ``precision`` significant bits; half the smallest subnormal where that is more."""
+    return lambda magnitude, absmax: np.maximum(magnitude * 2.0**-precision, absmax * smallest / 2 / largest)
+
+
 @dataclass(frozen=True)
 class Codec:
-    """One grouped codec: the value of each code where the scale is 1, and where an element falls between the codes."""
+    """One grouped codec: the value of each code where the scale is 1, and where an element falls between the codes.
+
+    Args:
+        largest: value of the largest code.
+        produced: the codes that encoding can produce.
+        bound: None where the test has one of its own.
+        floats: the values of all 256 codes, where they are the bits of an 8-bit float.
+        packed: whether two codes share a byte.
+    """
 
     name: str
-    largest: float  # value of the largest code
+    largest: float
+    produced: Sequence[int]
+    bound: Bound | None = None
+    floats: tuple[float, ...] = ()
+    packed: bool = False
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return self.floats.index(self.largest) if self.floats else max(self.produced)
 
     def values(self, codes: np.ndarray, cols: int) -> np.ndarray:
         """What the codes mean, in units of the scale."""
-        if self.name == "fp8_e4m3":
-            return np.array([fp8_value(c) for c in range(256)])[codes]
-        wide = (int4_values(codes, cols) if self.name == "int4" else codes).astype(float)
+        if self.floats:
+            return np.array(self.floats)[codes]
+        wide = (int4_values(codes, cols) if self.packed else codes).astype(float)
         return wide**4 if self.name == "exp_avg_sq" else np.sign(wide) * wide**2
 
     def ideal(self, units: np.ndarray) -> np.ndarray:
@@ -54,14 +86,21 @@ class Codec:
         return units**0.25 if self.name == "exp_avg_sq" else np.sign(units) * np.sqrt(np.abs(units))
 
 
+E4M3 = tuple(map(fp8_value, range(256)))
+
+
+def finite_codes(floats: Sequence[float]) -> list[int]:
+    return [code for code, value in enumerate(floats) if math.isfinite(value)]
+
+
 CODECS = {
     codec.name: codec
     for codec in (
-        Codec("int8", 127.0**2),
-        Codec("int4", 7.0**2),
-        Codec("fp8_e4m3", 448.0),
-        Codec("exp_avg", 127.0**2),
-        Codec("exp_avg_sq", 255.0**4),
+        Codec("int8", 127.0**2, range(-127, 128), quadratic_bound(127)),
+        Codec("int4", 7.0**2, range(-7, 8), quadratic_bound(7), packed=True),
+        Codec("fp8_e4m3", 448.0, finite_codes(E4M3), float_bound(4, 2.0**-9, 448.0), E4M3),
+        Codec("exp_avg", 127.0**2, range(-127, 128), quadratic_bound(127)),
+        Codec("exp_avg_sq", 255.0**4, range(256)),
     )
 }
 
@@ -95,8 +134,8 @@ def check_encoding(codec: Codec, matrix: np.ndarray, codes: np.ndarray, scales: 
     assert (values[scale == 0] == 0).all(), "a group without scale must hold zeros"
     live = scale > 0
     units, values = matrix[live] / scale[live], values[live]
-    if codec.name == "fp8_e4m3":
-        table = np.array([fp8_value(c) for c in range(256)])
+    if codec.floats:
+        table = np.array(codec.floats)
         table = np.unique(table[np.isfinite(table)])
         above = np.searchsorted(table, units).clip(1, len(table) - 1)
         nearest = np.minimum(np.abs(units - table[above - 1]), np.abs(units - table[above]))

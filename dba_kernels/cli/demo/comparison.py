@@ -118,7 +118,7 @@ def _load(options: Options, console: Console) -> tuple[PreTrainedModel, dict[str
     documents = {name: load_documents(getattr(options, name)) for name in ("domain", "general")}
     with console.status("loading the model (a .gguf file is converted the first time: about a minute)"):
         model, tokenizer, source = load_model(options.model)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # transformers wraps it untyped
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     model.eval()  # no dropout: the runs can be compared
     console.print(f"model    {source} ({sum(p.numel() for p in model.parameters()):,} parameters)", soft_wrap=True)
     wanted = (options.steps or MAX_STEPS) * options.batch_size

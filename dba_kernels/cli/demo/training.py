@@ -29,7 +29,8 @@ def autocast(device: torch.device) -> torch.autocast:
 def loss_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Mean next-token loss of a batch of token ids ``[batch, length]``, a scalar."""
     with autocast(ids.device):
-        return model(input_ids=ids, labels=ids).loss
+        loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
+    return loss
 
 
 @torch.no_grad()
@@ -101,7 +102,8 @@ def _bytes_per_parameter(optimizer: torch.optim.Optimizer, stored_bytes: int) ->
     params = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = [*params, *(p.grad for p in params if p.grad is not None)]
     tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    return (sum(t.nbytes for t in tensors) + stored_bytes) / sum(p.numel() for p in params)
+    held: int = sum(t.nbytes for t in tensors) + stored_bytes
+    return held / sum(int(p.numel()) for p in params)
 
 
 @dataclass(frozen=True)
