@@ -6,8 +6,7 @@ import contextlib
 import functools
 import hashlib
 import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from .batches import LossFunction, loss_and_tokens
 from .distributed import fsdp_sharding, same_on_ranks
 from .files import try_to_write
 from .formats import STORAGE_FORMATS, check_name
-from .global_gradient import GlobalGradient, Provenance, TensorStatistics
-from .identity import describe_function, digest_batch, dtypes_of, tells_apart
-from .passes import MicroBatch, ShardedModel, WholeModel
+from .global_gradient import GlobalGradient, Provenance, TensorStatistics, save_or_hand_over
+from .identity import announce_unknown, describe_function, dtypes_of, following
+from .passes import MicroBatch, ShardedModel, WholeModel, restore
 from .records import check_rank
 from .snapshots import Snapshots
 from .sums import GradientSums
@@ -93,15 +92,11 @@ def collect_global_gradient(
         settings={"loss function": describe_function(loss_fn), "autocast dtype": str(autocast_dtype)},
     )
     collector.check_destination(save_to)
-    device_type = next(iter(model.parameters())).device.type
+    device = next(iter(model.parameters())).device.type
+    autocast = contextlib.nullcontext() if autocast_dtype is None else torch.autocast(device, dtype=autocast_dtype)
     with collector:
         for batch in collector.remaining(batches):
-            with (
-                torch.enable_grad(),
-                torch.autocast(device_type, dtype=autocast_dtype)
-                if autocast_dtype is not None
-                else contextlib.nullcontext(),
-            ):
+            with torch.enable_grad(), autocast:
                 loss, tokens = loss_and_tokens(model, batch, loss_fn)
             collector.backward(loss, tokens)
     if group is not None:
@@ -187,6 +182,7 @@ class GlobalGradientCollector:
         self._watch: WeightWatch | None = None
         self._entered = False
         self._whole = True  # no micro-batch is half counted
+        self._handed_out = ""  # digest of the data up to the micro-batch that remaining() has given last
         self._reduced = False
         self._finished = False
         self._snapshots.resume(self._sums)
@@ -203,7 +199,7 @@ class GlobalGradientCollector:
         grads = [(param, param.grad) for param in self._params.values()]
         self._watch = self._watch or WeightWatch(self.model)
         self._watch.check_content()  # between two passes, too
-        self._active.callback(_restore, modes, grads)
+        self._active.callback(restore, modes, grads)
         self._entered = True
         self.model.eval()
         for param in self._params.values():
@@ -252,6 +248,7 @@ class GlobalGradientCollector:
         progress = self._sums.progress
         self._whole = False
         progress.consumed += 1
+        progress.data_digest = self._handed_out or progress.data_digest
         if batch.tokens == 0:
             progress.empty += 1
         elif not batch.finite:
@@ -289,31 +286,14 @@ class GlobalGradientCollector:
             ValueError: the skipped batches are not those of the snapshot.
             RuntimeError: a batch was left out.
         """
-        progress, done, chain = self._sums.progress, self.consumed, ""
-        for position, batch in enumerate(batches):
-            if position == 0 and self._snapshots.path is not None and (unknown := tells_apart(batch)) is not None:
-                warnings.warn(
-                    f"batches: {unknown} shows no tensors, arrays, numbers or texts, so an interrupted collection "
-                    "cannot tell whether it is given the same data again; see to that",
-                    stacklevel=2,
-                )
-            chain = hashlib.sha256(chain.encode() + digest_batch(batch)).hexdigest()
-            if position < done:
-                if position == done - 1 and chain != progress.data_digest:
-                    raise ValueError(
-                        f"{self._snapshots.path}: expected the {done} batches of the interrupted collection, got "
-                        "others; give the same data in the same order, or delete the snapshot"
-                    )
-                continue
-            progress.data_digest = chain
+        path, done = self._snapshots.path, self.consumed
+        if path is not None:
+            batches = announce_unknown(batches)
+        for position, batch, digest in following(batches, done, self._sums.progress.data_digest, path):
+            self._handed_out = digest
             yield batch
             if self.consumed != position + 1:
                 raise RuntimeError(f"batch {position}: expected one call of backward(), got {self.consumed - position}")
-        if self.consumed > 0 and chain != progress.data_digest:
-            raise ValueError(
-                f"{self._snapshots.path}: expected at least the {done} batches of the interrupted collection, got "
-                "fewer; give the same data, or delete the snapshot"
-            )
 
     # --- the result ---------------------------------------------------------------------------------------------------
 
@@ -379,7 +359,7 @@ class GlobalGradientCollector:
         describe = functools.partial(self._describe, means, statistics, shapes, format, rank)
         if save_to is None:
             return describe()
-        self._pass.write(lambda: _save_or_hand_over(describe(), save_to), means)
+        self._pass.write(lambda: save_or_hand_over(describe(), save_to), means)
         return GlobalGradient.load(save_to)
 
     def check_destination(self, save_to: str | os.PathLike[str] | None) -> None:
@@ -421,21 +401,3 @@ class GlobalGradientCollector:
             ),
             statistics=statistics,
         )
-
-
-def _save_or_hand_over(gg: GlobalGradient, path: str | os.PathLike[str]) -> None:
-    """Save; where that fails, hours of collection are not lost with it."""
-    try:
-        gg.save(path)
-    except OSError as error:
-        error.global_gradient = gg  # type: ignore[attr-defined]
-        raise
-
-
-def _restore(
-    modes: Sequence[tuple[nn.Module, bool]], grads: Sequence[tuple[torch.Tensor, torch.Tensor | None]]
-) -> None:
-    for module, training in modes:
-        module.training = training
-    for param, grad in grads:
-        param.grad = grad

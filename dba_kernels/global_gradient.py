@@ -360,3 +360,12 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
             "provenance": asdict(self.provenance),
             "tensors": {name: asdict(record) for name, record in self.records.items()},
         }
+
+
+def save_or_hand_over(gg: GlobalGradient, path: str | os.PathLike[str]) -> None:
+    """Save; where that fails, hours of collection are not lost with it."""
+    try:
+        gg.save(path)
+    except OSError as error:
+        error.global_gradient = gg  # type: ignore[attr-defined]
+        raise

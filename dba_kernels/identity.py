@@ -6,7 +6,8 @@ import contextlib
 import functools
 import hashlib
 import types
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,47 @@ _PLAIN = (str, bytes, int, float, type(None))
 def digest_batch(batch: Any) -> bytes:
     """SHA-256 of what a batch holds: tensors, arrays, numbers and texts, in containers and in objects' attributes."""
     return _digest(batch, ())
+
+
+def following(batches: Iterable[Any], done: int, digest: str, where: object) -> Iterator[tuple[int, Any, str]]:
+    """Micro-batches after the first ``done``, which must be those that ``digest`` is of.
+
+    Args:
+        where: the snapshot's file, for errors.
+
+    Yields:
+        position, micro-batch, and the digest of all up to this one.
+
+    Raises:
+        ValueError: the skipped ones are others, or fewer.
+    """
+    chain, position = "", -1
+    for position, batch in enumerate(batches):
+        chain = hashlib.sha256(chain.encode() + digest_batch(batch)).hexdigest()
+        if position >= done:
+            yield position, batch, chain
+        elif position == done - 1 and chain != digest:
+            raise ValueError(
+                f"{where}: expected the {done} batches of the interrupted collection, got others; give the same data "
+                "in the same order, or delete the snapshot"
+            )
+    if position + 1 < done:
+        raise ValueError(
+            f"{where}: expected at least the {done} batches of the interrupted collection, got fewer; give the same "
+            "data, or delete the snapshot"
+        )
+
+
+def announce_unknown(batches: Iterable[Any]) -> Iterator[Any]:
+    """The same micro-batches; a warning before the first, where :func:`digest_batch` cannot tell such ones apart."""
+    for position, batch in enumerate(batches):
+        if position == 0 and (unknown := tells_apart(batch)) is not None:
+            warnings.warn(
+                f"batches: {unknown} shows no tensors, arrays, numbers or texts, so an interrupted collection cannot "
+                "tell whether it is given the same data again; see to that",
+                stacklevel=2,
+            )
+        yield batch
 
 
 def tells_apart(batch: Any) -> str | None:

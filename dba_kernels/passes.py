@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from .distributed import Sharding, local
 from .sums import GradientSums
@@ -171,3 +172,11 @@ class ShardedModel(WholeModel):
         vote = torch.tensor(float(failed is not None), device=self.sharding.mesh.device_type)
         if self.sharding.over_mesh_(vote):
             raise failed or RuntimeError("finish(): the rank that writes the file failed; its error says why")
+
+
+def restore(modes: Sequence[tuple[nn.Module, bool]], grads: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+    """Put back what a pass has changed: training modes and gradients."""
+    for module, training in modes:
+        module.training = training
+    for param, grad in grads:
+        param.grad = grad

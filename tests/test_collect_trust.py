@@ -161,16 +161,22 @@ def test_finished_collection_is_extended_to_the_same_bits(tmp_path: Path, first:
 
 def test_interrupted_between_batches_keeps_what_was_done(tmp_path: Path) -> None:
     """Protects work since the last snapshot: Ctrl-C between two batches, or in the loss, loses none of it."""
-    path = tmp_path / "sums.safetensors"
+    path, stop = tmp_path / "sums.safetensors", [True]
 
     def loss(model: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        if torch.equal(x, batches_of()[6]):
+        if stop and torch.equal(x, batches_of()[6]):
             raise KeyboardInterrupt
         return square_loss(model, x)
 
     with pytest.raises(KeyboardInterrupt):
         collect_global_gradient(linear(), batches_of(), loss, "fp32", snapshot_path=path, snapshot_every=100)
     assert GlobalGradientCollector(linear(), snapshot_path=path).consumed == 6
+    options = {"snapshot_path": path, "format": "fp32"}
+    with pytest.raises(ValueError, match="expected a snapshot with loss function"):
+        collect_global_gradient(linear(), batches_of(), square_loss, **options)
+    stop.clear()
+    resumed = collect_global_gradient(linear(), batches_of(), loss, **options)
+    assert resumed.digest == collect_global_gradient(linear(), batches_of(), square_loss, "fp32").digest
 
 
 def test_interrupted_in_a_backward_pass_saves_nothing_half(tmp_path: Path) -> None:
