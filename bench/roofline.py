@@ -3,9 +3,12 @@
     python -m bench.roofline                      # every variant, sm_90, and the whole-step table
     python -m bench.roofline --targets all        # compile for every target, spills and registers
     python -m bench.roofline --json --match int4  # machine-readable, some variants
+    pip install --target older --no-deps triton==3.6.0 && PYTHONPATH=older python -m bench.roofline  # another Triton
 
-Times are *predicted*: bytes over measured copy bandwidth, instructions over the rates of their units, whichever takes
-longest; the last table says where each rate comes from.
+Times are *predicted*: bytes over measured copy bandwidth, instructions over the rates of their units, bytes read over
+what the bytes in flight allow at the memory's latency (Little's law), whichever takes longest; the last table says
+where each rate comes from. Masked tiles are those of ragged ends, padded rows and misaligned storage; narrow ones read
+a misaligned gradient element by element.
 
 Arithmetic that the interpreter does not model, with the relative errors that NVIDIA's PTX manual states: fma.rn (rounds
 once instead of twice), sqrt.approx.ftz 2⁻²³, rsqrt.approx.ftz 2⁻²²·⁹, div.full 2 ulp. Their effect in eq. 8, to first
@@ -24,16 +27,29 @@ import sys
 from typing import Any
 
 import torch
+import triton
 from rich.console import Console
 from rich.table import Table
 
-from dba_kernels.kernels.common import CHUNK, THREADS, TILE
+from dba_kernels.kernels.common import THREADS, tile_of
+from dba_kernels.kernels.tables import MOST_TILES
 
 from .sass import Profile, profile
-from .variants import BF16, FP32, TARGETS, VARIANTS, Variant, compile_variant, similarity_variant, step_variant
+from .variants import (
+    BF16,
+    FP32,
+    OTHER_PATHS,
+    TARGETS,
+    VARIANTS,
+    Variant,
+    compile_variant,
+    similarity_variant,
+    step_variant,
+)
 
 SMS, CLOCK = 132, 66.9e12 / (132 * 128 * 2)
 BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}
+LATENCY = 1.0e-6
 PER_CLOCK = {"issue": 128, "integer": 64, "special": 16}
 """Results per SM and clock of what an instruction may wait for."""
 SOURCES = {
@@ -46,9 +62,9 @@ SOURCES = {
     "counted here too, which is pessimistic",
     "copy 3.0 TB/s (H100), 4.3 TB/s (H200)": "device-to-device copies on rented machines, read plus written; the "
     "datasheets' peaks are 3.35 and 4.8",
+    "device memory answers after 1 µs under load": "an assumption, not a measurement: about twice what public "
+    "micro-benchmarks report for an idle H100; with it 36 KB in flight per SM allow 4.9 TB/s, more than an H200 copies",
 }
-TILES_PER_CHUNK = CHUNK.value // TILE.value
-ELEMENTS = TILE.value // THREADS
 INEXACT = re.compile(r"\b(?:fma|sqrt|rsqrt|rcp|div|sin|cos|ex2|lg2|tanh)\.[a-z.]*f(?:16|32|64)\b")
 """PTX operations on floats other than the correctly rounded single ones."""
 
@@ -68,16 +84,20 @@ def analyse(variant: Variant, target: str = "sm_90") -> dict[str, Any]:
 
 
 def per_parameter(variant: Variant, read: Profile) -> dict[str, float]:
-    """Instructions per parameter. A loop that the compiler unrolled handles several tiles in one turn."""
-    unrolled = max(1, int(sum(read.widths["LDG"]) // (ELEMENTS * variant.bytes_read))) if variant.bytes_read else 1
-    turns = max(1, TILES_PER_CHUNK // unrolled)
+    """Instructions and loaded bytes per parameter. A loop that was unrolled handles several tiles in one turn."""
+    elements = tile_of(variant.constants.get("MASKED", False)) // THREADS
+    loaded = sum(read.widths["LDG"])
+    unrolled = max(1, int(loaded // (elements * variant.bytes_read))) if variant.bytes_read else 1
+    chunk = tile_of(False) * MOST_TILES // THREADS
+    turns = max(1, chunk // (unrolled * elements))
     total = read.once_instructions + turns * read.tile_instructions
-    tile = unrolled * ELEMENTS
+    tile = unrolled * elements
     return {
-        "sass_per_parameter": total / (TILES_PER_CHUNK * ELEMENTS),
+        "sass_per_parameter": total / chunk,
         "mufu_per_parameter": read.tile_mufu / tile,
         "special_per_parameter": (read.tile_mufu + read.tile_conversions) / tile,
         "integer_per_parameter": read.tile_integer / tile,
+        "loaded_per_parameter": loaded / tile,
     }
 
 
@@ -133,13 +153,15 @@ def predicted(row: dict[str, Any], gpu: str) -> tuple[float, str]:
     counts = {"issue": "sass", "integer": "integer", "special": "special"}
     times = {what: row[f"{key}_per_parameter"] / (SMS * CLOCK * PER_CLOCK[what]) for what, key in counts.items()}
     times["bandwidth"] = row["bytes_per_parameter"] / BANDWIDTH[gpu]
+    times["latency"] = row["loaded_per_parameter"] * LATENCY / (SMS * row["bytes_in_flight"])
     binding = max(times, key=times.__getitem__)
     return times[binding] * 1e12, binding
 
 
 def print_variants(console: Console, rows: list[dict[str, Any]]) -> None:
-    table = Table("variant", title=f"Compiled for {rows[0]['target']}; widths in bytes per thread and access")
-    headings = ("B/param", "regs", "spill", "KB in flight/SM", "SASS/param", "integer", "MUFU", "special")
+    title = f"Triton {triton.__version__}, {rows[0]['target']}; widths in bytes per thread and access"
+    table = Table("variant", title=title)
+    headings = ("B/param", "regs", "spill", "barriers", "KB in flight/SM", "SASS/param", "integer", "MUFU", "special")
     for heading in (*headings, "access, B"):
         table.add_column(heading, justify="right")
     for heading in ("H100 µs/M, predicted", "H200 µs/M, predicted"):
@@ -149,7 +171,8 @@ def print_variants(console: Console, rows: list[dict[str, Any]]) -> None:
             table.add_row(r["name"], "", str(r["registers"]), str(r["spill_bytes"]))
             continue
         widths = r["widths"]["LDG"] + r["widths"]["STG"]
-        figures = [f"{r['bytes_per_parameter']:.2f}", str(r["registers"]), str(r["spill_bytes"])]
+        figures = [f"{r['bytes_per_parameter']:.2f}", *(str(r[key]) for key in ("registers", "spill_bytes"))]
+        figures += [str(r["tile_barriers"])]
         figures += [f"{r['bytes_in_flight'] / 1024:.0f}", f"{r['sass_per_parameter']:.1f}"]
         figures += [f"{r[f'{kind}_per_parameter']:.2f}" for kind in ("integer", "mufu", "special")]
         figures += [f"{min(widths)}-{max(widths)}" if min(widths) < max(widths) else str(max(widths))]
@@ -169,7 +192,9 @@ def print_whole_steps(console: Console, known: dict[str, dict[str, Any]]) -> Non
         for gpu in BANDWIDTH:
             times = [predicted(kernel, gpu) for kernel in kernels]
             cells.append(f"{sum(t for t, _ in times):.1f} ({', '.join(dict.fromkeys(why for _, why in times))})")
-        launches = len(kernels) + (2 if len(kernels) > 1 else 1)  # the sums' second stage, the coefficients
+        # The sums' second stage, the coefficients. Ragged tensors and misaligned gradients have a launch more of both
+        # kernels each.
+        launches = len(kernels) + (2 if len(kernels) > 1 else 1)
         table.add_row(name, f"{whole_step_bytes(*formats):.2f}", str(launches), *cells)
     for name, (count, launches) in OTHERS.items():
         times = [f"{count / rate * 1e12:.1f} (bandwidth)" for rate in BANDWIDTH.values()]
@@ -188,7 +213,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON list instead of tables")
     arguments = parser.parse_args()
     targets = list(TARGETS) if arguments.targets == "all" else arguments.targets.split(",")
-    chosen = [variant for variant in VARIANTS if re.search(arguments.match, variant.name)]
+    chosen = [variant for variant in VARIANTS + OTHER_PATHS if re.search(arguments.match, variant.name)]
     console = Console(width=200)
     everything: list[dict[str, Any]] = []
     for target in targets:

@@ -1,7 +1,7 @@
 """What a compiled kernel asks of the hardware, read from its machine code; nothing is run.
 
-The figures are those of the cheapest way round one full tile: control flow is rebuilt from the disassembly, the tile's
-block is the one with the most 16-byte accesses, and the cost of a tile is the shortest cycle through it.
+The figures are those of the cheapest way round one tile: control flow is rebuilt from the disassembly, the tile's
+block is the one that loads most among those of a loop, and the cost of a tile is the shortest cycle through it.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ class Profile:
     Args:
         registers, spill_bytes, shared_bytes: as ptxas allocated them (shared: per block).
         resident_threads: per SM.
-        tile_instructions: issued for one full tile, the loop around it included.
+        tile_instructions: issued for one tile, the loop around it included.
+        tile_barriers: of the block's threads, per tile.
         tile_mufu, tile_conversions, tile_integer: those of them that go to the special-function and integer units.
         once_instructions: before the first tile and after the last one.
         widths: bytes of the tile's accesses to global memory.
@@ -149,6 +150,7 @@ class Profile:
     shared_bytes: int
     resident_threads: int
     tile_instructions: int
+    tile_barriers: int
     tile_mufu: int
     tile_conversions: int
     tile_integer: int
@@ -165,11 +167,8 @@ def profile(cubin: bytes, target: str, threads: int) -> Profile:
     )
     blocks = basic_blocks(tool("nvdisasm", "-c", cubin=cubin))
 
-    def wide(block: Block) -> tuple[int, int]:
-        widths = block.widths("LDG") + block.widths("STG")
-        return sum(w == 16 for w in widths), sum(w == 8 for w in widths)
-
-    tile = max(range(len(blocks)), key=lambda b: wide(blocks[b]))
+    looping = [b for b in range(len(blocks)) if shortest_path(blocks, b, {b})]
+    tile = max(looping or range(len(blocks)), key=lambda b: sum(blocks[b].widths("LDG")))
     exits = {b for b, block in enumerate(blocks) if any(i.opcode == "EXIT" for i in block.instructions)}
     cycle = shortest_path(blocks, tile, {tile}) or [tile]
     before = shortest_path(blocks, 0, {tile})[:-1] if tile else []
@@ -184,6 +183,7 @@ def profile(cubin: bytes, target: str, threads: int) -> Profile:
         shared_bytes=shared,
         resident_threads=resident,
         tile_instructions=len(looped),
+        tile_barriers=sum(i.opcode.startswith("BAR") for i in looped),
         tile_mufu=sum(i.opcode.startswith("MUFU") for i in looped),
         tile_conversions=sum(f"{i.opcode} ".startswith(CONVERSIONS) for i in looped),
         tile_integer=sum(i.opcode.startswith(INTEGER) for i in looped),

@@ -17,8 +17,8 @@ from triton.compiler import ASTSource
 
 from dba_kernels.formats import PARAM_FORMATS, STATE_FORMATS, STORAGE_FORMATS
 from dba_kernels.kernels import accumulate, coefficients, quantize, similarity, step
-from dba_kernels.kernels.common import THREADS
-from dba_kernels.kernels.tables import TRITON_DTYPES, vector_elements
+from dba_kernels.kernels.common import LAUNCH, THREADS
+from dba_kernels.kernels.tables import TRITON_DTYPES, access, vector_elements
 
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)},
@@ -52,7 +52,13 @@ def _stored_bytes(format: str) -> float:
     return 0.0 if format == "none" else STORAGE_FORMATS[format].bytes_per_parameter
 
 
-def step_variant(param: torch.dtype, grad: torch.dtype, kind: str, state: str, stored: str) -> Variant:
+def named(name: str, path: str) -> str:
+    return name if path == "aligned" else f"{name}, {path}"
+
+
+def step_variant(
+    param: torch.dtype, grad: torch.dtype, kind: str, state: str, stored: str, path: str = "aligned"
+) -> Variant:
     """The update of parameters of one dtype and format combination."""
     rest, moments = PARAM_FORMATS[kind].remainder, STATE_FORMATS[state]
     dtypes = [param, grad, moments.exp_avg] + [rest] * (rest is not None)
@@ -66,11 +72,11 @@ def step_variant(param: torch.dtype, grad: torch.dtype, kind: str, state: str, s
         "PARAM_FORMAT": kind,
         "STATE_FORMAT": state,
         "GLOBAL_FORMAT": stored,
-        "VECTOR": vector_elements(*dtypes),
+        **access(path, vector_elements(*dtypes)),
     }
     not_read = param.itemsize if kind == "master" else 0  # the weight of a master copy is only written
     return Variant(
-        f"step {_short(param)} {kind}, {_short(grad)} grad, {state} state, {stored} ĝ",
+        named(f"step {_short(param)} {kind}, {_short(grad)} grad, {state} state, {stored} ĝ", path),
         step.step_kernel,
         {"pointers_ptr": "*i64", "grads_ptr": "*i64", "chunks_ptr": "*i32", "table_ptr": "*fp64"},
         constants,
@@ -79,14 +85,14 @@ def step_variant(param: torch.dtype, grad: torch.dtype, kind: str, state: str, s
     )
 
 
-def similarity_variant(grad: torch.dtype, stored: str) -> Variant:
+def similarity_variant(grad: torch.dtype, stored: str, path: str = "aligned") -> Variant:
     """The reduction before the update."""
     codes = [] if stored == "none" else [STORAGE_FORMATS[stored].dtype]
     return Variant(
-        f"similarity {_short(grad)} grad, {stored} ĝ",
+        named(f"similarity {_short(grad)} grad, {stored} ĝ", path),
         similarity.reduce_kernel,
         {"partials_ptr": "*fp32", "pointers_ptr": "*i64", "grads_ptr": "*i64", "chunks_ptr": "*i32"},
-        {"GRAD_DTYPE": TRITON_DTYPES[grad], "GLOBAL_FORMAT": stored, "VECTOR": vector_elements(grad, *codes)},
+        {"GRAD_DTYPE": TRITON_DTYPES[grad], "GLOBAL_FORMAT": stored, **access(path, vector_elements(grad, *codes))},
         grad.itemsize + _stored_bytes(stored),
         grad.itemsize + (0.0 if stored == "none" else STORAGE_FORMATS[stored].bits / 8),
     )
@@ -99,7 +105,7 @@ def quantize_variant(decode: bool, format: str, dense: torch.dtype) -> Variant:
         f"decode {format} to {_short(dense)}" if decode else f"encode {_short(dense)} to {format}",
         quantize.quantize_kernel,
         {"pointers_ptr": "*i64", "chunks_ptr": "*i32"},
-        quantize.constants(decode, format, dense),
+        {**quantize.constants(decode, format, dense), **access("aligned", vector_elements(dense, chosen.dtype))},
         dense.itemsize + chosen.bytes_per_parameter,
         chosen.bits / 8 if decode else dense.itemsize,
     )
@@ -116,7 +122,7 @@ def accumulate_variant(grad: torch.dtype) -> Variant:
             "squared_norms_ptr": "*fp64",
             "weight": "fp32",
         },
-        {"GRAD_DTYPE": TRITON_DTYPES[grad], "VECTOR": vector_elements(grad, FP32)},
+        {"GRAD_DTYPE": TRITON_DTYPES[grad], **access("aligned", vector_elements(grad, FP32))},
         8 + grad.itemsize,
         4 + grad.itemsize,
     )
@@ -136,7 +142,7 @@ def coefficients_variant() -> Variant:
         "n_active": "i32",
     }
     settings = {"BOOST": 0.2, "TOTAL_STEPS": 1000.0, "BOOST_MAX": 0.5, "CORRECTION": "cosine", "GLOBAL_SCOPE": False}
-    settings |= {"LOW": 0.0, "HIGH": 2.0, "MAX_GRAD_NORM": 1.0, "REDUCE": True}
+    settings |= {"LOW": 0.0, "HIGH": 2.0, "MAX_GRAD_NORM": 1.0, "REDUCE": True, "BLOCK": 256}
     return Variant("coefficients cosine, clipped", coefficients.coefficients_kernel, pointers, settings, 0.0)
 
 
@@ -174,6 +180,21 @@ VARIANTS = [
 ]
 
 
+OTHER_PATHS = [
+    *(
+        step_variant(*formats, path)
+        for formats in (
+            (FP32, BF16, "native", "fp32", "int8"),
+            (BF16, BF16, "split16", "int8", "int8"),
+            (BF16, BF16, "split8", "int8", "int4"),
+        )
+        for path in ("narrow", "masked")
+    ),
+    *(similarity_variant(BF16, stored, path) for stored in ("int8", "int4") for path in ("narrow", "masked")),
+]
+"""What ragged tensors and misaligned gradients run, of the formats that people run."""
+
+
 def compile_variant(variant: Variant, target: str) -> Any:
     """Triton's compiled kernel, for a GPU that need not be there.
 
@@ -195,5 +216,5 @@ def compile_variant(variant: Variant, target: str) -> Any:
     source = ASTSource(variant.kernel, signature=signature, constexprs=constants, attrs=aligned)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        options = {"num_warps": THREADS // TARGETS[target].warp_size}
+        options = {**LAUNCH, "num_warps": THREADS // TARGETS[target].warp_size}
         return triton.compile(source, target=TARGETS[target], options=options)

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from .passes import MicroBatch, ShardedModel, WholeModel, restore
 from .records import check_rank
 from .snapshots import Snapshots
 from .sums import GradientSums
-from .tensor_files import to_json
+from .tensor_files import check_name_of_file, to_json
 from .weights import WeightWatch
 
 WEIGHTINGS = ("tokens", "batch")
@@ -359,7 +358,7 @@ class GlobalGradientCollector:
         describe = functools.partial(self._describe, means, statistics, shapes, format, rank)
         if save_to is None:
             return describe()
-        self._pass.write(lambda: save_or_hand_over(describe(), save_to), means)
+        self._pass.where_written(lambda: save_or_hand_over(describe(), save_to), means)
         return GlobalGradient.load(save_to)
 
     def check_destination(self, save_to: str | os.PathLike[str] | None) -> None:
@@ -370,12 +369,9 @@ class GlobalGradientCollector:
             OSError: nothing can be written there.
         """
         self._pass.check_destination(save_to)
-        if save_to is None:
-            return
-        if Path(save_to).suffix != ".safetensors":
-            raise ValueError(f"save_to: expected a name that ends in '.safetensors', got {str(save_to)!r}")
-        if self._pass.writes:
-            try_to_write(save_to)
+        if save_to is not None:
+            check_name_of_file(save_to, "save_to")
+            self._pass.where_written(functools.partial(try_to_write, save_to))
 
     def _describe(
         self,

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import operators
 from .backends import BACKENDS, implementation, serving
 from .formats import STORAGE_FORMATS, EncodedTensor, LowRankTensor, StoredTensor, check_name, matrix_shape
-from .stepdata import NO_OVERRIDES, StepOverrides, StepScalars, StepSettings, TensorBatch
+from .stepdata import NO_OVERRIDES, Factors, StepOverrides, StepScalars, StepSettings, TensorBatch
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -216,29 +216,45 @@ def _module(batch: TensorBatch, backend: str, stem: str) -> ModuleType:
     return serving(backend, stem, batch.device, batch.tensors[0].param.dtype)
 
 
+def bind(stored: StoredTensor, device: torch.device, backend: str = "auto") -> StoredTensor | Factors:
+    """A stored global gradient where a step wants it, low-rank factors decoded: done once, not at every step."""
+    stored = stored.to(device)
+    return _factors(stored, backend) if isinstance(stored, LowRankTensor) else stored
+
+
+def _factors(stored: LowRankTensor, backend: str) -> Factors:
+    dtype = torch.bfloat16 if stored.device.type == "cuda" else torch.float32
+    u, v = decode_all([stored.u, stored.v], backend)  # [rows, r], [cols, r]
+    return Factors(stored.shape, (u * stored.sigma).to(dtype), v.to(dtype).T)
+
+
 def _dense_parts(
     batch: TensorBatch, grads: list[torch.Tensor], backend: str
 ) -> Iterator[tuple[TensorBatch, list[torch.Tensor]]]:
     """The batch itself; for low rank its parameters one by one, each with ĝ_G rebuilt into one reused buffer.
 
-    A rank-r global gradient is never dense for more than one tensor. The buffer is bf16 on GPUs, where bandwidth is
-    what counts, and fp32 on CPUs, where bf16 matmul is slow.
+    A rank-r global gradient is never dense for more than one tensor. Per parameter and use: one matmul, no allocation.
     """
     if batch.global_format != "lowrank":
         yield batch, grads
         return
-    stored = batch.all("global_grad")
     if "lowrank" not in batch.cache:
-        name = "bf16" if batch.device.type == "cuda" else "fp32"
-        longest = max(math.prod(low.shape) for low in stored)
-        buffer = torch.empty(longest, dtype=STORAGE_FORMATS[name].dtype, device=batch.device)
-        dense = [EncodedTensor(name, low.shape, buffer[: math.prod(low.shape)].view(low.shape)) for low in stored]
-        batch.cache["lowrank"] = [
-            replace(batch, global_format=name, tensors=[replace(tensor, global_grad=rebuilt)], cache={})
-            for tensor, rebuilt in zip(batch.tensors, dense, strict=True)
-        ]
-    for single, low, grad in zip(batch.cache["lowrank"], stored, grads, strict=True):
-        matrix = single.tensors[0].global_grad.codes.flatten(1)
-        u, v = decode_all([low.u, low.v], backend)  # [rows, r], [cols, r]
-        torch.matmul((u * low.sigma).to(matrix.dtype), v.to(matrix.dtype).T, out=matrix)
+        batch.cache["lowrank"] = _rebuilt(batch, backend)
+    for (single, factors, dense), grad in zip(batch.cache["lowrank"], grads, strict=True):
+        torch.mm(factors.left, factors.right, out=dense)
         yield single, [grad]
+
+
+def _rebuilt(batch: TensorBatch, backend: str) -> list[tuple[TensorBatch, Factors, torch.Tensor]]:
+    """Per parameter a batch of its own whose global gradient lies in the shared buffer, the factors, that matrix."""
+    stored = batch.all("global_grad")
+    bound = [low if isinstance(low, Factors) else _factors(low.to(batch.device), backend) for low in stored]
+    buffer = bound[0].left.new_empty(max(math.prod(low.shape) for low in bound))
+    name = "bf16" if buffer.dtype == torch.bfloat16 else "fp32"
+    rebuilt = []
+    for tensor, factors in zip(batch.tensors, bound, strict=True):
+        dense = buffer[: math.prod(factors.shape)]
+        encoded = EncodedTensor(name, factors.shape, dense.view(factors.shape))
+        single = replace(batch, global_format=name, tensors=[replace(tensor, global_grad=encoded)], cache={})
+        rebuilt.append((single, factors, dense.view(matrix_shape(factors.shape))))
+    return rebuilt

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.optim import Optimizer
@@ -251,14 +251,13 @@ class DBAAdamW(Optimizer):
         return loss
 
     def _activate(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> tuple[Plan, ActiveSet]:
+        where = self.param_groups, self.state
         if self._plan is not None:
-            if (active := self._plan.activate(params, grads, self.param_groups, self.state)) is not None:
+            if (active := self._plan.activate(params, grads, *where)) is not None:
                 return self._plan, active
             self._drop_plan()
-        plan = self._plan = Plan(self.param_groups, self.state, self.options, self.global_gradient, self.missing)
-        active = plan.activate(params, grads, self.param_groups, self.state)
-        assert active is not None  # a plan just made is current
-        return plan, active
+        plan = self._plan = Plan(*where, self.options, self.global_gradient, self.missing, self.backend)
+        return plan, cast("ActiveSet", plan.activate(params, grads, *where))  # a plan just made is current
 
     def _drop_plan(self) -> None:
         self._store_counters()

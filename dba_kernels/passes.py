@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,11 +52,6 @@ class WholeModel:
         self.weight: float | None = None
         self._seen: set[str] = set()
 
-    @property
-    def writes(self) -> bool:
-        """Whether this process writes the result."""
-        return True
-
     def watch(self, stack: contextlib.ExitStack) -> None:
         """See gradients until ``stack`` is closed."""
         for index, (name, param) in enumerate(self.params.items()):
@@ -102,19 +97,15 @@ class WholeModel:
     def complete(self) -> None:
         """Bring the sums together, when all micro-batches have been seen."""
 
-    def write(self, write: Callable[[], object], means: Iterator[object]) -> None:
-        """Call ``write``, which exhausts ``means``, in the process that writes."""
-        write()
+    def where_written(self, act: Callable[[], object], means: Iterable[object] = ()) -> None:
+        """Call ``act`` in the process that writes; it may take from ``means``."""
+        act()
 
 
 class ShardedModel(WholeModel):
     """FSDP2 itself hands over the rows of the gradient when it has averaged them; they stay until the pass ends."""
 
     alone = False
-
-    @property
-    def writes(self) -> bool:
-        return self.sharding.first
 
     def watch(self, stack: contextlib.ExitStack) -> None:
         pass
@@ -159,19 +150,19 @@ class ShardedModel(WholeModel):
     def complete(self) -> None:
         self.sums.reduce_rows()
 
-    def write(self, write: Callable[[], object], means: Iterator[object]) -> None:
-        """``write`` on the mesh's first rank; all go on together, whatever became of it."""
+    def where_written(self, act: Callable[[], object], means: Iterable[object] = ()) -> None:
+        """``act`` on the mesh's first rank; all go on together, or end together, whatever became of it."""
         failed: Exception | None = None
         try:
             if self.sharding.first:
-                write()
+                act()
         except Exception as error:
             failed = error
         for _ in means:  # gathering takes all ranks to the end
             pass
         vote = torch.tensor(float(failed is not None), device=self.sharding.mesh.device_type)
         if self.sharding.over_mesh_(vote):
-            raise failed or RuntimeError("finish(): the rank that writes the file failed; its error says why")
+            raise failed or RuntimeError("save_to: the rank that writes the file failed; its error says why")
 
 
 def restore(modes: Sequence[tuple[nn.Module, bool]], grads: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> None:

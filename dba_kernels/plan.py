@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from . import ops
 from .base_model import Groups, names_of, normalize_name
 from .distributed import PLAIN_TYPES, Sharding, layout_of, local
 from .formats import matrix_shape
@@ -132,8 +133,9 @@ class Plan:
         options: StateOptions,
         global_gradient: GlobalGradient | None,
         missing: str,
+        backend: str,
     ):
-        self.options = options
+        self.options, self._backend = options, backend
         self.params = [p for group in groups for p in group["params"]]
         self._index = {id(p): i for i, p in enumerate(self.params)}  # the plan keeps p alive: its id stays its own
         full_names = names_of(groups)
@@ -185,7 +187,8 @@ class Plan:
             for i, name in enumerate(self.names):
                 if name in gg:
                     stored = gg.stored(name, self.sharding.rows[i])
-                    self.stored[i], global_sq[i] = stored.to(self.params[i].device), gg.global_sq(name)
+                    self.stored[i] = ops.bind(stored, self.params[i].device, self._backend)
+                    global_sq[i] = gg.global_sq(name)
             self._warn_unbound()
         self.global_sq = torch.tensor(global_sq, dtype=torch.float64, device=self.device)
 

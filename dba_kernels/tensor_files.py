@@ -95,7 +95,7 @@ def save_tensors(
         OSError: see :func:`.files.atomic_writer`.
     """
     path = Path(path)
-    check_destination(path)
+    check_name_of_file(path)
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: expected at least 1 or None, got {max_shard_bytes}")
     text = to_json(content)
@@ -132,14 +132,14 @@ def save_tensors(
     return index_path if sharded else path
 
 
-def check_destination(path: str | os.PathLike[str]) -> None:
+def check_name_of_file(path: str | os.PathLike[str], argument: str = "path") -> None:
     """Refuse a name that :func:`save_tensors` would refuse.
 
     Raises:
         ValueError: its ending.
     """
     if Path(path).suffix != ".safetensors":
-        raise ValueError(f"path: expected a name that ends in '.safetensors', got {str(path)!r}")
+        raise ValueError(f"{argument}: expected a name that ends in '.safetensors', got {str(path)!r}")
 
 
 def index_of(path: Path) -> Path:

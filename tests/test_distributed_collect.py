@@ -235,7 +235,7 @@ def test_what_would_go_wrong_is_refused(collected: dict) -> None:
     """Protects a sharded collection: each misuse is refused on every rank, with the reason."""
     for rank, found in enumerate(collected[2][1]):
         assert found["no path"].startswith("ValueError: save_to: expected the path of a file for a model sharded")
-        mine = "OSError: cannot write" if rank == 0 else "RuntimeError: finish(): the rank that writes the file failed"
+        mine = "OSError: cannot write" if rank == 0 else "RuntimeError: save_to: the rank that writes the file failed"
         assert mine.split(":")[0][-5:] in found["no folder"] and mine.split(": ")[1] in found["no folder"]
         assert "ValueError: reduce(): expected a whole model on every rank" in found["reduce"]
         assert "parameter 'body.norm.weight': expected a DTensor as others are" in found["partly"]

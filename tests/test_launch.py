@@ -15,11 +15,11 @@ from triton.runtime.interpreter import GridExecutor
 
 from dba_kernels import DBAAdamW, GlobalGradient
 from dba_kernels.formats import EncodedTensor
-from dba_kernels.kernels import accumulate, coefficients, common, quantize, similarity, step, tables
+from dba_kernels.kernels import accumulate, coefficients, columns, common, quantize, similarity, step, tables
 from dba_kernels.stepdata import UPDATED_PARTS, Coefficient, Hyper, StepScalars, StepSettings, Summary, TensorBatch
 
 from .support import guard_pages
-from .support.cases import Case, build
+from .support.cases import Case, build, clone
 from .support.operations import CountedOperations
 
 SETTINGS = StepSettings(boost=0.2, total_steps=10, correction="cosine", max_grad_norm=1.0, reduce=True)
@@ -142,6 +142,49 @@ def test_whole_optimizer_step_is_four_launches(monkeypatch, n):
     assert [name for name, _, _ in launches] == 3 * LAUNCHES
 
 
+def test_ragged_tensors_and_misaligned_gradients_have_launches_of_their_own(monkeypatch):
+    """Whatever the number of tensors: one launch for full tiles, one beside misaligned gradients, one with masks."""
+    case = Case(torch.float32, "native", "fp32", "none", torch.float32, ((64, 64), (64, 64), (5000,)) * 20)
+    batch, grads, table = build(case)
+    grads[1::3] = [torch.zeros(64 * 64 + 1)[1:].view(64, 64) for _ in range(20)]
+    with recorded_launches(monkeypatch) as launches:
+        similarity.similarity(batch, grads, torch.zeros(len(table), 2, dtype=torch.float64))
+        step.step(batch, grads, table)
+    assert [name for name, _, _ in launches] == ["reduce_kernel"] * 3 + ["finish_kernel"] + ["step_kernel"] * 3
+    access = [(options["MASKED"], options["VECTOR"], options["GRAD_VECTOR"]) for _, _, options in launches[-3:]]
+    assert sorted(access) == [(False, 4, 1), (False, 4, 4), (True, 1, 1)]
+
+
+def test_every_launch_states_fused_multiply_adds(monkeypatch):
+    """The compiler's default may change; the agreement with the reference was measured with them."""
+    one_step = Step(2)
+    with recorded_launches(monkeypatch) as launches:
+        one_step.run()
+        quantize.decode_all(quantize.encode_all([torch.zeros(64, 64)], "int8"))
+        accumulate.accumulate([torch.zeros(8)], [torch.zeros(8)], 1.0, torch.zeros(1, dtype=torch.float64))
+    kernels = {"reduce_kernel", "finish_kernel", "coefficients_kernel", "step_kernel", "quantize_kernel", "add_kernel"}
+    assert {name for name, _, _ in launches} == kernels
+    assert all(options["enable_fp_fusion"] for _, _, options in launches)
+
+
+def test_low_rank_is_decoded_once_and_multiplied_into_one_buffer(monkeypatch):
+    """Per parameter and step two matmuls and three launches; from the second step on nothing is allocated or copied."""
+    params = {f"{i}.weight": torch.nn.Parameter(torch.randn(64, 96)) for i in range(3)}
+    gg = GlobalGradient.from_tensors({name: p.detach() for name, p in params.items()}, format="int8", rank=4)
+    optimizer = DBAAdamW(params.items(), lr=1e-5, global_gradient=gg, total_steps=1000, backend="triton")
+    for param in params.values():
+        param.grad = torch.zeros_like(param)
+    with recorded_launches(monkeypatch) as launches:
+        optimizer.step()
+        first = len(launches)
+        with CountedOperations() as counted:
+            optimizer.step()
+    names = [name for name, _, _ in launches]
+    assert names[:first].count("quantize_kernel") == 3  # one launch per parameter decodes both of its factors
+    assert names[first:] == ["reduce_kernel", "finish_kernel"] * 3 + ["coefficients_kernel"] + ["step_kernel"] * 3
+    assert counted.names == ["aten.mm.out"] * 6
+
+
 def test_optimizer_step_without_reduction_is_two_launches(monkeypatch):
     """Protects plain AdamW: a step that needs no reduction launches none."""
     param = torch.nn.Parameter(torch.randn(64, 64))
@@ -248,14 +291,73 @@ def test_nothing_that_changes_is_compiled_in(monkeypatch):
         assert_same_specialisation(first, launches)
 
 
-def test_chunks_cover_every_position_once():
-    """Protects disjoint writes: the chunks of a tensor cover each position exactly once."""
-    positions = [0, 1, 8192, 8193, 3 * 8192 - 1]
-    chunk = common.CHUNK.value
-    covered = [torch.zeros(n, dtype=torch.int64) for n in positions]
-    for tensor, k in tables.chunk_table(positions):
-        covered[tensor][k * chunk : (k + 1) * chunk] += 1
+def entry_of(shape: tuple[int, ...], grouped: bool = True, address: int = 4096, offset: int = 0) -> tables.Entry:
+    entry = tables.Entry(shape, grouped)
+    entry.stream(columns.PARAM, address)
+    entry[columns.OFFSET.value] = offset
+    return entry
+
+
+ENTRIES = {
+    "aligned": [entry_of(s) for s in ((0, 64), (1, 1), (1, 8192), (1, 8193), (24, 1024), (3, 8191))],
+    "misaligned": [entry_of((24, 1024), address=4100), entry_of((5000,), grouped=False, address=4100)],
+    "straddling": [entry_of((24, 1024), offset=2**32 - at) for at in (1, 1024, 5000, 24 * 1024, 30 * 1024)],
+}
+
+
+@pytest.mark.parametrize("entries", ENTRIES.values(), ids=ENTRIES)
+def test_chunks_cover_every_tile_once(entries):
+    """Protects disjoint writes, and the sums of a tensor, whose partial ones lie side by side."""
+    covered = [torch.zeros(-(-entry.positions // 1024), dtype=torch.int64) for entry in entries]
+    cut = tables.chunk_table(entries)
+    for tensor, first, tiles, _, _ in cut:
+        covered[tensor][first : first + tiles] += 1
     assert all((count == 1).all() for count in covered)
+    assert [slot for *_, slot, _ in cut] == list(range(len(cut)))
+    assert sorted(cut) == cut
+
+
+def test_tiles_are_masked_where_they_must_be():
+    """Ragged ends, padded rows, misaligned storage and tiles that straddle 2³²; nothing else."""
+    assert entry_of((24, 1024)).spans() == [(0, 24, False)]
+    assert entry_of((1, 8193)).spans() == [(0, 8, False), (8, 9, True)]
+    assert entry_of((3, 8191)).spans() == [(0, 24, True)]
+    assert entry_of((24, 1024), address=4100).spans() == [(0, 24, True)]
+    assert entry_of((24, 1024), offset=2**32 - 5000).spans() == [(0, 4, False), (4, 5, True), (5, 24, False)]
+    assert entry_of((24, 1024), offset=2**32 - 4096).spans() == [(0, 24, False)]
+
+
+def test_small_models_are_cut_small():
+    """A model of few tiles is spread over many programs; a large one reads its tables once per eight tiles."""
+    assert [tables.chunk_tiles(tiles) for tiles in (1, 2047, 4096, 8191, 16384, 10**6)] == [1, 1, 2, 3, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("n", "block", "warps"), [(1, 64, 1), (64, 64, 1), (65, 128, 2), (600, 1024, 16), (9000, 1024, 16)]
+)
+def test_the_coefficients_take_as_many_parameters_at_a_time_as_there_are(n, block, warps):
+    """Protects the kernel's length: one turn of its loops for most models, and no idle warps for small ones."""
+    options = coefficients.block(n)
+    assert (options["BLOCK"], options["num_warps"]) == (block, warps)
+
+
+@pytest.mark.parametrize("size", [1, 1024, 5000])
+def test_gradients_in_a_flat_buffer_keep_full_tiles(size):
+    """One odd bias shifts every gradient after it: those are read element by element, but in full tiles."""
+    shapes = ((3,), (64, 64), (size,))
+    case = Case(torch.float32, "native", "fp32", "none", torch.bfloat16, shapes)
+    batch, grads, table = build(case)
+    flat = torch.cat([grad.flatten() for grad in grads])
+    views = [part.view(shape) for part, shape in zip(flat.split([3, 4096, size]), shapes, strict=True)]
+    other = clone(batch)
+    step.step(batch, grads, table)
+    step.step(other, views, table)
+    assert all(torch.equal(a, b) for a, b in zip(batch.all("param"), other.all("param"), strict=True))
+    routed = tables.tables_of(other).chunks
+    assert {row[0] for row in routed["narrow"].tolist()} == ({1} if size < 1024 else {1, 2})
+    assert all(tiles == 1 for _, _, tiles, _ in routed["masked"].tolist())  # ragged ends alone
+    step.step(other, grads, table)  # and back again
+    assert "narrow" not in tables.tables_of(other).chunks
 
 
 @pytest.mark.parametrize("size", [1, 63, 1023, 1024, 1025, 8191, 8192, 8193, 20000])
@@ -291,7 +393,7 @@ def virtual(numel: int, dtype: torch.dtype) -> torch.Tensor:
 
 def test_offsets_beyond_32_bits():
     """The last chunks of a tensor of 2³¹ elements and a few, against those elements as a tensor of their own."""
-    tail = common.CHUNK.value + 5000
+    tail = tables.MOST_TILES * common.TILE.value + 5000
     numel = 2**31 + tail
     case = Case(torch.bfloat16, "split8", "int8", "int8", torch.bfloat16, ((1, tail),))
     small, (small_grad,), table = build(case)
@@ -312,7 +414,14 @@ def test_offsets_beyond_32_bits():
     grad[:, -tail:] = small_grad
 
     launched = tables.tables_of(huge)
-    launched.chunks, launched.n_chunks = launched.chunks[-2:].clone(), 2
+    launched.chunks = {path: chunks[chunks[:, 1] >= 2**31 // 1024].clone() for path, chunks in launched.chunks.items()}
+    assert {path: len(chunks) for path, chunks in launched.chunks.items()} == {"aligned": 2, "masked": 1}
+    launched.partials.zero_()
+    sums = torch.zeros(2, len(table), 2, dtype=torch.float64)
+    similarity.similarity(huge, [grad], sums[0])
+    similarity.similarity(small, [small_grad], sums[1])
+    torch.testing.assert_close(sums[0], sums[1], rtol=1e-6, atol=0)
+    assert sums.abs().sum() > 0
     step.step(huge, [grad], table)
     step.step(small, [small_grad], table)
     for name in UPDATED_PARTS:

@@ -66,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "snapshots": {"distributed", "files", "tensor_files", "sums"},
     "sums": {"ops", "distributed", "formats", "tensor_files", "records", "descriptions"},
     "state": {"distributed", "backends", "formats"},
-    "plan": {"state", "distributed", "global_gradient", "base_model", "formats", "stepdata"},
+    "plan": {"ops", "state", "distributed", "global_gradient", "base_model", "formats", "stepdata"},
     "integrations": {PUBLIC, "integrations"},
     "cli": {PUBLIC, "cli"},
     "__main__": {PUBLIC, "cli"},

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import columns as col
-from .common import GROUP, MASKED_TILE, NUM_WARPS, TILE, chunk_ranges, load, pointer, store, tile_offsets
+from .common import GROUP, LAUNCH, chunk_range, load, pointer, store, tile_of, tile_offsets
 from .similarity import finish_kernel, reduce_kernel
 from .tables import TRITON_DTYPES, Entry, GradTables, address_of, on_device, vector_elements
 
@@ -27,23 +27,29 @@ def add_tile(total_ptr, grad_ptr, weight, start, numel, MASKED: tl.constexpr):
 
 @triton.jit
 def add_kernel(
-    pointers_ptr, grads_ptr, chunks_ptr, squared_norms_ptr, weight, GRAD_DTYPE: tl.constexpr, VECTOR: tl.constexpr
+    pointers_ptr,
+    grads_ptr,
+    chunks_ptr,
+    squared_norms_ptr,
+    weight,
+    GRAD_DTYPE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    GRAD_VECTOR: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """total ← total + weight · grad for one chunk, where the gradient is finite."""
-    chunk = chunks_ptr + 2 * tl.program_id(0)
-    tensor = tl.load(chunk).to(tl.int64)
+    chunk = chunks_ptr + col.CHUNKS * tl.program_id(0)
+    tensor = tl.load(chunk + col.CHUNK_TENSOR).to(tl.int64)
     squared_norm = tl.load(squared_norms_ptr + tensor)
     if not (squared_norm < float("inf")):
         return
     pointers = pointers_ptr + tensor * col.POINTERS
     numel = tl.load(pointers + col.COLS)
     total_ptr = pointer(pointers, col.PARAM, tl.float32, VECTOR)
-    grad_ptr = pointer(grads_ptr, tensor, GRAD_DTYPE, VECTOR)
-    first, full_end, end = chunk_ranges(chunk, pointers, grads_ptr + tensor, 1, numel)
-    for start in range(first, full_end, TILE):
-        add_tile(total_ptr, grad_ptr, weight, start, numel, False)
-    for start in range(full_end, end, MASKED_TILE):
-        add_tile(total_ptr, grad_ptr, weight, start, numel, True)
+    grad_ptr = pointer(grads_ptr, tensor, GRAD_DTYPE, GRAD_VECTOR)
+    first, end = chunk_range(chunk, 1, numel, MASKED)
+    for start in range(first, end, tile_of(MASKED)):
+        add_tile(total_ptr, grad_ptr, weight, start, numel, MASKED)
 
 
 @functools.lru_cache(maxsize=1024)  # a collector's hooks come with one sum each, again and again
@@ -78,16 +84,13 @@ def accumulate(
     tables = _tables(addresses, tuple(total.numel() for total in totals), totals[0].device)
     dtype = TRITON_DTYPES[grads[0].dtype]
     with on_device(totals[0]):
-        where = tables.grads.refresh(grads)
-        grid = (tables.n_chunks,)
-        if tables.n_chunks:
-            vector = vector_elements(grads[0].dtype)
-            reduce_kernel[grid](
-                tables.partials, tables.pointers, where, tables.chunks, dtype, "none", vector, num_warps=NUM_WARPS
+        where = tables.refresh(grads)
+        for chunks, access in tables.launches(vector_elements(grads[0].dtype)):
+            reduce_kernel[(len(chunks),)](
+                tables.partials, tables.pointers, where, chunks, dtype, "none", **access, **LAUNCH
             )
-        finish_kernel[(len(totals),)](squared_norms, tables.partials, tables.pointers, 1, num_warps=NUM_WARPS)
-        if tables.n_chunks:
-            vector = vector_elements(grads[0].dtype, torch.float32)
-            add_kernel[grid](
-                tables.pointers, where, tables.chunks, squared_norms, float(weight), dtype, vector, num_warps=NUM_WARPS
+        finish_kernel[(len(totals),)](squared_norms, tables.partials, tables.pointers, 1, **LAUNCH)
+        for chunks, access in tables.launches(vector_elements(grads[0].dtype, torch.float32)):
+            add_kernel[(len(chunks),)](
+                tables.pointers, where, chunks, squared_norms, float(weight), dtype, **access, **LAUNCH
             )

@@ -5,6 +5,8 @@ Everything here is a scalar per parameter, in float64: the step's precision is d
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,10 +14,12 @@ import triton.language as tl
 from .. import formats
 from ..stepdata import NO_OVERRIDES, StepOverrides, StepScalars, StepSettings
 from . import columns as col
+from .common import LAUNCH, WARP
 from .tables import on_device
 
-PARAM_BLOCK = tl.constexpr(256)
 SQUARED_NORM_LIMIT = tl.constexpr(formats.SQUARED_NORM_LIMIT)
+MOST_PARAMS = 1024
+"""Parameters that the program takes at a time: most models need one turn of each of its two loops."""
 
 
 @triton.jit
@@ -42,19 +46,28 @@ def load_scalar(ptr, default: tl.constexpr):
 
 @triton.jit
 def load_params(
-    first, n_active, active_ptr, group_ptr, hyper_ptr, global_sq_ptr, sums_ptr, scale, REDUCE: tl.constexpr
+    first,
+    n_active,
+    active_ptr,
+    group_ptr,
+    hyper_ptr,
+    global_sq_ptr,
+    sums_ptr,
+    scale,
+    REDUCE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Per active parameter: mask, row, its hyperparameters' row, (dot, ‖g_D‖²) unscaled, 1 where ‖g_D‖² is NaN or too
     large, ‖ĝ_G‖² or −1, 1/scale."""
-    i = first + tl.arange(0, PARAM_BLOCK)
+    i = first + tl.arange(0, BLOCK)
     inside = i < n_active
     row = tl.load(active_ptr + i, mask=inside, other=0)
     hyper = hyper_ptr + tl.load(group_ptr + row, mask=inside, other=0) * col.HYPERS
     stored_sq = tl.load(global_sq_ptr + row, mask=inside, other=-1.0)
     inverse_scale = tl.load(hyper + col.HYPER_SIGN, mask=inside, other=0.0) / scale
-    dot = tl.zeros((PARAM_BLOCK,), tl.float64)
-    grad_sq = tl.zeros((PARAM_BLOCK,), tl.float64)
-    unusable = tl.zeros((PARAM_BLOCK,), tl.float64)
+    dot = tl.zeros((BLOCK,), tl.float64)
+    grad_sq = tl.zeros((BLOCK,), tl.float64)
+    unusable = tl.zeros((BLOCK,), tl.float64)
     if REDUCE:
         dot = tl.load(sums_ptr + 2 * row, mask=inside, other=0.0) * inverse_scale
         raw_sq = tl.load(sums_ptr + 2 * row + 1, mask=inside, other=0.0)
@@ -123,6 +136,7 @@ def coefficients_kernel(
     HIGH: tl.constexpr,
     MAX_GRAD_NORM: tl.constexpr,
     REDUCE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """All scalars of a step, in float64, by one program: a first pass over the parameters sums, a second one writes."""
     zero = tl.zeros((), tl.float64)
@@ -132,9 +146,9 @@ def coefficients_kernel(
     skip = load_scalar(found_inf_ptr, 0.0) != 0
 
     total_sq, n_unusable, scope_dot, scope_grad_sq, scope_sq = zero, zero, zero, zero, zero
-    for first in range(0, n_active, PARAM_BLOCK):
+    for first in range(0, n_active, BLOCK):
         _, _, _, dot, grad_sq, unusable, stored_sq, _ = load_params(
-            first, n_active, active_ptr, group_ptr, hyper_ptr, global_sq_ptr, sums_ptr, scale, REDUCE
+            first, n_active, active_ptr, group_ptr, hyper_ptr, global_sq_ptr, sums_ptr, scale, REDUCE, BLOCK
         )
         has_global = stored_sq >= 0
         total_sq += tl.sum(grad_sq)
@@ -154,9 +168,9 @@ def coefficients_kernel(
     elif TOTAL_STEPS > 0:
         gamma = clamp(BOOST * (1.0 - steps_done.to(tl.float64) / TOTAL_STEPS), 0.0, BOOST_MAX)  # eq. 2
 
-    for first in range(0, n_active, PARAM_BLOCK):
+    for first in range(0, n_active, BLOCK):
         inside, row, hyper, dot, grad_sq, _, stored_sq, inverse_scale = load_params(
-            first, n_active, active_ptr, group_ptr, hyper_ptr, global_sq_ptr, sums_ptr, scale, REDUCE
+            first, n_active, active_ptr, group_ptr, hyper_ptr, global_sq_ptr, sums_ptr, scale, REDUCE, BLOCK
         )
         has_global = stored_sq >= 0
         stored_sq = tl.where(has_global, stored_sq, 0.0)
@@ -203,6 +217,12 @@ def coefficients_kernel(
     tl.store(summary_ptr + col.GLOBAL_NORM, tl.sqrt(scope_sq))
 
 
+def block(n_active: int) -> dict[str, Any]:
+    """The kernel's block and launch options for this many parameters: as few turns, and as few threads, as will do."""
+    size = min(MOST_PARAMS, max(2 * WARP, triton.next_power_of_2(n_active)))
+    return {"BLOCK": size, **LAUNCH, "num_warps": size // (2 * WARP)}  # two parameters per thread
+
+
 @torch.no_grad()
 def coefficients(scalars: StepScalars, settings: StepSettings, overrides: StepOverrides = NO_OVERRIDES) -> None:
     """Turn the sums into coefficients, and count the step.
@@ -242,5 +262,5 @@ def coefficients(scalars: StepScalars, settings: StepSettings, overrides: StepOv
             HIGH=float(settings.bounds[1]),
             MAX_GRAD_NORM=settings.max_grad_norm,
             REDUCE=settings.reduce,
-            num_warps=4,
+            **block(scalars.active.numel()),
         )

@@ -17,13 +17,19 @@ GLOBAL_GRAD = tl.constexpr(6)
 GLOBAL_SCALE = tl.constexpr(7)
 ROWS = tl.constexpr(8)
 COLS = tl.constexpr(9)
-FULL_TILES = tl.constexpr(10)  # 1: storage is aligned and no row is padded
-TABLE_ROW = tl.constexpr(11)
-SEED = tl.constexpr(12)
-OFFSET = tl.constexpr(13)
-FIRST_CHUNK = tl.constexpr(14)
-N_CHUNKS = tl.constexpr(15)
-POINTERS = tl.constexpr(16)
+TABLE_ROW = tl.constexpr(10)
+SEED = tl.constexpr(11)
+OFFSET = tl.constexpr(12)
+FIRST_SLOT = tl.constexpr(13)  # of its partial sums
+N_SLOTS = tl.constexpr(14)
+POINTERS = tl.constexpr(16)  # a row of 128 bytes
+
+# Chunk table, int32 [n_chunks, CHUNKS].
+CHUNK_TENSOR = tl.constexpr(0)  # row of the pointer table
+CHUNK_FIRST = tl.constexpr(1)  # tile
+CHUNK_TILES = tl.constexpr(2)
+CHUNK_SLOT = tl.constexpr(3)  # row of the partial sums
+CHUNKS = tl.constexpr(4)
 
 # Coefficient table, float64 [n_params, COEFFICIENTS].
 GRAD_WEIGHT = tl.constexpr(Coefficient.GRAD_WEIGHT)

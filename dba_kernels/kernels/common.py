@@ -1,9 +1,10 @@
 """What all kernels share on the device: sizes, tile addressing, loads and stores.
 
-One launch serves every tensor of a batch. A program takes one chunk of CHUNK positions and walks it in tiles of TILE.
+One launch serves every tensor of a batch. A program takes one chunk, a few tiles of TILE positions.
 *Positions* number the elements of a tensor whose rows are padded to whole groups, so group ``p // GROUP`` of a grouped
 format always is 64 consecutive positions; without padding (full rows, or no grouped format: one long row) position and
-element are the same and a tile may be *full*: no masks, 16-byte accesses. All other tiles are *masked*.
+element are the same and a tile may be *full*: no masks, 16-byte accesses. All other tiles are *masked*, and have a
+launch of their own (:func:`.tables.Tables.launches`), so that their addresses take no registers from full ones.
 """
 
 from __future__ import annotations
@@ -25,34 +26,35 @@ TILE = tl.constexpr(1024)
 MASKED_TILE = tl.constexpr(1024 if INTERPRETED.value else 256)
 """Positions of a tile with masks: 2 per thread, so that its addresses need no more registers than a full tile. The
 interpreter has no registers, and pays per tile."""
-CHUNK = tl.constexpr(8 * TILE.value)
-"""Positions per program: the tables, pointers and coefficients are read once per chunk."""
 THREADS = 128
-NUM_WARPS = THREADS // (64 if torch.version.hip else 32)
+WARP = 64 if torch.version.hip else 32
+LAUNCH = {"num_warps": THREADS // WARP, "enable_fp_fusion": True}
+"""Options of every launch. Fused multiply-adds are stated because the compiler's default may change."""
 ALIGNMENT = tl.constexpr(16)
-"""Bytes that every address must be a multiple of for full tiles."""
+"""Bytes that the addresses of full tiles are multiples of; those of gradients need not be (:class:`.tables.Kind`)."""
 
 
 @triton.jit
 def pointer(pointers, column, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """The tensor in this column. On full tiles VECTOR elements of it are aligned: one vector access per thread."""
+    """The tensor in this column. VECTOR elements of it are aligned, and on full tiles one access of a thread."""
     address = tl.load(pointers + column).to(tl.pointer_type(DTYPE))
     return tl.multiple_of(address, VECTOR * DTYPE.primitive_bitwidth // 8)
 
 
 @triton.jit
-def chunk_ranges(chunk, pointers, grad_address, rows, cols):
-    """(first position, end of the full tiles, end) of a chunk; masked tiles take what full ones leave.
+def chunk_range(chunk, rows, cols, MASKED: tl.constexpr):
+    """(first position, end) of a chunk; full ones are whole tiles."""
+    first = tl.load(chunk + col.CHUNK_FIRST).to(tl.int64) * TILE
+    end = first + tl.load(chunk + col.CHUNK_TILES).to(tl.int64) * TILE
+    if MASKED:
+        end = tl.minimum(end, rows * tl.cdiv(cols, GROUP) * GROUP)
+    return first, end
 
-    They also take a chunk that straddles a multiple of 2³² of the whole parameter, as a row shard's may.
-    """
-    first = tl.load(chunk + 1).to(tl.int64) * CHUNK
-    end = tl.minimum(first + CHUNK, rows * tl.cdiv(cols, GROUP) * GROUP)
-    aligned = (tl.load(pointers + col.FULL_TILES) != 0) & (tl.load(grad_address) % ALIGNMENT == 0)
-    element = tl.load(pointers + col.OFFSET) + first
-    within = ((element ^ (element + CHUNK - 1)) >> 32) == 0
-    full = (tl.minimum(end, rows * cols) - first) // TILE * TILE
-    return first, first + tl.where(aligned & within, full, 0), end
+
+@triton.constexpr_function
+def tile_of(MASKED):
+    """Positions of a tile."""
+    return MASKED_TILE.value if MASKED else TILE.value
 
 
 @triton.jit
@@ -65,7 +67,7 @@ def tile_offsets(start, rows, cols, LANES: tl.constexpr, MASKED: tl.constexpr, C
     Returns:
         (offset of the first item, offsets relative to it ``[groups, LANES · COPIES]``, mask of the same shape)
     """
-    group = tl.arange(0, (MASKED_TILE if MASKED else TILE) // GROUP)[:, None]
+    group = tl.arange(0, tile_of(MASKED) // GROUP)[:, None]
     lane = tl.arange(0, LANES * COPIES)[None, :] // COPIES
     if MASKED:
         groups_per_row = tl.maximum(tl.cdiv(cols, LANES), 1)
@@ -90,7 +92,7 @@ def tile_offsets(start, rows, cols, LANES: tl.constexpr, MASKED: tl.constexpr, C
 @triton.jit
 def group_offsets(start, rows, cols, MASKED: tl.constexpr):
     """Like :func:`tile_offsets`, for the scales: one per group, ``[groups, 1]``."""
-    group = tl.arange(0, (MASKED_TILE if MASKED else TILE) // GROUP)[:, None]
+    group = tl.arange(0, tile_of(MASKED) // GROUP)[:, None]
     if MASKED:
         return start // GROUP, group, start // GROUP + group < rows * tl.cdiv(cols, GROUP)
     else:
@@ -126,3 +128,19 @@ def store(pointer, at, value, MASKED: tl.constexpr):
         tl.store(pointer + first + offsets, value, mask=inside)
     else:
         tl.store(pointer + first + offsets, value)
+
+
+@triton.jit
+def store_scale(pointer, start, rows, cols, scale, VECTOR: tl.constexpr, MASKED: tl.constexpr):
+    """One value per group, ``[groups, 1]``, written by the first of the threads that share the group.
+
+    An address for each of these threads gives the store the layout that the values already have. For ``[groups, 1]``
+    the compiler would choose another, and the way there leads through shared memory and two barriers; and it would
+    number the threads group by group if it were not told to look along the group.
+    """
+    first, group, inside = group_offsets(start, rows, cols, MASKED)
+    THREADS_OF_GROUP: tl.constexpr = GROUP // VECTOR
+    thread = tl.arange(0, THREADS_OF_GROUP)[None, :]
+    offsets = tl.max_contiguous(group + thread, (1, THREADS_OF_GROUP))
+    inside = inside & (thread == 0)
+    tl.store(pointer + first + offsets, tl.broadcast_to(scale, inside.shape), mask=inside)

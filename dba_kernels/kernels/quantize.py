@@ -18,21 +18,22 @@ from . import columns as col
 from .codecs import encode_int4, load_global, narrow, scale_and_inverse, stored_dtype
 from .common import (
     GROUP,
-    MASKED_TILE,
-    NUM_WARPS,
-    TILE,
-    chunk_ranges,
-    group_offsets,
+    LAUNCH,
+    chunk_range,
     load,
     pointer,
     store,
+    store_scale,
+    tile_of,
     tile_offsets,
 )
 from .tables import TRITON_DTYPES, Entry, Tables, address_of, on_device, vector_elements
 
 
 @triton.jit
-def encode_tile(tensors, start, rows, cols, FORMAT: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr):
+def encode_tile(
+    tensors, start, rows, cols, FORMAT: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr, MASKED: tl.constexpr
+):
     dense_ptr, codes_ptr, scales_ptr = tensors
     at = tile_offsets(start, rows, cols, GROUP, MASKED)
     value = load(dense_ptr, at, MASKED).to(tl.float32)
@@ -40,7 +41,7 @@ def encode_tile(tensors, start, rows, cols, FORMAT: tl.constexpr, STEP: tl.const
         store(codes_ptr, at, value, MASKED)
     else:
         scale, inverse = scale_and_inverse(tl.max(tl.abs(value), axis=1, keep_dims=True), STEP)
-        store(scales_ptr, group_offsets(start, rows, cols, MASKED), scale, MASKED)
+        store_scale(scales_ptr, start, rows, cols, scale, VECTOR, MASKED)
         scaled = value * inverse
         if FORMAT == "int4":
             packed_at = tile_offsets(start, rows, (cols + 1) // 2, GROUP // 2, MASKED)
@@ -65,28 +66,25 @@ def quantize_kernel(
     FORMAT: tl.constexpr,
     STEP: tl.constexpr,
     VECTOR: tl.constexpr,
+    GRAD_VECTOR: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """One chunk of one tensor, encoded or decoded; STEP, the scale of an absmax of 1, is None for plain floats."""
-    chunk = chunks_ptr + 2 * tl.program_id(0)
-    pointers = pointers_ptr + tl.load(chunk).to(tl.int64) * col.POINTERS
+    chunk = chunks_ptr + col.CHUNKS * tl.program_id(0)
+    pointers = pointers_ptr + tl.load(chunk + col.CHUNK_TENSOR).to(tl.int64) * col.POINTERS
     rows = tl.load(pointers + col.ROWS)
     cols = tl.load(pointers + col.COLS)
     tensors = (
         pointer(pointers, col.PARAM, DENSE_DTYPE, VECTOR),
-        pointer(pointers, col.GLOBAL_GRAD, stored_dtype(FORMAT), VECTOR // 2 if FORMAT == "int4" else VECTOR),
+        pointer(pointers, col.GLOBAL_GRAD, stored_dtype(FORMAT), (VECTOR + 1) // 2 if FORMAT == "int4" else VECTOR),
         pointer(pointers, col.GLOBAL_SCALE, tl.float32, 1),
     )
-    first, full_end, end = chunk_ranges(chunk, pointers, pointers + col.PARAM, rows, cols)
-    for start in range(first, full_end, TILE):
+    first, end = chunk_range(chunk, rows, cols, MASKED)
+    for start in range(first, end, tile_of(MASKED)):
         if DECODE:
-            decode_tile(tensors, start, rows, cols, FORMAT, False)
+            decode_tile(tensors, start, rows, cols, FORMAT, MASKED)
         else:
-            encode_tile(tensors, start, rows, cols, FORMAT, STEP, False)
-    for start in range(full_end, end, MASKED_TILE):
-        if DECODE:
-            decode_tile(tensors, start, rows, cols, FORMAT, True)
-        else:
-            encode_tile(tensors, start, rows, cols, FORMAT, STEP, True)
+            encode_tile(tensors, start, rows, cols, FORMAT, STEP, VECTOR, MASKED)
 
 
 def constants(decode: bool, format: str, dense: torch.dtype) -> dict[str, Any]:
@@ -97,7 +95,6 @@ def constants(decode: bool, format: str, dense: torch.dtype) -> dict[str, Any]:
         "DENSE_DTYPE": TRITON_DTYPES[dense],
         "FORMAT": format,
         "STEP": 1.0 / chosen.code_max**chosen.power if chosen.grouped else None,
-        "VECTOR": vector_elements(dense, chosen.dtype),
     }
 
 
@@ -112,12 +109,9 @@ def _launch(decode: bool, dense: list[torch.Tensor], encoded: list[EncodedTensor
     for (format, dtype), entries in combinations.items():
         with on_device(dense[0]):
             tables = Tables(entries, dense[0].device)
-            if tables.n_chunks:
-                quantize_kernel[(tables.n_chunks,)](
-                    tables.pointers,
-                    tables.chunks,
-                    **constants(decode, format, dtype),
-                    num_warps=NUM_WARPS,
+            for chunks, access in tables.launches(vector_elements(dtype, STORAGE_FORMATS[format].dtype)):
+                quantize_kernel[(len(chunks),)](
+                    tables.pointers, chunks, **constants(decode, format, dtype), **access, **LAUNCH
                 )
 
 

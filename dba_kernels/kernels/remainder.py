@@ -34,7 +34,7 @@ def random_key(seed, step, high):
 def random_words(seed, step, first, offsets, MASKED: tl.constexpr):
     """Counter-based random uint32 of the elements ``first + offsets`` of the whole parameter.
 
-    A masked tile may straddle one multiple of 2³², hence two keys; full ones do not (:func:`chunk_ranges`).
+    A masked tile may straddle one multiple of 2³², hence two keys; full ones do not (:meth:`.tables.Entry.spans`).
     """
     low = (first & 0xFFFFFFFF).to(tl.uint32)
     high = (first >> 32).to(tl.uint32)

@@ -19,12 +19,11 @@ from . import columns as col
 from .codecs import load_global, stored_dtype
 from .common import (
     GROUP,
-    MASKED_TILE,
-    NUM_WARPS,
-    TILE,
-    chunk_ranges,
+    LAUNCH,
+    chunk_range,
     load,
     pointer,
+    tile_of,
     tile_offsets,
 )
 from .tables import TRITON_DTYPES, on_device, tables_of, vector_elements
@@ -53,33 +52,30 @@ def reduce_kernel(
     GRAD_DTYPE: tl.constexpr,
     GLOBAL_FORMAT: tl.constexpr,
     VECTOR: tl.constexpr,
+    GRAD_VECTOR: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """⟨g_D, ĝ_G⟩ and ‖g_D‖² of one chunk."""
-    chunk = chunks_ptr + 2 * tl.program_id(0)
-    tensor = tl.load(chunk).to(tl.int64)
+    chunk = chunks_ptr + col.CHUNKS * tl.program_id(0)
+    tensor = tl.load(chunk + col.CHUNK_TENSOR).to(tl.int64)
     pointers = pointers_ptr + tensor * col.POINTERS
     rows = tl.load(pointers + col.ROWS)
     cols = tl.load(pointers + col.COLS)
     STORED: tl.constexpr = "fp32" if GLOBAL_FORMAT == "none" else GLOBAL_FORMAT
-    global_ptr = pointer(pointers, col.GLOBAL_GRAD, stored_dtype(STORED), VECTOR // 2 if STORED == "int4" else VECTOR)
+    STORED_VECTOR: tl.constexpr = (VECTOR + 1) // 2 if STORED == "int4" else VECTOR
+    global_ptr = pointer(pointers, col.GLOBAL_GRAD, stored_dtype(STORED), STORED_VECTOR)
     scale_ptr = pointer(pointers, col.GLOBAL_SCALE, tl.float32, 1)
-    grad_ptr = pointer(grads_ptr, tensor, GRAD_DTYPE, VECTOR)
-    dot = tl.zeros((TILE // GROUP, GROUP), tl.float32)
-    square = tl.zeros((TILE // GROUP, GROUP), tl.float32)
-    first, full_end, end = chunk_ranges(chunk, pointers, grads_ptr + tensor, rows, cols)
-    for start in range(first, full_end, TILE):
-        grad, stored = load_pair(grad_ptr, global_ptr, scale_ptr, start, rows, cols, GLOBAL_FORMAT, False)
+    grad_ptr = pointer(grads_ptr, tensor, GRAD_DTYPE, GRAD_VECTOR)
+    dot = tl.zeros((tile_of(MASKED) // GROUP, GROUP), tl.float32)
+    square = tl.zeros((tile_of(MASKED) // GROUP, GROUP), tl.float32)
+    first, end = chunk_range(chunk, rows, cols, MASKED)
+    for start in range(first, end, tile_of(MASKED)):
+        grad, stored = load_pair(grad_ptr, global_ptr, scale_ptr, start, rows, cols, GLOBAL_FORMAT, MASKED)
         dot += grad * stored
         square += grad * grad
-    masked_dot = tl.zeros((MASKED_TILE // GROUP, GROUP), tl.float32)
-    masked_square = tl.zeros((MASKED_TILE // GROUP, GROUP), tl.float32)
-    for start in range(full_end, end, MASKED_TILE):
-        grad, stored = load_pair(grad_ptr, global_ptr, scale_ptr, start, rows, cols, GLOBAL_FORMAT, True)
-        masked_dot += grad * stored
-        masked_square += grad * grad
-    partial = partials_ptr + 2 * tl.program_id(0)
-    tl.store(partial, tl.sum(dot) + tl.sum(masked_dot))
-    tl.store(partial + 1, tl.sum(square) + tl.sum(masked_square))
+    partial = partials_ptr + 2 * tl.load(chunk + col.CHUNK_SLOT)
+    tl.store(partial, tl.sum(dot))
+    tl.store(partial + 1, tl.sum(square))
 
 
 @triton.jit
@@ -87,8 +83,8 @@ def finish_kernel(sums_ptr, partials_ptr, pointers_ptr, WIDTH: tl.constexpr):
     """Sum the chunks of one tensor, in float64, into its row of ``[n, WIDTH]``: (dot, square), or the square
     alone, which then is infinite where it must not be used."""
     pointers = pointers_ptr + tl.program_id(0).to(tl.int64) * col.POINTERS
-    n_chunks = tl.load(pointers + col.N_CHUNKS)
-    partials = partials_ptr + tl.load(pointers + col.FIRST_CHUNK) * 2
+    n_chunks = tl.load(pointers + col.N_SLOTS)
+    partials = partials_ptr + tl.load(pointers + col.FIRST_SLOT) * 2
     dot = tl.zeros((SUM_BLOCK,), tl.float64)
     square = tl.zeros((SUM_BLOCK,), tl.float64)
     for first in range(0, n_chunks, SUM_BLOCK):
@@ -120,15 +116,16 @@ def similarity(batch: TensorBatch, grads: list[torch.Tensor], sums: torch.Tensor
     stored: Any = batch.tensors[0].global_grad
     codes = [] if stored is None else [stored.codes.dtype]
     with on_device(sums):
-        if tables.n_chunks:
-            reduce_kernel[(tables.n_chunks,)](
+        where = tables.refresh(grads)
+        for chunks, access in tables.launches(vector_elements(grads[0].dtype, *codes)):
+            reduce_kernel[(len(chunks),)](
                 tables.partials,
                 tables.pointers,
-                tables.grads.refresh(grads),
-                tables.chunks,
+                where,
+                chunks,
                 TRITON_DTYPES[grads[0].dtype],
                 batch.global_format,
-                vector_elements(grads[0].dtype, *codes),
-                num_warps=NUM_WARPS,
+                **access,
+                **LAUNCH,
             )
-        finish_kernel[(len(grads),)](sums, tables.partials, tables.pointers, 2, num_warps=NUM_WARPS)
+        finish_kernel[(len(grads),)](sums, tables.partials, tables.pointers, 2, **LAUNCH)

@@ -17,14 +17,14 @@ from . import columns as col
 from .codecs import decode_exp_avg, decode_exp_avg_sq, encode_exp_avg, encode_exp_avg_sq, load_global, stored_dtype
 from .common import (
     GROUP,
-    MASKED_TILE,
-    NUM_WARPS,
-    TILE,
-    chunk_ranges,
+    LAUNCH,
+    chunk_range,
     group_offsets,
     load,
     pointer,
     store,
+    store_scale,
+    tile_of,
     tile_offsets,
 )
 from .remainder import join, random_words, split, stochastic_bf16
@@ -58,6 +58,7 @@ def update_tile(
     PARAM_FORMAT: tl.constexpr,
     STATE_FORMAT: tl.constexpr,
     GLOBAL_FORMAT: tl.constexpr,
+    VECTOR: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Load, update and store the tile of one tensor that begins at position ``start``."""
@@ -72,6 +73,11 @@ def update_tile(
     weight = load(param_ptr, at, MASKED)
     exp_avg = load(exp_avg_ptr, at, MASKED)
     exp_avg_sq = load(exp_avg_sq_ptr, at, MASKED)
+    remainder = load(remainder_ptr, at, MASKED) if PARAM_FORMAT != "native" else 0
+    if STATE_FORMAT == "int8" and not MASKED:
+        # ptxas puts a load off until its value is needed, which here is late: too few bytes would be in flight. It
+        # moves no load across a barrier, nor this barrier back: the scales that come next are needed at once.
+        tl.debug_barrier()
     boosted = a * grad
     if GLOBAL_FORMAT != "none":  # eq. 3
         boosted += load_global(global_ptr, global_scale_ptr, b, start, rows, cols, at, GLOBAL_FORMAT, MASKED)
@@ -80,10 +86,7 @@ def update_tile(
         decayed_sq = decode_exp_avg_sq(exp_avg_sq, beta2 * load(v_scale_ptr, at_group, MASKED))
     else:
         decayed, decayed_sq = beta1 * exp_avg.to(tl.float32), beta2 * exp_avg_sq.to(tl.float32)
-    if PARAM_FORMAT == "native":
-        param = weight.to(tl.float32)
-    else:
-        param = join(weight, load(remainder_ptr, at, MASKED), PARAM_FORMAT)
+    param = weight.to(tl.float32) if PARAM_FORMAT == "native" else join(weight, remainder, PARAM_FORMAT)
 
     exp_avg = decayed + one_minus_beta1 * boosted  # eq. 7
     exp_avg_sq = decayed_sq + one_minus_beta2 * (boosted * boosted)
@@ -100,8 +103,8 @@ def update_tile(
         exp_avg_sq, v_scale = encode_exp_avg_sq(exp_avg_sq)
         fits = v_scale < float("inf")  # a group whose second moment has left fp32 starts anew, not as NaN
         m_scale, v_scale = tl.where(fits, m_scale, 0.0), tl.where(fits, v_scale, 0.0)
-        store(m_scale_ptr, at_group, m_scale, MASKED)
-        store(v_scale_ptr, at_group, v_scale, MASKED)
+        store_scale(m_scale_ptr, start, rows, cols, m_scale, VECTOR, MASKED)
+        store_scale(v_scale_ptr, start, rows, cols, v_scale, VECTOR, MASKED)
     if STATE_FORMAT == "bf16":  # to nearest, v could never decay: 1 − β₂ is less than half a bf16 ulp
         exp_avg_sq = stochastic_bf16(exp_avg_sq, words)
     store(exp_avg_ptr, at, exp_avg, MASKED)
@@ -128,10 +131,12 @@ def step_kernel(
     STATE_FORMAT: tl.constexpr,
     GLOBAL_FORMAT: tl.constexpr,
     VECTOR: tl.constexpr,
+    GRAD_VECTOR: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """One chunk of one tensor. Nothing that changes between steps is an argument: all of it lies in the tables."""
-    chunk = chunks_ptr + 2 * tl.program_id(0)
-    tensor = tl.load(chunk).to(tl.int64)
+    chunk = chunks_ptr + col.CHUNKS * tl.program_id(0)
+    tensor = tl.load(chunk + col.CHUNK_TENSOR).to(tl.int64)
     pointers = pointers_ptr + tensor * col.POINTERS
     row = table_ptr + tl.load(pointers + col.TABLE_ROW) * col.COEFFICIENTS
     if tl.load(row + col.SKIP) != 0:
@@ -143,13 +148,13 @@ def step_kernel(
     STATE_SQ_FORMAT: tl.constexpr = "uint8" if STATE_FORMAT == "int8" else STATE_FORMAT
     REMAINDER_FORMAT: tl.constexpr = "master" if PARAM_FORMAT == "native" else PARAM_FORMAT
     STORED_FORMAT: tl.constexpr = "fp32" if GLOBAL_FORMAT == "none" else GLOBAL_FORMAT
-    STORED_VECTOR: tl.constexpr = VECTOR // 2 if GLOBAL_FORMAT == "int4" else VECTOR
+    STORED_VECTOR: tl.constexpr = (VECTOR + 1) // 2 if GLOBAL_FORMAT == "int4" else VECTOR
     tensors = (
         pointer(pointers, col.PARAM, PARAM_DTYPE, VECTOR),
         pointer(pointers, col.REMAINDER, stored_dtype(REMAINDER_FORMAT), VECTOR),
         pointer(pointers, col.EXP_AVG, stored_dtype(STATE_FORMAT), VECTOR),
         pointer(pointers, col.EXP_AVG_SQ, stored_dtype(STATE_SQ_FORMAT), VECTOR),
-        pointer(grads_ptr, tensor, GRAD_DTYPE, VECTOR),
+        pointer(grads_ptr, tensor, GRAD_DTYPE, GRAD_VECTOR),
         pointer(pointers, col.GLOBAL_GRAD, stored_dtype(STORED_FORMAT), STORED_VECTOR),
         (
             pointer(pointers, col.EXP_AVG_SCALE, tl.float32, 1),
@@ -157,11 +162,9 @@ def step_kernel(
             pointer(pointers, col.GLOBAL_SCALE, tl.float32, 1),
         ),
     )
-    first, full_end, end = chunk_ranges(chunk, pointers, grads_ptr + tensor, rows, cols)
-    for start in range(first, full_end, TILE):
-        update_tile(tensors, extent, coefficients, start, PARAM_FORMAT, STATE_FORMAT, GLOBAL_FORMAT, False)
-    for start in range(full_end, end, MASKED_TILE):
-        update_tile(tensors, extent, coefficients, start, PARAM_FORMAT, STATE_FORMAT, GLOBAL_FORMAT, True)
+    first, end = chunk_range(chunk, rows, cols, MASKED)
+    for start in range(first, end, tile_of(MASKED)):
+        update_tile(tensors, extent, coefficients, start, PARAM_FORMAT, STATE_FORMAT, GLOBAL_FORMAT, VECTOR, MASKED)
 
 
 @torch.no_grad()
@@ -180,23 +183,24 @@ def step(batch: TensorBatch, grads: list[torch.Tensor], coefficients: torch.Tens
     if not grads:
         return
     tables = tables_of(batch)
-    if tables.n_chunks == 0:
-        return
     first: Any = batch.tensors[0]
     parts = [first.param, grads[0], first.remainder, first.exp_avg, first.exp_avg_sq]
     if first.global_grad is not None:
         parts.append(first.global_grad.codes)
+    vector = vector_elements(*(part.dtype for part in parts if part is not None))
     with on_device(coefficients):
-        step_kernel[(tables.n_chunks,)](
-            tables.pointers,
-            tables.grads.refresh(grads),
-            tables.chunks,
-            coefficients,
-            TRITON_DTYPES[first.param.dtype],
-            TRITON_DTYPES[grads[0].dtype],
-            batch.param_format,
-            batch.state_format,
-            batch.global_format,
-            vector_elements(*(part.dtype for part in parts if part is not None)),
-            num_warps=NUM_WARPS,
-        )
+        where = tables.refresh(grads)
+        for chunks, access in tables.launches(vector):
+            step_kernel[(len(chunks),)](
+                tables.pointers,
+                where,
+                chunks,
+                coefficients,
+                TRITON_DTYPES[first.param.dtype],
+                TRITON_DTYPES[grads[0].dtype],
+                batch.param_format,
+                batch.state_format,
+                batch.global_format,
+                **access,
+                **LAUNCH,
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
@@ -13,13 +14,18 @@ from .. import formats
 from ..formats import EncodedTensor, matrix_shape
 from ..stepdata import TensorBatch
 from . import columns as col
-from .common import ALIGNMENT, CHUNK
+from .common import ALIGNMENT, TILE
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+
+MOST_TILES = 8
+"""Tiles of a chunk of a large model: its tables, pointers and coefficients are read once per chunk."""
+LEAST_CHUNKS = 2048
+"""Programs that a launch has where its model is large enough: about two for each that a large GPU runs at a time."""
 
 _captured: list[torch.Tensor] = []
 """Host buffers whose copy to the device is part of a CUDA graph, which reads them again at every replay."""
@@ -57,9 +63,18 @@ def copy_to(table: torch.Tensor, values: list[Any]) -> torch.Tensor:
     return table.copy_(host, non_blocking=True)
 
 
-def chunk_table(positions: list[int]) -> list[tuple[int, int]]:
-    """``(tensor, first position / CHUNK)`` of every program; each position of each tensor in exactly one chunk."""
-    return [(i, k) for i, n in enumerate(positions) for k in range(-(-n // CHUNK.value))]
+def access(path: str, vector: int) -> dict[str, Any]:
+    """Compile-time arguments of one way to read tiles, where ``vector`` elements of the widest tensor are 16 bytes.
+
+    Args:
+        path: ``"aligned"``, ``"narrow"`` (full tiles beside a misaligned gradient, which is read element by element)
+            or ``"masked"``.
+    """
+    return {
+        "VECTOR": 1 if path == "masked" else vector,
+        "GRAD_VECTOR": vector if path == "aligned" else 1,
+        "MASKED": path == "masked",
+    }
 
 
 class Addresses:
@@ -67,16 +82,17 @@ class Addresses:
 
     def __init__(self, n: int, device: torch.device):
         self.table = torch.empty(n, dtype=torch.int64, device=device)
-        self._known: list[int] = []
+        self.known: list[int] = []
 
-    def refresh(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """The table for these tensors.
+    def refresh(self, tensors: list[torch.Tensor]) -> bool:
+        """Bring the table to these tensors; whether they moved.
 
         Raises:
             ValueError: a tensor is not contiguous, or not of the others' dtype.
         """
         addresses = [tensor.data_ptr() for tensor in tensors]
-        if addresses != self._known:
+        moved = addresses != self.known
+        if moved:
             for i, tensor in enumerate(tensors):
                 address_of(f"grads[{i}]", tensor)
                 if tensor.dtype != tensors[0].dtype:
@@ -84,8 +100,8 @@ class Addresses:
                         f"grads[{i}]: expected {tensors[0].dtype} like grads[0], got {tensor.dtype}; batch them apart"
                     )
             copy_to(self.table, addresses)
-            self._known = addresses
-        return self.table
+            self.known = addresses
+        return moved
 
 
 class Entry(list[int]):
@@ -101,13 +117,14 @@ class Entry(list[int]):
         numel = math.prod(shape)
         rows, cols = matrix_shape(shape) if grouped else (1, numel)
         self[col.ROWS.value], self[col.COLS.value] = rows, cols
-        self[col.FULL_TILES.value] = int(rows == 1 or cols % formats.GROUP == 0)
+        self.full = rows == 1 or cols % formats.GROUP == 0
+        self.numel = numel
         self.positions = rows * -(-cols // formats.GROUP) * formats.GROUP if numel else 0
 
     def stream(self, column: tl.constexpr, address: int) -> None:
         """A tensor that tiles read or write: full ones only where it is aligned."""
         self[column.value] = address
-        self[col.FULL_TILES.value] &= int(address % ALIGNMENT.value == 0)
+        self.full &= address % ALIGNMENT.value == 0
 
     def store(self, name: str, stored: EncodedTensor) -> None:
         """A stored tensor: its codes are a stream, its scales are read singly, so of any alignment."""
@@ -115,27 +132,88 @@ class Entry(list[int]):
         if stored.scales is not None:
             self[col.GLOBAL_SCALE.value] = address_of(f"{name}.scales", stored.scales)
 
+    def spans(self) -> list[tuple[int, int, bool]]:
+        """(first tile, end, masked) of runs of tiles that together are the tensor.
+
+        Masked are all tiles of a tensor with padded rows or misaligned storage, what is left after the last full tile,
+        and the tile in which the upper 32 bits of the index within the whole parameter change: random numbers are keyed
+        by them.
+        """
+        tiles = -(-self.positions // TILE.value)
+        if not self.full:
+            return [(0, tiles, True)] if tiles else []
+        offset, n_full = self[col.OFFSET.value], self.numel // TILE.value
+        boundaries = range(-offset % 2**32, self.numel, 2**32)
+        cuts = [at // TILE.value for at in boundaries if at % TILE.value and at // TILE.value < n_full]
+        ends = [*cuts, n_full]
+        starts = [0, *(cut + 1 for cut in cuts)]
+        spans = [(start, end, False) for start, end in zip(starts, ends, strict=True)]
+        spans += [(cut, cut + 1, True) for cut in cuts] + [(n_full, tiles, True)]
+        return sorted(span for span in spans if span[0] < span[1])
+
+
+def chunk_tiles(tiles: int) -> int:
+    """Tiles per chunk of a launch: few enough for LEAST_CHUNKS programs, at most MOST_TILES."""
+    return max(1, min(MOST_TILES, tiles // LEAST_CHUNKS))
+
+
+def chunk_table(entries: list[Entry]) -> list[tuple[int, int, int, int, bool]]:
+    """``(tensor, first tile, tiles, slot, masked)`` of every program; each tile of each tensor in exactly one chunk.
+
+    The cut depends on nothing but shapes, offsets and the storage's alignment, so sums have the same bits on every run.
+    """
+    spans = [(i, *span) for i, entry in enumerate(entries) for span in entry.spans()]
+    length = chunk_tiles(sum(end - first for _, first, end, _ in spans))
+    cut = [
+        (i, at, min(length, end - at), masked) for i, first, end, masked in spans for at in range(first, end, length)
+    ]
+    return [(i, at, tiles, slot, masked) for slot, (i, at, tiles, masked) in enumerate(cut)]
+
 
 class Tables:
-    """Pointer and chunk tables of one launch.
+    """Pointer and chunk tables of one launch, or of as many as there are ways to access its tiles.
 
     Args (attributes):
         pointers: int64 ``[n, POINTERS]``.
-        chunks: int32 ``[n_chunks, 2]``.
+        n_chunks: of all launches together.
+        chunks: of each launch, by its way of access: int32 ``[n, CHUNKS]``.
     """
 
     def __init__(self, entries: list[Entry], device: torch.device):
-        chunks = chunk_table([entry.positions for entry in entries])
-        first_chunk = 0
-        for entry in entries:
-            entry[col.FIRST_CHUNK.value] = first_chunk
-            entry[col.N_CHUNKS.value] = -(-entry.positions // CHUNK.value)
-            first_chunk += entry[col.N_CHUNKS.value]
-        self.n_chunks = len(chunks)
+        self._chunks = chunk_table(entries)
+        self.n_chunks = len(self._chunks)
+        per_tensor = Counter(chunk[0] for chunk in self._chunks)
+        first_slot = 0
+        for i, entry in enumerate(entries):
+            entry[col.FIRST_SLOT.value], entry[col.N_SLOTS.value] = first_slot, per_tensor[i]
+            first_slot += per_tensor[i]
         pointers = torch.empty(len(entries), col.POINTERS.value, dtype=torch.int64, device=device)
         self.pointers = copy_to(pointers, entries)
-        chunks = chunks or [(0, 0)]
-        self.chunks = copy_to(torch.empty(len(chunks), 2, dtype=torch.int32, device=device), chunks)
+        self._full = {tensor for tensor, *_, masked in self._chunks if not masked}
+        self._routes: dict[frozenset[int], dict[str, torch.Tensor]] = {}
+        self._route(frozenset())
+
+    def _route(self, misaligned: frozenset[int]) -> None:
+        """One list of chunks per way of access; ``misaligned`` tensors have a gradient that is.
+
+        All routes are kept: gradients may come back to where they were, and a CUDA graph reads its lists at every
+        replay.
+        """
+        if misaligned not in self._routes:
+            by_path = defaultdict(list)
+            for tensor, first, tiles, slot, masked in self._chunks:
+                path = "masked" if masked else "narrow" if tensor in misaligned else "aligned"
+                by_path[path].append((tensor, first, tiles, slot))
+            device = self.pointers.device
+            self._routes[misaligned] = {
+                path: copy_to(torch.empty(len(rows), col.CHUNKS.value, dtype=torch.int32, device=device), rows)
+                for path, rows in by_path.items()
+            }
+        self.chunks = self._routes[misaligned]
+
+    def launches(self, vector: int) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+        """Of each launch that is needed its chunk table, int32 ``[n, CHUNKS]``, and its compile-time arguments."""
+        return [(chunks, access(path, vector)) for path, chunks in self.chunks.items()]
 
 
 class GradTables(Tables):
@@ -150,6 +228,16 @@ class GradTables(Tables):
         super().__init__(entries, device)
         self.grads = Addresses(len(entries), device)
         self.partials = torch.empty(self.n_chunks, 2, dtype=torch.float32, device=device)
+
+    def refresh(self, grads: list[torch.Tensor]) -> torch.Tensor:
+        """The table of these gradients' addresses; launches go where their alignment allows.
+
+        Raises:
+            ValueError: as :meth:`Addresses.refresh`.
+        """
+        if self.grads.refresh(grads):
+            self._route(frozenset(i for i in self._full if self.grads.known[i] % ALIGNMENT.value))
+        return self.grads.table
 
 
 def tables_of(batch: TensorBatch) -> GradTables:
