@@ -21,7 +21,8 @@ from .formats import PARAM_FORMATS, STATE_FORMATS, check_name
 from .global_gradient import GlobalGradient
 from .method import BoostSchedule, Correction, Method
 from .plan import ActiveSet, Plan, metrics
-from .state import StateOptions, allocate
+from .saved_state import check_saved, for_torch, from_saved, to_saved
+from .state import StateOptions, allocate, formats_of
 from .stepdata import StepOverrides
 
 
@@ -305,10 +306,29 @@ class DBAAdamW(Optimizer):
             )
         self._drop_plan()
 
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's; the groups also carry the steps done and skipped, and the global gradient's path and digest."""
+    def state_dict(self, format: str = "own") -> dict[str, Any]:
+        """As torch's; the groups also carry the steps done and skipped, and the global gradient's path and digest.
+
+        Args:
+            format: ``"own"``, to be loaded by this class: what is stored, under names that no other optimizer takes for
+                its own where they are codes. ``"torch"``: fp32 moments for ``torch.optim.AdamW``; use
+                :func:`~dba_kernels.fp32_state_dict` for weights to go with it.
+        """
+        check_name("format", format, ("own", "torch"))
         self._store_counters()
-        return super().state_dict()
+        packed = super().state_dict()
+        params = [param for group in self.param_groups for param in group["params"]]
+        if format == "torch":
+            return for_torch(packed, params)
+        return {**packed, "state": {i: to_saved(state, params[i]) for i, state in packed["state"].items()}}
+
+    def allocate_state(self) -> None:
+        """State of every trainable parameter, as the first step would make it; what is there stays."""
+        allocate([(name, param) for name, param in self._named() if param.requires_grad], self.state, self.options)
+
+    def param_format_of(self, param: torch.Tensor) -> str:
+        """The ``param_format`` that ``param`` really gets."""
+        return formats_of(param, self.options)[0]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of ``torch.optim.AdamW``; nothing is cast to the parameter's dtype.
@@ -323,7 +343,7 @@ class DBAAdamW(Optimizer):
         saved: dict[str, Any] = {}
 
         def capture(_: Optimizer, final: dict[str, Any]) -> None:
-            self._check_saved_groups(final["param_groups"])
+            self._check_saved(final)
             saved.update(final)
 
         kept_keys = ("global_gradient", "param_names")
@@ -344,8 +364,21 @@ class DBAAdamW(Optimizer):
         self.method.take_over(saved["param_groups"][0].get("global_gradient"))
         self._write_identity()
 
+    def _check_saved(self, saved: dict[str, Any]) -> None:
+        """Refuse what is not this optimizer's, before any of it is taken."""
+        self._check_saved_groups(saved["param_groups"])
+        names = dict(enumerate(names_of(self.param_groups)))
+        ids = [i for group in saved["param_groups"] for i in group["params"]]
+        for position, i in enumerate(ids):
+            check_saved(repr(names.get(position, i)), saved["state"].get(i, {}))
+
     def _check_saved_groups(self, saved_groups: list[dict[str, Any]]) -> None:
-        for group, saved in zip(self.param_groups, saved_groups, strict=False):  # torch reports a differing number
+        for i, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=False)):  # torch counts them
+            if missing := [key for key in ("lr", "betas", "eps", "weight_decay") if key not in saved]:
+                raise ValueError(
+                    f"param_groups[{i}]: expected AdamW's hyperparameters, got no {missing[0]!r}; the state was saved "
+                    "by another kind of optimizer: begin with a fresh one"
+                )
             _check_group({**self.defaults, **saved})
             check_param_names(group.get("param_names"), saved.get("param_names"))
             self.method.check_saved(saved.get("global_gradient"))
@@ -354,9 +387,11 @@ class DBAAdamW(Optimizer):
         saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, param in zip(saved_ids, params, strict=True):
-            for key, value in saved["state"].get(i, {}).items():
-                if torch.is_tensor(value):
-                    self.state[param][key] = value.detach().to(param.device, copy=True)
+            if i in saved["state"]:
+                self.state[param] = {
+                    key: value.detach().to(param.device, copy=True) if torch.is_tensor(value) else value
+                    for key, value in from_saved(saved["state"][i]).items()
+                }
 
     def _store_counters(self) -> None:
         if self._plan is not None:

@@ -16,6 +16,7 @@ import torch
 from .backends import implementation
 from .distributed import layout_of, like, local, zeros
 from .formats import PARAM_FORMATS, STATE_FORMATS, is_compressible
+from .saved_state import adopt_remainder
 
 States = MutableMapping[torch.Tensor, dict[str, Any]]
 """``optimizer.state``."""
@@ -81,7 +82,7 @@ def prepare(state: dict[str, Any], param: torch.Tensor, param_format: str, state
         ValueError: the loaded state has another shape or layout over ranks, or a remainder of another
             ``param_format``.
     """
-    for key, value in state.items():
+    for key, value in list(state.items()):
         if torch.is_tensor(value) and key != "step" and layout_of(value) != layout_of(param):
             raise ValueError(
                 f"{key} of {name!r}: expected the parameter's layout over the ranks, {layout_of(param)}, got "
@@ -94,24 +95,11 @@ def prepare(state: dict[str, Any], param: torch.Tensor, param_format: str, state
         state.update({key: zeros(param, *kind) for key, kind in parts.items()})
     else:
         _convert_moments(state, param, state_format, name)
-    expected = PARAM_FORMATS[param_format].remainder
-    got = state["remainder"].dtype if "remainder" in state else None
-    if got is None and expected is not None:
-        if param_format == "master":
-            state["remainder"] = param.detach().to(expected, copy=True)
-        else:
-            state["remainder"] = zeros(param, tuple(param.shape), expected)
-    elif got is not None and got == expected and state["remainder"].shape != param.shape:
-        raise ValueError(
-            f"remainder of {name!r}: expected shape {tuple(param.shape)}, got {tuple(state['remainder'].shape)}; "
-            "the state belongs to another model"
-        )
-    elif got != expected:
-        by_dtype: dict[Any, str] = {known.remainder: format for format, known in PARAM_FORMATS.items()}
-        raise ValueError(
-            f"remainder of {name!r}: expected param_format {param_format!r}, the state was saved with "
-            f"{by_dtype.get(got, got)!r}; make the optimizer with that param_format"
-        )
+    adopt_remainder(state, param, param_format, name)
+    kept = PARAM_FORMATS[param_format].remainder
+    if kept is not None and "remainder" not in state:
+        master = param_format == "master"
+        state["remainder"] = param.detach().to(kept, copy=True) if master else zeros(param, tuple(param.shape), kept)
 
 
 def allocate(named: Iterable[tuple[str, torch.Tensor]], states: States, options: StateOptions) -> None:
