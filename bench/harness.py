@@ -6,11 +6,16 @@ their spread shows it.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,11 @@ class Comparison:
         """Median time of ``side``."""
         return statistics.median(self.side)
 
+    @property
+    def baseline_seconds(self) -> float:
+        """Median time of ``baseline``."""
+        return statistics.median(self.baseline)
+
     @staticmethod
     def pooled(parts: Iterable[Comparison]) -> Comparison:
         """The rounds of several comparisons as one."""
@@ -55,7 +65,7 @@ class Comparison:
 Clock = Callable[[], float]
 
 
-def seconds_of(run: Callable[[], object], clock: Clock) -> float:
+def seconds_of(run: Callable[[], object], clock: Clock = time.perf_counter) -> float:
     start = clock()
     run()
     return clock() - start
@@ -87,6 +97,12 @@ def compare(
         if i >= 4 and time.perf_counter() - start > budget:
             break
     return Comparison(*times)
+
+
+def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """``function`` (of a module) called in a new interpreter: no other measurement's caches, threads or heap."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args, **kwargs).result()
 
 
 def machine_load() -> str:

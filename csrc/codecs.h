@@ -3,7 +3,7 @@
 #pragma once
 
 #include "formats.h"
-#include "simd_group.h"
+#include "simd_pair.h"
 
 namespace dba {
 namespace {  // internal linkage: no instruction set may lend its code to another
@@ -14,24 +14,24 @@ using bytes_t = const uint8_t*;
 
 template <class S, int64_t D> struct Float;
 
-// Sixty-four elements at once: one by one here, better for some formats below.
-template <class S, class Codec> struct GroupLoad {
-    static void load_group(bytes_t p, typename S::F* out) {
-        for (int k = 0; k < GROUP / S::W; ++k) out[k] = Codec::load(p, k * S::W);
+// Two vectors at once: one by one here, better for some formats below.
+template <class S, class Codec> struct PairLoad {
+    static void load_pair(bytes_t p, int j, typename S::F* out) {
+        for (int k = 0; k < 2; ++k) out[k] = Codec::load(p, j + k * S::W);
     }
 };
 
-template <class S> struct Float<S, FP32> : GroupLoad<S, Float<S, FP32>> {
+template <class S> struct Float<S, FP32> : PairLoad<S, Float<S, FP32>> {
     static typename S::F load(bytes_t p, int j) { return S::load(p + 4 * j); }
     static typename S::F rounded(typename S::F x) { return x; }
     static void store(uint8_t* p, int j, typename S::F x) { S::store(p + 4 * j, x); }
 };
 
 template <class S> struct Float<S, BF16> {
-    static void load_group(bytes_t p, typename S::F* out) {
-        typename S::U patterns[GROUP / S::W];
-        GroupOps<S>::load_high(p, patterns);
-        for (int k = 0; k < GROUP / S::W; ++k) out[k] = S::from_bits(patterns[k]);
+    static void load_pair(bytes_t p, int j, typename S::F* out) {
+        typename S::U patterns[2];
+        PairOps<S>::load_high(p + 2 * j, patterns);
+        for (int k = 0; k < 2; ++k) out[k] = S::from_bits(patterns[k]);
     }
     static typename S::F load(bytes_t p, int j) { return S::from_bits(S::load_u16(p + 2 * j) << 16); }
     static typename S::U nearest_even(typename S::F x) {
@@ -44,7 +44,7 @@ template <class S> struct Float<S, BF16> {
     }
 };
 
-template <class S> struct Float<S, FP16> : GroupLoad<S, Float<S, FP16>> {
+template <class S> struct Float<S, FP16> : PairLoad<S, Float<S, FP16>> {
     static typename S::F load(bytes_t p, int j) { return S::load_f16(p + 2 * j); }
     static typename S::F rounded(typename S::F x) { return S::round_f16(x); }
     static void store(uint8_t* p, int j, typename S::F x) { S::store_f16(p + 2 * j, x); }
@@ -115,27 +115,26 @@ template <class U> inline U mix32(U x) {
     return x ^ (x >> 16);
 }
 
-// Formats without a better way go element by element: Codec has load() and store().
-template <class S, class Codec> struct ParamGroup {
-    static constexpr int N = GROUP / S::W;
-    static void load_group(bytes_t weight, bytes_t remainder, typename S::F* out) {
-        for (int k = 0; k < N; ++k) out[k] = Codec::load(weight, remainder, k * S::W);
+// Formats without a better way go vector by vector: Codec has load() and store().
+template <class S, class Codec> struct ParamPair {
+    static void load_pair(bytes_t weight, bytes_t remainder, int j, typename S::F* out) {
+        for (int k = 0; k < 2; ++k) out[k] = Codec::load(weight, remainder, j + k * S::W);
     }
-    static void store_group(uint8_t* weight, uint8_t* remainder, const typename S::F* x, const typename S::U* random) {
-        for (int k = 0; k < N; ++k) Codec::store(weight, remainder, k * S::W, x[k], random[k]);
+    static void store_pair(uint8_t* weight, uint8_t* remainder, int j, const typename S::F* x, const typename S::U* random) {
+        for (int k = 0; k < 2; ++k) Codec::store(weight, remainder, j + k * S::W, x[k], random[k]);
     }
 };
 
 template <class S, int64_t Format, int64_t D> struct Param;
 
-template <class S, int64_t D> struct Param<S, NATIVE, D> : ParamGroup<S, Param<S, NATIVE, D>> {
+template <class S, int64_t D> struct Param<S, NATIVE, D> : ParamPair<S, Param<S, NATIVE, D>> {
     static typename S::F load(bytes_t weight, bytes_t, int j) { return Float<S, D>::load(weight, j); }
     static void store(uint8_t* weight, uint8_t*, int j, typename S::F x, typename S::U) {
         Float<S, D>::store(weight, j, x);
     }
 };
 
-template <class S, int64_t D> struct Param<S, MASTER, D> : ParamGroup<S, Param<S, MASTER, D>> {
+template <class S, int64_t D> struct Param<S, MASTER, D> : ParamPair<S, Param<S, MASTER, D>> {
     static typename S::F load(bytes_t weight, bytes_t master, int j) {
         typename S::F wide = S::load(master + 4 * j), written = Float<S, D>::load(weight, j);
         return Float<S, D>::rounded(wide) == written ? wide : written;
@@ -147,84 +146,68 @@ template <class S, int64_t D> struct Param<S, MASTER, D> : ParamGroup<S, Param<S
 };
 
 // The pattern of x with any NaN made the quiet one: others overflow when they are rounded, to 0.
-template <class S> typename S::U finite_or_quiet(typename S::F x) { return x == x ? S::bits(x) : S::splat_bits(0x7FC00000); }
+template <class S> typename S::U number_or_quiet(typename S::F x) { return x == x ? S::bits(x) : S::splat_bits(0x7FC00000); }
 
-// bf16 + 16 bits: high = nearest bf16 (ties away from zero), low = pattern - (high << 16): the exact fp32 value.
-template <class S> struct Param<S, SPLIT16, BF16> {
-    static constexpr int N = GROUP / S::W;
-    static void load_group(bytes_t weight, bytes_t low, typename S::F* out) {
-        typename S::U patterns[N];
-        GroupOps<S>::join16(weight, low, patterns);
-        for (int k = 0; k < N; ++k) out[k] = S::from_bits(patterns[k]);
+// What a joined pattern stands for. Where that is a NaN (of zero, by a borrow, of infinity, or of a NaN): its high half.
+template <class S> typename S::F number_or_high(typename S::U joined) {
+    const typename S::F value = S::from_bits(joined);
+    return value == value ? value : S::from_bits((joined + 0x8000u) & 0xFFFF0000u);
+}
+
+// bf16 weight = the fp32 pattern rounded to 16 bits, ties up; the remainder is what that left. With 16 bits of it the
+// pattern is whole; with 8, the pattern was first rounded stochastically to a multiple of 2^8.
+template <class S, int BITS> struct Bf16AndRemainder {
+    static constexpr int BYTES = BITS / 8;
+    static void load_pair(bytes_t weight, bytes_t low, int j, typename S::F* out) {
+        typename S::U patterns[2];
+        PairOps<S>::template join<BITS>(weight + 2 * j, low + BYTES * j, patterns);
+        for (int k = 0; k < 2; ++k) out[k] = number_or_high<S>(patterns[k]);
     }
-    static void store_group(uint8_t* weight, uint8_t* low, const typename S::F* x, const typename S::U*) {
-        typename S::U patterns[N];
-        for (int k = 0; k < N; ++k) patterns[k] = finite_or_quiet<S>(x[k]);
-        GroupOps<S>::split16(patterns, weight, low);
+    static void store_pair(uint8_t* weight, uint8_t* low, int j, const typename S::F* x, const typename S::U* random) {
+        typename S::U patterns[2];
+        for (int k = 0; k < 2; ++k) {
+            patterns[k] = number_or_quiet<S>(x[k]);
+            if constexpr (BITS == 8) patterns[k] = patterns[k] + (random[k] >> 24);
+        }
+        PairOps<S>::template split<BITS>(patterns, weight + 2 * j, low + BYTES * j);
     }
 };
+template <class S> struct Param<S, SPLIT16, BF16> : Bf16AndRemainder<S, 16> {};
+template <class S> struct Param<S, SPLIT8, BF16> : Bf16AndRemainder<S, 8> {};
 
-// bf16 + 8 bits: the pattern rounded stochastically to a multiple of 256, then split as above.
-template <class S> struct Param<S, SPLIT8, BF16> {
-    static constexpr int N = GROUP / S::W;
-    static void load_group(bytes_t weight, bytes_t low, typename S::F* out) {
-        typename S::U patterns[N];
-        GroupOps<S>::join8(weight, low, patterns);
-        for (int k = 0; k < N; ++k) out[k] = S::from_bits(patterns[k]);
-    }
-    static void store_group(uint8_t* weight, uint8_t* low, const typename S::F* x, const typename S::U* random) {
-        typename S::U patterns[N];
-        for (int k = 0; k < N; ++k) patterns[k] = finite_or_quiet<S>(x[k]) + (random[k] >> 24);
-        GroupOps<S>::split8(patterns, weight, low);
-    }
-};
-
-// fp16: the remainder counts units of ulp(weight) * 2^-15 (split16) or * 2^-7 (split8).
-template <class S, int FractionBits> struct Fp16Unit {
-    typename S::U half, exponent;  // biased, of ulp(weight) * 2^-FractionBits
-    explicit Fp16Unit(typename S::U weight) : half(weight) {
-        typename S::U field = (half >> 10) & 31u;
+// fp16: the remainder counts units of ulp(weight) * 2^(1 - BITS), rounded to nearest (16 bits) or stochastically (8).
+template <class S, int BITS> struct Fp16AndRemainder : ParamPair<S, Fp16AndRemainder<S, BITS>> {
+    using F = typename S::F;
+    using U = typename S::U;
+    static U unit_exponent(U half) {  // biased
+        U field = (half >> 10) & 31u;
         field = field == 0u ? S::splat_bits(1) : field;
-        exponent = field + (127u - 15u - 10u - FractionBits);
+        return field + (127u - 15u - 10u - (BITS - 1));
     }
-    typename S::F unit() const { return S::from_bits(exponent << 23); }
-    // What the remainder adds to the weight. The lower neighbour of a power of two is only half an ulp away.
-    typename S::F value_of(typename S::F remainder) const {
-        typename S::F outward = S::from_bits(S::bits(remainder) ^ ((half & 0x8000u) << 16));
+    static F load(bytes_t weight, bytes_t low, int j) {
+        const F remainder = S::to_float(BITS == 16 ? S::load_i16(low + 2 * j) : S::load_i8(low + j));
+        const U half = S::load_u16(weight + 2 * j);
+        const F outward = S::from_bits(S::bits(remainder) ^ ((half & 0x8000u) << 16));
+        // The lower neighbour of a power of two is only half an ulp away.
         const auto foreign = ((half & 0x3FFu) == 0u) & ((half & 0x7FFFu) >= 0x800u) &
-                             (outward < S::splat(-(1 << (FractionBits - 2))));
-        return (foreign ? S::splat(0.0f) : remainder) * unit();
+                             (outward < S::splat(-static_cast<float>(1 << (BITS - 3))));
+        const F own = foreign ? S::splat(0.0f) : remainder;
+        return S::load_f16(weight + 2 * j) + own * S::from_bits(unit_exponent(half) << 23);
     }
-    typename S::F inverse() const { return S::from_bits((254u - exponent) << 23); }
-};
-
-template <class S> struct Param<S, SPLIT16, FP16> : ParamGroup<S, Param<S, SPLIT16, FP16>> {
-    using Unit = Fp16Unit<S, 15>;
-    static typename S::F load(bytes_t weight, bytes_t low, int j) {
-        typename S::F remainder = S::to_float(S::load_i16(low + 2 * j));
-        return S::load_f16(weight + 2 * j) + Unit(S::load_u16(weight + 2 * j)).value_of(remainder);
-    }
-    static void store(uint8_t* weight, uint8_t* low, int j, typename S::F x, typename S::U) {
+    static void store(uint8_t* weight, uint8_t* low, int j, F x, U random) {
         S::store_f16(weight + 2 * j, x);
-        typename S::F rest = x - S::load_f16(weight + 2 * j);
-        S::store_low16(low + 2 * j, (typename S::U)S::to_int(rest * Unit(S::load_u16(weight + 2 * j)).inverse()));
+        const F rest = x - S::load_f16(weight + 2 * j);
+        const F units = rest * S::from_bits((254u - unit_exponent(S::load_u16(weight + 2 * j))) << 23);
+        if constexpr (BITS == 16) {
+            S::store_low16(low + 2 * j, (U)S::to_int(units));
+        } else {
+            const F dithered = S::floor(units + S::to_float((typename S::I)(random >> 24)) * S::splat(0x1p-8f));
+            S::store_low8(low + j, (U)S::to_int(dithered));
+        }
     }
 };
-
-template <class S> struct Param<S, SPLIT8, FP16> : ParamGroup<S, Param<S, SPLIT8, FP16>> {
-    using Unit = Fp16Unit<S, 7>;
-    static typename S::F load(bytes_t weight, bytes_t low, int j) {
-        typename S::F remainder = S::to_float(S::load_i8(low + j));
-        return S::load_f16(weight + 2 * j) + Unit(S::load_u16(weight + 2 * j)).value_of(remainder);
-    }
-    static void store(uint8_t* weight, uint8_t* low, int j, typename S::F x, typename S::U random) {
-        S::store_f16(weight + 2 * j, x);
-        typename S::F rest = x - S::load_f16(weight + 2 * j);
-        typename S::F units = rest * Unit(S::load_u16(weight + 2 * j)).inverse();
-        typename S::F dithered = S::floor(units + S::to_float((typename S::I)(random >> 24)) * S::splat(0x1p-8f));
-        S::store_low8(low + j, (typename S::U)S::to_int(dithered));
-    }
-};
+template <class S> struct Param<S, SPLIT16, FP16> : Fp16AndRemainder<S, 16> {};
+template <class S> struct Param<S, SPLIT8, FP16> : Fp16AndRemainder<S, 8> {};
 
 // --- scales of grouped codecs -----------------------------------------------------------------------------------------
 

@@ -31,9 +31,25 @@ template <class S, int64_t D> constexpr void add_grad(Kernels& k) {
 }
 
 template <class S, int64_t P, int64_t D> constexpr void add_param(Kernels& k) {
-    k.update[P][D][STATE_FP32] = Update<S, P, D, STATE_FP32>::run;
-    k.update[P][D][STATE_BF16] = Update<S, P, D, STATE_BF16>::run;
-    k.update[P][D][STATE_INT8] = Update<S, P, D, STATE_INT8>::run;
+    k.two_stage[P][D][STATE_FP32] = Step<S, P, D, STATE_FP32, Staged<S>>::run;
+    k.two_stage[P][D][STATE_BF16] = Step<S, P, D, STATE_BF16, Staged<S>>::run;
+    k.two_stage[P][D][STATE_INT8] = Step<S, P, D, STATE_INT8, Staged<S>>::run;
+}
+
+template <class S, int64_t P, int64_t D, int64_t M> constexpr void add_one_stage(Kernels& k) {
+    k.one_stage[P][D][M][D][GLOBAL_NONE] = Step<S, P, D, M, Boosted<S, D, GLOBAL_NONE>>::run;
+    k.one_stage[P][D][M][D][GLOBAL_INT8] = Step<S, P, D, M, Boosted<S, D, GLOBAL_INT8>>::run;
+    k.one_stage[P][D][M][D][GLOBAL_INT4] = Step<S, P, D, M, Boosted<S, D, GLOBAL_INT4>>::run;
+}
+
+// What most runs use, with gradients of the parameter's dtype.
+template <class S> constexpr void add_hot(Kernels& k) {
+    add_one_stage<S, NATIVE, FP32, STATE_FP32>(k);
+    add_one_stage<S, NATIVE, FP32, STATE_INT8>(k);
+    add_one_stage<S, SPLIT16, BF16, STATE_FP32>(k);
+    add_one_stage<S, SPLIT16, BF16, STATE_INT8>(k);
+    add_one_stage<S, SPLIT8, BF16, STATE_FP32>(k);
+    add_one_stage<S, SPLIT8, BF16, STATE_INT8>(k);
 }
 
 template <class S> constexpr Kernels make_kernels() {
@@ -41,7 +57,6 @@ template <class S> constexpr Kernels make_kernels() {
     add_grad<S, FP32>(k);
     add_grad<S, BF16>(k);
     add_grad<S, FP16>(k);
-    k.encode_moments[STATE_INT8] = EncodeMoments<S>::run;
     add_param<S, NATIVE, FP32>(k);
     add_param<S, NATIVE, BF16>(k);
     add_param<S, NATIVE, FP16>(k);
@@ -52,6 +67,7 @@ template <class S> constexpr Kernels make_kernels() {
     add_param<S, MASTER, FP32>(k);
     add_param<S, MASTER, BF16>(k);
     add_param<S, MASTER, FP16>(k);
+    add_hot<S>(k);
     return k;
 }
 

@@ -32,28 +32,20 @@ struct StepTarget {
     float *exp_avg_scale, *exp_avg_sq_scale;  // null unless the state is int8
 };
 
-// Moments of a block of int8 state, waiting for the scales of their groups. Scales take a chain of slow operations: between
-// update() and encode_moments() goes the boost of the next block, so that nothing waits for them.
-struct Pending {
-    static constexpr int GROUPS = BLOCK / GROUP;
-    alignas(64) float exp_avg[BLOCK], root[BLOCK];  // root of exp_avg_sq
-    float exp_avg_inverse[GROUPS], root_inverse[GROUPS];  // reciprocals of the scale, of the root of the scale
-};
-
-// Every function takes a run of n elements of one row that starts at a group boundary; boost and update at most BLOCK.
 // A null entry: no such combination.
 struct Kernels {
-    using Boost = void(const GradSource& in, float a, float b, int n, float* out);
-    using Update = void(const StepTarget&, const float* grad, const StepScalars&, uint64_t element, int n, Pending&);
-    using EncodeMoments = void(const StepTarget&, const Pending&, int n);
+    // Boosts elements i .. i + n of the run, at most BLOCK, and writes zeros up to the end of the last group.
+    using Boost = void(const GradSource& in, int64_t i, float a, float b, int n, float* out);
+    // Updates n elements of one row, which start a group.
+    using Step = void(const StepTarget&, const GradSource&, Boost*, const StepScalars&, uint64_t element, int64_t n);
     using Similarity = void(const GradSource& in, int64_t n, Sums& sums);
     using Accumulate = void(const uint8_t* grad, float* total, float weight, int64_t n);
     using Encode = void(const uint8_t* source, uint8_t* codes, float* scales, int64_t n);
     using Decode = void(const uint8_t* codes, const float* scales, uint8_t* out, int64_t n);
 
     Boost* boost[DTYPES][GLOBAL_FORMATS];
-    Update* update[PARAM_FORMATS][DTYPES][STATE_FORMATS];  // grad: boosted, zeros up to the end of the last group
-    EncodeMoments* encode_moments[STATE_FORMATS];          // what update() has left pending; null: nothing
+    Step* two_stage[PARAM_FORMATS][DTYPES][STATE_FORMATS];                            // any gradient, through Boost
+    Step* one_stage[PARAM_FORMATS][DTYPES][STATE_FORMATS][DTYPES][GLOBAL_FORMATS];  // by gradient; Boost is not called
     Similarity* similarity[DTYPES][GLOBAL_FORMATS];
     Accumulate* accumulate[DTYPES];
     Encode* encode[DTYPES][GLOBAL_FORMATS];

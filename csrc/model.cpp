@@ -64,25 +64,14 @@ void Model::step(int64_t tensor, int64_t unit, const double* table) const {
     const Batch& b = *entry.batch;
     const StepScalars scalars = scalars_of(row_of_table, entry.tensor->seed);
     const Rows layout{units_.cut(tensor).cols};
-    Kernels::Boost* boost = kernels_.boost[entry.tensor->grad_dtype][b.global_format];
-    Kernels::Update* update = kernels_.update[b.param_format][b.dtype][b.state_format];
-    Kernels::EncodeMoments* encode_moments = kernels_.encode_moments[b.state_format];
-    alignas(64) float boosted[BLOCK];
-    Pending pending;
-    StepTarget last{};
-    int last_n = 0;
-    layout.each(piece(tensor, unit), [&](int64_t row, int64_t start, int64_t count) {
-        for (int64_t col = start; col < start + count; col += BLOCK) {
-            const int n = static_cast<int>(std::min<int64_t>(BLOCK, start + count - col));
-            const uint64_t element = entry.tensor->offset + static_cast<uint64_t>(row * layout.cols + col);
-            boost(source(entry, layout, row, col), scalars.grad_weight, scalars.global_weight, n, boosted);
-            if (encode_moments && last_n) encode_moments(last, pending, last_n);
-            last = target(entry, layout, row, col);
-            last_n = n;
-            update(last, boosted, scalars, element, n, pending);
-        }
+    const int64_t grad_dtype = entry.tensor->grad_dtype;
+    Kernels::Boost* boost = kernels_.boost[grad_dtype][b.global_format];
+    Kernels::Step* step = kernels_.one_stage[b.param_format][b.dtype][b.state_format][grad_dtype][b.global_format];
+    if (!step) step = kernels_.two_stage[b.param_format][b.dtype][b.state_format];
+    layout.each(piece(tensor, unit), [&](int64_t row, int64_t col, int64_t n) {
+        const uint64_t element = entry.tensor->offset + static_cast<uint64_t>(row * layout.cols + col);
+        step(target(entry, layout, row, col), source(entry, layout, row, col), boost, scalars, element, n);
     });
-    if (encode_moments && last_n) encode_moments(last, pending, last_n);
 }
 
 Sums Model::total(int64_t tensor) const {

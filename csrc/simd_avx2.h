@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "formats.h"
+#include "simd_pair.h"
 
 namespace dba {
 namespace {  // internal linkage: no instruction set may lend its code to another
@@ -65,8 +66,17 @@ struct Avx2 {
     static F sqrt(F x) { return _mm256_sqrt_ps(x); }
     static F quick_root(F x) { return _mm256_sqrt_ps(x); }
     static U code_from_one(F x) { return (U)to_int(x > 0.0f ? max(quick_root(x), splat(1.0f)) : x); }
+    // The lowest bytes of 32 integers.
+    static void store_32(uint8_t* p, const U* x) {
+        const U low = splat_bits(0xFF);
+        const __m256i left = _mm256_packus_epi32((__m256i)(x[0] & low), (__m256i)(x[1] & low));
+        const __m256i right = _mm256_packus_epi32((__m256i)(x[2] & low), (__m256i)(x[3] & low));
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(left, right), order);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes);
+    }
     static void store_group_i8(uint8_t* p, const U* x) {
-        for (int k = 0; k < GROUP / W; ++k) store_low8(p + k * W, x[k]);
+        for (int k = 0; k < GROUP / W; k += 4) store_32(p + k * W, x + k);
     }
     static void store_group_u8(uint8_t* p, const U* x) { store_group_i8(p, x); }
     static F max(F a, F b) { return _mm256_max_ps(a, b); }
@@ -80,6 +90,42 @@ struct Avx2 {
         __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
         s = _mm_max_ps(s, _mm_movehl_ps(s, s));
         return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+    }
+    static void largest_of_each(const F* x, float* out) {
+        for (int i = 0; i < 8; ++i) out[i] = largest(x[i]);
+    }
+};
+
+// Packing and unpacking work on each half of a register apart: quarters 0 2 1 3 on one side of them are 0 1 2 3 on the other.
+template <> struct PairOps<Avx2> {
+    using U = Avx2::U;
+    static __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+    static void store(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+    static __m256i swapped(__m256i x) { return _mm256_permute4x64_epi64(x, 0xD8); }  // the middle quarters
+    static __m256i words(__m256i x, __m256i y) { return swapped(_mm256_packus_epi32(x, y)); }  // of lanes below 2^16
+
+    static void load_high(const void* p, U* out) {
+        const __m256i high = swapped(load(p)), zero = _mm256_setzero_si256();
+        out[0] = (U)_mm256_unpacklo_epi16(zero, high);
+        out[1] = (U)_mm256_unpackhi_epi16(zero, high);
+    }
+    template <int BITS> static void join(const void* high, const void* low, U* out) {
+        __m256i rest = BITS == 16 ? load(low) : _mm256_cvtepi8_epi16(Avx2::half(low));
+        const __m256i borrow = _mm256_srai_epi16(rest, 15);  // -1 where low is negative
+        const __m256i top = swapped(_mm256_add_epi16(load(high), borrow));
+        rest = swapped(BITS == 16 ? rest : _mm256_slli_epi16(rest, 8));
+        out[0] = (U)_mm256_unpacklo_epi16(rest, top);
+        out[1] = (U)_mm256_unpackhi_epi16(rest, top);
+    }
+    template <int BITS> static void split(const U* x, void* high, void* low) {
+        store(high, words((__m256i)((x[0] + 0x8000u) >> 16), (__m256i)((x[1] + 0x8000u) >> 16)));
+        if constexpr (BITS == 16) {
+            store(low, words((__m256i)(x[0] & 0xFFFFu), (__m256i)(x[1] & 0xFFFFu)));
+        } else {
+            const __m256i rest = words((__m256i)((x[0] >> 8) & 0xFFu), (__m256i)((x[1] >> 8) & 0xFFu));
+            const __m128i upper = _mm256_extracti128_si256(rest, 1);
+            _mm_storeu_si128(static_cast<__m128i*>(low), _mm_packus_epi16(_mm256_castsi256_si128(rest), upper));
+        }
     }
 };
 

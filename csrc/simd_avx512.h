@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "formats.h"
-#include "simd_group.h"
+#include "simd_pair.h"
 
 namespace dba {
 namespace {  // internal linkage: no instruction set may lend its code to another
@@ -79,13 +79,26 @@ struct Avx512 {
     static F abs(F x) { return _mm512_abs_ps(x); }
     static float sum(F x) { return _mm512_reduce_add_ps(x); }
     static float largest(F x) { return _mm512_reduce_max_ps(x); }
+    // Halves of two vectors side by side, then quarters of four, and so on: each step joins two results in one vector.
+    static void largest_of_each(const __m512* x, float* out) {
+        __m512 two[4], four[2];
+        for (int i = 0; i < 4; ++i)
+            two[i] = _mm512_max_ps(_mm512_shuffle_f32x4(x[2 * i], x[2 * i + 1], 0x44),
+                                   _mm512_shuffle_f32x4(x[2 * i], x[2 * i + 1], 0xEE));  // quarters 0 0 1 1
+        for (int i = 0; i < 2; ++i)
+            four[i] = _mm512_max_ps(_mm512_shuffle_f32x4(two[2 * i], two[2 * i + 1], 0x88),
+                                    _mm512_shuffle_f32x4(two[2 * i], two[2 * i + 1], 0xDD));  // a quarter each
+        __m512 eight = _mm512_max_ps(_mm512_shuffle_ps(four[0], four[1], 0x44), _mm512_shuffle_ps(four[0], four[1], 0xEE));
+        eight = _mm512_max_ps(eight, _mm512_shuffle_ps(eight, eight, 0xB1));  // lanes 0 and 2 of each quarter hold results
+        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
+        _mm256_storeu_ps(out, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, eight)));
+    }
 };
 
 // Permutations of 16-bit words do in one instruction what a widening or narrowing conversion and a shift do in two.
-template <> struct GroupOps<Avx512> {
+template <> struct PairOps<Avx512> {
     using U = Avx512::U;
-    static __m512i load(const void* p, int k) { return _mm512_loadu_si512(static_cast<const char*>(p) + 64 * k); }
-    static void store(void* p, int k, __m512i x) { _mm512_storeu_si512(static_cast<char*>(p) + 64 * k, x); }
+    static __m512i load(const void* p) { return _mm512_loadu_si512(p); }
 
     // The index of a permutation: words EVEN, EVEN + STEP, ... at even places, ODD, ODD + STEP, ... at odd places.
     template <int EVEN, int ODD, int STEP> struct Index {
@@ -108,60 +121,20 @@ template <> struct GroupOps<Avx512> {
     static __m512i odd(U x, U y) { return _mm512_permutex2var_epi16((__m512i)x, words<1, 3, 4>(), (__m512i)y); }
 
     static void load_high(const void* p, U* out) {
-        for (int k = 0; k < 2; ++k) {
-            const __m512i high = load(p, k);
-            out[2 * k] = (U)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, words<0, 0, 1>(), high);
-            out[2 * k + 1] = (U)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, words<16, 16, 1>(), high);
-        }
+        const __m512i high = load(p);
+        out[0] = (U)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, words<0, 0, 1>(), high);
+        out[1] = (U)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, words<16, 16, 1>(), high);
     }
-    // A joined pattern, or, where that is a NaN, its high half alone: of zero, by a borrow, of infinity, or of a NaN.
-    static void numbers_or_high(U* x) {
-        for (int k = 0; k < 2; ++k) {
-            const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x[k], (__m512)x[k], _CMP_UNORD_Q);
-            x[k] = (U)_mm512_mask_and_epi32((__m512i)x[k], nan, (__m512i)(x[k] + 0x8000u), _mm512_set1_epi32(-0x10000));
-        }
+    template <int BITS> static void join(const void* high, const void* low, U* out) {
+        const __m512i rest = BITS == 16 ? load(low) : _mm512_cvtepi8_epi16(Avx512::half(low));
+        const __m512i borrow = _mm512_srai_epi16(rest, 15);  // -1 where low is negative
+        zip(BITS == 16 ? rest : _mm512_slli_epi16(rest, 8), _mm512_add_epi16(load(high), borrow), out);
     }
-    static void join16(const void* high, const void* low, U* out) {
-        for (int k = 0; k < 2; ++k) {
-            const __m512i rest = load(low, k), borrow = _mm512_srai_epi16(rest, 15);  // -1 where low is negative
-            zip(rest, _mm512_add_epi16(load(high, k), borrow), out + 2 * k);
-            numbers_or_high(out + 2 * k);
-        }
-    }
-    static void split16(const U* x, void* high, void* low) {
-        for (int k = 0; k < 2; ++k) {
-            store(high, k, odd(x[2 * k] + 0x8000u, x[2 * k + 1] + 0x8000u));
-            store(low, k, even(x + 2 * k));
-        }
-    }
-    static void join8(const void* high, const void* low, U* out) {
-        for (int k = 0; k < 2; ++k) {
-            const __m512i rest = _mm512_cvtepi8_epi16(Avx512::half(static_cast<const char*>(low) + 32 * k));
-            const __m512i borrow = _mm512_srai_epi16(rest, 15);
-            zip(_mm512_slli_epi16(rest, 8), _mm512_add_epi16(load(high, k), borrow), out + 2 * k);
-            numbers_or_high(out + 2 * k);
-        }
-    }
-    static void split8(const U* x, void* high, void* low) {
-        for (int k = 0; k < 2; ++k) {
-            store(high, k, odd(x[2 * k] + 0x8000u, x[2 * k + 1] + 0x8000u));
-            const __m256i bytes = _mm512_cvtepi16_epi8(_mm512_srli_epi16(even(x + 2 * k), 8));
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<char*>(low) + 32 * k), bytes);
-        }
-    }
-    // Halves of two vectors side by side, then quarters of four, and so on: each step joins two results in one vector.
-    static void largest_of_each(const __m512* x, float* out) {
-        __m512 two[4], four[2];
-        for (int i = 0; i < 4; ++i)
-            two[i] = _mm512_max_ps(_mm512_shuffle_f32x4(x[2 * i], x[2 * i + 1], 0x44),
-                                   _mm512_shuffle_f32x4(x[2 * i], x[2 * i + 1], 0xEE));  // quarters 0 0 1 1
-        for (int i = 0; i < 2; ++i)
-            four[i] = _mm512_max_ps(_mm512_shuffle_f32x4(two[2 * i], two[2 * i + 1], 0x88),
-                                    _mm512_shuffle_f32x4(two[2 * i], two[2 * i + 1], 0xDD));  // a quarter each
-        __m512 eight = _mm512_max_ps(_mm512_shuffle_ps(four[0], four[1], 0x44), _mm512_shuffle_ps(four[0], four[1], 0xEE));
-        eight = _mm512_max_ps(eight, _mm512_shuffle_ps(eight, eight, 0xB1));  // lanes 0 and 2 of each quarter hold results
-        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
-        _mm256_storeu_ps(out, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, eight)));
+    template <int BITS> static void split(const U* x, void* high, void* low) {
+        _mm512_storeu_si512(high, odd(x[0] + 0x8000u, x[1] + 0x8000u));
+        const __m512i rest = even(x);
+        if constexpr (BITS == 16) _mm512_storeu_si512(low, rest);
+        else _mm256_storeu_si256(static_cast<__m256i*>(low), _mm512_cvtepi16_epi8(_mm512_srli_epi16(rest, 8)));
     }
 };
 

@@ -20,9 +20,10 @@ from .distributed import Sharding, local
 from .formats import PARAM_FORMATS, STATE_FORMATS, check_name
 from .global_gradient import GlobalGradient
 from .method import BoostSchedule, Correction, Method
+from .param_groups import check_group, check_hyperparameters
 from .plan import ActiveSet, Plan, metrics
-from .saved_state import check_saved, for_torch, from_saved, to_saved
-from .state import StateOptions, allocate, formats_of
+from .saved_state import check_states, for_torch, from_saved, to_saved
+from .state import StateOptions, allocate
 from .stepdata import StepOverrides
 
 
@@ -298,7 +299,7 @@ class DBAAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _check_group(group)
+        check_group(group)
         if self.global_gradient is not None and "param_names" not in group:
             raise ValueError(
                 f"params: expected (name, parameter) pairs, group {len(self.param_groups) - 1} has no names; a global "
@@ -326,10 +327,6 @@ class DBAAdamW(Optimizer):
         """State of every trainable parameter, as the first step would make it; what is there stays."""
         allocate([(name, param) for name, param in self._named() if param.requires_grad], self.state, self.options)
 
-    def param_format_of(self, param: torch.Tensor) -> str:
-        """The ``param_format`` that ``param`` really gets."""
-        return formats_of(param, self.options)[0]
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of ``torch.optim.AdamW``; nothing is cast to the parameter's dtype.
 
@@ -343,7 +340,8 @@ class DBAAdamW(Optimizer):
         saved: dict[str, Any] = {}
 
         def capture(_: Optimizer, final: dict[str, Any]) -> None:
-            self._check_saved(final)
+            self._check_saved_groups(final["param_groups"])
+            check_states(names_of(self.param_groups), final)
             saved.update(final)
 
         kept_keys = ("global_gradient", "param_names")
@@ -364,22 +362,10 @@ class DBAAdamW(Optimizer):
         self.method.take_over(saved["param_groups"][0].get("global_gradient"))
         self._write_identity()
 
-    def _check_saved(self, saved: dict[str, Any]) -> None:
-        """Refuse what is not this optimizer's, before any of it is taken."""
-        self._check_saved_groups(saved["param_groups"])
-        names = dict(enumerate(names_of(self.param_groups)))
-        ids = [i for group in saved["param_groups"] for i in group["params"]]
-        for position, i in enumerate(ids):
-            check_saved(repr(names.get(position, i)), saved["state"].get(i, {}))
-
     def _check_saved_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         for i, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=False)):  # torch counts them
-            if missing := [key for key in ("lr", "betas", "eps", "weight_decay") if key not in saved]:
-                raise ValueError(
-                    f"param_groups[{i}]: expected AdamW's hyperparameters, got no {missing[0]!r}; the state was saved "
-                    "by another kind of optimizer: begin with a fresh one"
-                )
-            _check_group({**self.defaults, **saved})
+            check_hyperparameters(i, saved)
+            check_group({**self.defaults, **saved})
             check_param_names(group.get("param_names"), saved.get("param_names"))
             self.method.check_saved(saved.get("global_gradient"))
 
@@ -411,24 +397,3 @@ class DBAAdamW(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Refuse what no kernel here does, in the constructor, a group of its own or a loaded state dict alike."""
-    lr, betas = group["lr"], group["betas"]
-    if torch.is_tensor(lr) and lr.numel() != 1:
-        raise ValueError(f"lr: expected a number or a tensor of one element, got shape {tuple(lr.shape)}")
-    for name in ("lr", "eps", "weight_decay"):
-        if not group[name] >= 0.0:
-            raise ValueError(f"{name}: expected a number >= 0, got {group[name]}")
-    for i, beta in enumerate(betas):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"betas[{i}]: expected a number in [0, 1), got {beta}")
-    if group["amsgrad"]:
-        raise ValueError("amsgrad: expected False; it needs a third state tensor, which no kernel here updates")
-    if group["differentiable"]:
-        raise ValueError("differentiable: expected False; the fused step does not record gradients")
-    if not group["decoupled_weight_decay"]:
-        raise ValueError("decoupled_weight_decay: expected True (AdamW), got False (Adam)")
-    if group["foreach"] and group["fused"]:
-        raise ValueError("foreach, fused: expected at most one of them True, as in torch")

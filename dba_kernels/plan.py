@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import warnings
 import zlib
 from collections import defaultdict
@@ -39,7 +40,7 @@ from .base_model import Groups, names_of, normalize_name
 from .distributed import PLAIN_TYPES, Sharding, layout_of, local
 from .formats import matrix_shape
 from .global_gradient import GlobalGradient
-from .state import StateOptions, States, formats_of, prepare
+from .state import StateOptions, States, Witness, formats_of, prepare, same_tensors
 from .stepdata import (
     PROJECTIONS,
     UPDATED_PARTS,
@@ -83,7 +84,9 @@ class ActiveSet:
         addresses: of the parameters, in the order of the optimizer's groups.
         kinds: dtype and layout of each gradient.
         states: each parameter's state as it was: the tensors by key, and their addresses.
+        witness: the same for a check that costs little.
         plain: whether no parameter is a DTensor.
+        scalars: what :meth:`Plan.scalars` has made of it.
     """
 
     index: torch.Tensor
@@ -92,17 +95,21 @@ class ActiveSet:
     addresses: list[int]
     kinds: list[tuple[torch.dtype, torch.layout]]
     states: list[tuple[dict[str, torch.Tensor], list[int]]]
+    witness: Witness | None
     plain: bool
+    scalars: StepScalars | None = None
 
-    def is_current(self, params: list[torch.Tensor], grads: list[torch.Tensor], state: Mapping[Any, Any]) -> bool:
+    def is_current(self, params: list[torch.Tensor], grads: list[torch.Tensor], states: Mapping[Any, Any]) -> bool:
         """Whether parameters and state still are the tensors that the batches were made of, and gradients alike."""
-        return (
-            self.addresses == _addresses(params)
-            and self.kinds == [(g.dtype, g.layout) for g in grads]
-            and (self.plain or all(_same_place(p, g) for p, g in zip(params, grads, strict=True)))
-            and all(
-                _same_tensors(known, state.get(p)) and addresses == _addresses(known.values())
-                for p, (known, addresses) in zip(params, self.states, strict=True)
+        return self.kinds == _kinds(grads) and (
+            (self.witness is not None and self.witness.sees_no_change(params, states))
+            or (
+                self.addresses == _addresses(params)
+                and (self.plain or all(_same_place(p, g) for p, g in zip(params, grads, strict=True)))
+                and all(
+                    same_tensors(known, states.get(p)) and addresses == _addresses(known.values())
+                    for p, (known, addresses) in zip(params, self.states, strict=True)
+                )
             )
         )
 
@@ -113,8 +120,8 @@ class ActiveSet:
         return [(part, [usable[i] for i in at]) for part, at in zip(self.parts, self.positions, strict=True)]
 
 
-def _same_tensors(known: dict[str, torch.Tensor], now: dict[str, torch.Tensor] | None) -> bool:
-    return now is not None and all(now.get(key) is tensor for key, tensor in known.items())
+def _kinds(grads: list[torch.Tensor]) -> list[tuple[torch.dtype, torch.layout]]:
+    return list(map(operator.attrgetter("dtype", "layout"), grads))
 
 
 class Plan:
@@ -239,8 +246,9 @@ class Plan:
             ],
             positions=list(by_format.values()),
             addresses=_addresses(params),
-            kinds=[(g.dtype, g.layout) for g in grads],
+            kinds=_kinds(grads),
             states=[(tensors, _addresses(tensors.values())) for tensors in kept],
+            witness=Witness.of(params, states),
             plain=self.sharding.mesh is None,
         )
 
@@ -300,8 +308,10 @@ class Plan:
 
     def scalars(self, active: ActiveSet) -> StepScalars:
         """What ``coefficients`` reads and writes."""
-        own = (field.name for field in fields(StepScalars) if field.name != "active")
-        return StepScalars(active=active.index, **{name: getattr(self, name) for name in own})
+        if active.scalars is None:
+            own = (field.name for field in fields(StepScalars) if field.name != "active")
+            active.scalars = StepScalars(active=active.index, **{name: getattr(self, name) for name in own})
+        return active.scalars
 
     def unscaled_sums(
         self, active: ActiveSet, loss_scale: torch.Tensor | None
@@ -352,7 +362,7 @@ def _same_place(param: Any, grad: Any) -> bool:
 
 
 def _grouping(groups: Groups) -> list[list[int]]:
-    return [[id(p) for p in group["params"]] for group in groups]
+    return [list(map(id, group["params"])) for group in groups]
 
 
 def _check_grad(param: torch.Tensor, grad: torch.Tensor, name: str) -> None:

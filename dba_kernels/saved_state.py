@@ -43,6 +43,13 @@ def from_saved(state: Mapping[str, Any]) -> dict[str, Any]:
     return {names.get(key, key): value for key, value in state.items()}
 
 
+def check_states(names: list[str], saved: Mapping[str, Any]) -> None:
+    """:func:`check_saved` for every parameter of a state dict."""
+    ids = [i for group in saved["param_groups"] for i in group["params"]]
+    for position, i in enumerate(ids):
+        check_saved(repr(names[position] if position < len(names) else i), saved["state"].get(i, {}))
+
+
 def check_saved(name: str, state: Any) -> None:
     """Refuse the state of another kind of optimizer, before any of it is taken.
 
@@ -262,7 +269,8 @@ def load_fp32_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, sta
     optimizer.allocate_state()  # type: ignore[attr-defined]
     for name, tensor in own.items():
         if torch.is_tensor(tensor) and id(tensor) in known:
-            param_format = optimizer.param_format_of(tensor)  # type: ignore[attr-defined]
+            half = tensor.dtype in HALVES.values()
+            param_format = optimizer.options.param_format if half else "native"  # type: ignore[attr-defined]
             value = local(state_dict[name]).to(local(tensor).device, torch.float32)
             store_value(optimizer.state[tensor], tensor, value, param_format, name)
         elif torch.is_tensor(tensor):

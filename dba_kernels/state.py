@@ -7,14 +7,16 @@ formats follow from its global shape, so that any number of ranks saves and load
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+import itertools
+import operator
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .backends import implementation
-from .distributed import layout_of, like, local, zeros
+from .distributed import PLAIN_TYPES, layout_of, like, local, zeros
 from .formats import PARAM_FORMATS, STATE_FORMATS, is_compressible
 from .saved_state import adopt_remainder
 
@@ -106,3 +108,49 @@ def allocate(named: Iterable[tuple[str, torch.Tensor]], states: States, options:
     """State of these parameters, as the first step would make it."""
     for name, param in named:
         prepare(states[param], param, *formats_of(param, options), name)
+
+
+def same_tensors(known: dict[str, torch.Tensor], now: dict[str, torch.Tensor] | None) -> bool:
+    """Whether a parameter's entry of the state still holds these, and not others in their place."""
+    return now is not None and all(now.get(key) is tensor for key, tensor in known.items())
+
+
+@dataclass
+class Witness:
+    """Plain tensors that were seen, in flat lists which are compared without a line of Python per tensor.
+
+    The check of every step is most of the host's work where tensors are small. It may report a change where there is
+    none (a key was added, parameters have state but no gradient), never the reverse: then the slow check decides.
+
+    Args:
+        own: the parameters' entries of ``optimizer.state``, in the parameters' order.
+        values: of all these entries, one after the other.
+        tensors: the parameters, then every tensor among the values.
+        addresses: theirs.
+    """
+
+    own: list[dict[str, Any]]
+    values: list[Any]
+    tensors: list[torch.Tensor]
+    addresses: list[int]
+
+    @classmethod
+    def of(cls, params: list[torch.Tensor], states: Mapping[Any, Any]) -> Witness | None:
+        """None where a tensor is not a plain one."""
+        own = [states[p] for p in params]
+        values = list(itertools.chain.from_iterable(map(dict.values, own)))
+        tensors = params + [value for value in values if torch.is_tensor(value)]
+        if any(type(t) not in PLAIN_TYPES for t in tensors):
+            return None
+        return cls(own, values, tensors, list(map(torch.Tensor.data_ptr, tensors)))
+
+    def sees_no_change(self, params: list[torch.Tensor], states: Mapping[Any, Any]) -> bool:
+        now = list(itertools.chain.from_iterable(map(dict.values, self.own)))
+        return (
+            len(states) == len(params)
+            and all(map(operator.is_, states, params))
+            and all(map(operator.is_, states.values(), self.own))
+            and len(now) == len(self.values)
+            and all(map(operator.is_, now, self.values))
+            and list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
+        )

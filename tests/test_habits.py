@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections import Counter
 from importlib import metadata
@@ -107,6 +108,18 @@ def test_a_long_function_is_noticed() -> None:
     body = "    pass\n" * LONGEST_FUNCTION
     assert too_long(f"def f():\n{body}") == ["f: 81 lines"]
     assert too_long(f"@triton.jit\ndef f():\n{body}") == []
+
+
+# --- the documents of contributors ------------------------------------------------------------------------------------
+
+
+def test_the_files_that_contributors_are_sent_to_exist() -> None:
+    """Protects who adds a format, a correction or a backend: each file of the lists is there."""
+    text = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    files = [name for cell in cells for name in re.findall(r"`([^`<]+)`", cell)]
+    assert len(files) > 15  # the lists were found
+    assert [name for name in files if not (ROOT / name).is_file()] == []
 
 
 # --- the package ------------------------------------------------------------------------------------------------------

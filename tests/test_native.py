@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.bench_step import fresh_tables
+from bench.bench_coefficients import fresh_scalars
 from dba_kernels import DBAAdamW
 from dba_kernels.native import coefficients, library, similarity, step
 from dba_kernels.reference import coefficients as reference_coefficients
@@ -71,6 +71,28 @@ def test_every_instruction_set_agrees_with_the_reference(isa, case):
     with library.use_isa(isa):
         assert library.isa() == isa
         assert_agrees(step.step, case)
+
+
+HOT = [
+    Case(dtype, kind, state, stored, torch.bfloat16, LARGE, seed=41)
+    for dtype, kind in ((torch.float32, "native"), (torch.bfloat16, "split16"), (torch.bfloat16, "split8"))
+    for state in ("fp32", "int8")
+    for stored in ("none", "int8", "int4")
+]
+"""Formats whose step is compiled in one stage for gradients of the parameter's dtype; others go through a block."""
+
+
+@pytest.mark.parametrize("case", HOT, ids=str)
+@pytest.mark.parametrize("isa", library.usable_isas())
+def test_one_stage_and_two_give_the_same_bits(isa, case):
+    """Protects the choice of kernel, which is one of speed alone: equal gradients in bf16 and fp32 take both ways."""
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        batch, grads, table = build(case)
+        with library.use_isa(isa):
+            step.step(batch, [grad.to(dtype) for grad in grads], table)
+        results.append(written(batch))
+    assert _same_bits(*results)
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -242,7 +264,7 @@ def _tables(n: int, has_global: list[bool], generator: torch.Generator) -> StepS
     wide = torch.float64
     hyper = torch.tensor([[1e-3, 0.9, 0.99, 1e-8, 1e-2, 1.0], [1e-4, 0.8, 0.999, 1e-6, 0.0, -1.0]], dtype=wide)
     global_sq = torch.where(torch.tensor(has_global), torch.rand(n, generator=generator, dtype=wide) + 10, -1.0)
-    return fresh_tables(hyper, torch.arange(n) % 2, global_sq)
+    return fresh_scalars(hyper, torch.arange(n) % 2, global_sq)
 
 
 def _model() -> tuple[list, list, StepScalars]:

@@ -52,6 +52,21 @@ def test_state_may_be_swapped(backend: str, key: str) -> None:
     assert all(torch.equal(params[name], plain[name]) for name in SHAPES)
 
 
+def test_only_a_change_of_the_tensors_makes_a_new_plan() -> None:
+    """The cheap check of every step may be too careful, never blind: what it doubts, a slower one decides."""
+    params = make_params()
+    optimizer = DBAAdamW(params.items(), backend="reference")
+    train(params, optimizer, range(1, 3))
+    plan, entry = optimizer._plan, optimizer.state[params[COMPRESSED]]
+    entry["note"] = "of somebody else"
+    train(params, optimizer, range(3, 4))
+    assert optimizer._plan is plan
+    del entry["note"]
+    entry["exp_avg"], entry["exp_avg_sq"] = entry["exp_avg_sq"], entry["exp_avg"]
+    train(params, optimizer, range(4, 5))
+    assert optimizer._plan is not plan
+
+
 @pytest.mark.parametrize("reset", [lambda o: o.state.clear(), lambda o: setattr(o, "state", defaultdict(dict))])
 def test_cleared_state_starts_again(reset) -> None:
     """As in torch: a parameter without state is at its first step, and what is saved is what is used."""

@@ -44,7 +44,7 @@ def values(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def exact(model: nn.Module, optimizer: DBAAdamW) -> dict[str, torch.Tensor]:
     return {
-        name: remainder.join(p.detach(), optimizer.state[p]["remainder"], optimizer.param_format_of(p))
+        name: remainder.join(p.detach(), optimizer.state[p]["remainder"], optimizer.options.param_format)
         for name, p in model.named_parameters()
     }
 

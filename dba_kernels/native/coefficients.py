@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import weakref
 
 import torch
 
@@ -36,14 +37,16 @@ class CoefficientArguments(ctypes.Structure):
     ]
 
 
-def entered(
-    scalars: StepScalars, settings: StepSettings, overrides: StepOverrides
-) -> tuple[CoefficientArguments, list[torch.Tensor | None]]:
-    """The struct to pass, and what must stay alive until the call is over."""
+_known: dict[int, tuple[weakref.ref[StepScalars], CoefficientArguments]] = {}
+"""By the scalars' id; an entry goes when they go."""
+
+
+def _of_scalars(scalars: StepScalars) -> CoefficientArguments:
+    """The struct of these scalars, checked once; the rest of it changes from call to call."""
+    key = id(scalars)
+    if (known := _known.get(key)) is not None:
+        return known[1]
     n, wide, index = len(scalars.steps), torch.float64, torch.int64
-    loss_scale, found_inf = overrides.loss_scale, overrides.found_inf
-    gamma = None if overrides.gamma is None else overrides.gamma.to(wide).reshape(())
-    alpha = None if overrides.alpha is None else overrides.alpha.to(wide).contiguous()
     arguments = CoefficientArguments(
         sums=address("sums", scalars.sums, wide, (n, 2)),
         global_sq=address("global_sq", scalars.global_sq, wide, (n,)),
@@ -57,20 +60,32 @@ def entered(
         table=address("coefficients", scalars.coefficients, wide, (n, Coefficient.COUNT)),
         report=address("report", scalars.report, wide, (n, 2)),
         summary=address("summary", scalars.summary, wide, (Summary.COUNT,)),
-        boost=settings.boost,
-        total_steps=settings.total_steps,
-        boost_max=settings.boost_max,
-        alpha_min=settings.bounds[0],
-        alpha_max=settings.bounds[1],
-        max_grad_norm=math.inf if settings.max_grad_norm is None else settings.max_grad_norm,
-        correction=CORRECTIONS.index(settings.correction),
-        global_scope=settings.scope == "global",
-        reduce=settings.reduce,
-        loss_scale=1.0 if loss_scale is None else loss_scale.item(),
-        found_inf=found_inf is not None and bool((found_inf != 0).any()),
-        gamma_override=None if gamma is None else gamma.data_ptr(),
-        alpha_override=None if alpha is None else address("alpha", alpha, wide, (n,)),
     )
+    _known[key] = weakref.ref(scalars, lambda _: _known.pop(key)), arguments
+    return arguments
+
+
+def entered(
+    scalars: StepScalars, settings: StepSettings, overrides: StepOverrides
+) -> tuple[CoefficientArguments, list[torch.Tensor | None]]:
+    """The struct to pass, and what must stay alive until the call is over."""
+    loss_scale, found_inf = overrides.loss_scale, overrides.found_inf
+    gamma = None if overrides.gamma is None else overrides.gamma.to(torch.float64).reshape(())
+    alpha = None if overrides.alpha is None else overrides.alpha.to(torch.float64).contiguous()
+    arguments = _of_scalars(scalars)
+    arguments.boost, arguments.total_steps, arguments.boost_max = (
+        settings.boost,
+        settings.total_steps,
+        settings.boost_max,
+    )
+    arguments.alpha_min, arguments.alpha_max = settings.bounds
+    arguments.max_grad_norm = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
+    arguments.correction = CORRECTIONS.index(settings.correction)
+    arguments.global_scope, arguments.reduce = settings.scope == "global", settings.reduce
+    arguments.loss_scale = 1.0 if loss_scale is None else loss_scale.item()
+    arguments.found_inf = found_inf is not None and bool((found_inf != 0).any())
+    arguments.gamma_override = None if gamma is None else gamma.data_ptr()
+    arguments.alpha_override = None if alpha is None else address("alpha", alpha, torch.float64, (len(scalars.steps),))
     return arguments, [gamma, alpha]
 
 

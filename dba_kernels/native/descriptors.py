@@ -6,8 +6,9 @@ One call serves a whole model. Those of a batch are kept in ``batch.cache`` betw
 from __future__ import annotations
 
 import ctypes
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -38,15 +39,26 @@ def set_grads(
 ) -> list[torch.Tensor]:
     """Enter the gradients into ``descriptors``; returns what must stay alive until the call is over."""
     kept = [grad if grad.is_contiguous() else grad.contiguous() for grad in grads]
-    for i, (grad, shape) in enumerate(zip(kept, shapes, strict=True)):
-        if grad.dtype not in DTYPE_CODE or grad.shape != shape or grad.device.type != "cpu":
+    codes = list(map(DTYPE_CODE.get, map(_dtype_of, kept)))
+    if None in codes or list(map(_shape_of, kept)) != shapes or not all(map(_on_cpu, kept)):
+        _refuse(kept, shapes)
+    descriptors[:, Field.GRAD_DTYPE] = codes
+    descriptors[:, Field.GRAD] = list(map(torch.Tensor.data_ptr, kept))
+    return kept
+
+
+_dtype_of, _shape_of, _on_cpu = map(operator.attrgetter, ("dtype", "shape", "is_cpu"))
+
+
+def _refuse(grads: list[torch.Tensor], shapes: Sequence[tuple[int, ...]]) -> NoReturn:
+    """Name the gradient that does not fit."""
+    for i, (grad, shape) in enumerate(zip(grads, shapes, strict=True)):
+        if grad.dtype not in DTYPE_CODE or grad.shape != shape or not grad.is_cpu:
             raise ValueError(
                 f"grads[{i}]: expected float32, bfloat16 or float16 of shape {tuple(shape)} on the CPU, "
                 f"got {grad.dtype} {tuple(grad.shape)} on {grad.device}"
             )
-    descriptors[:, Field.GRAD_DTYPE] = [DTYPE_CODE[grad.dtype] for grad in kept]
-    descriptors[:, Field.GRAD] = [grad.data_ptr() for grad in kept]
-    return kept
+    raise AssertionError("every gradient fits")
 
 
 def new_descriptors(shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
@@ -75,12 +87,16 @@ FIELD_OF = {
 }
 
 
+def _param_addresses(batch: TensorBatch) -> list[int]:
+    return list(map(torch.Tensor.data_ptr, map(operator.attrgetter("param"), batch.tensors)))
+
+
 class _Descriptors:
     """The descriptors of a batch, filled once; :meth:`enter` enters what changes from step to step."""
 
     def __init__(self, batch: TensorBatch, with_state: bool):
         self.shapes: list[tuple[int, ...]] = [tuple(tensor.param.shape) for tensor in batch.tensors]
-        self.params = [tensor.param.data_ptr() for tensor in batch.tensors]
+        self.params = _param_addresses(batch)
         self.words = new_descriptors(self.shapes)
         self.words[:, Field.INDEX] = [tensor.index for tensor in batch.tensors]
         self.struct = Batch(count=len(self.params), tensors=self.words.ctypes.data)
@@ -122,7 +138,7 @@ class _Descriptors:
         """The struct to pass, and what must stay alive until the call is over."""
         key = "native" if with_state else "native.similarity"
         known = batch.cache.get(key)
-        if known is None or known.params != [tensor.param.data_ptr() for tensor in batch.tensors]:
+        if known is None or known.params != _param_addresses(batch):
             known = batch.cache[key] = _Descriptors(batch, with_state)
         return known.struct, set_grads(known.words, grads, known.shapes)
 

@@ -104,7 +104,7 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def why_not() -> str | None:
-    """None if the backend can run here, else the reason and the mend."""
+    """None if the backend can run here, else the reason and the fix."""
     try:
         load()
         isa()
