@@ -232,6 +232,12 @@ class EncodedTensor:
         scales = None if self.scales is None else self.scales.to(device)
         return EncodedTensor(self.format, self.shape, self.codes.to(device), scales)
 
+    def scaled(self, factor: float) -> EncodedTensor:
+        """``factor`` times the tensor; codes are shared where there are scales."""
+        if self.scales is None:
+            return EncodedTensor(self.format, self.shape, self.codes * factor)
+        return EncodedTensor(self.format, self.shape, self.codes, self.scales * factor)
+
     def row_slice(self, start: int, stop: int) -> EncodedTensor:
         """Rows ``start:stop`` of dimension 0, a view: groups and packed nibbles never cross a row."""
         scales = None if self.scales is None else self.scales[start:stop]
@@ -265,6 +271,9 @@ class LowRankTensor:
 
     def to(self, device: torch.device | str) -> LowRankTensor:
         return LowRankTensor(self.shape, self.u.to(device), self.sigma.to(device), self.v.to(device))
+
+    def scaled(self, factor: float) -> LowRankTensor:
+        return LowRankTensor(self.shape, self.u, self.sigma * factor, self.v)
 
     def row_slice(self, start: int, stop: int) -> LowRankTensor:
         return LowRankTensor((stop - start, *self.shape[1:]), self.u.row_slice(start, stop), self.sigma, self.v)

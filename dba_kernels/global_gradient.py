@@ -6,75 +6,28 @@ import importlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import ops
-from .base_model import (
-    Fingerprint,
-    check_fingerprint,
-    check_names,
-    check_weights,
-    fingerprint,
-    named_once,
-    normalize_name,
-)
-from .descriptions import COUNT, SHA256, TEXTS, Check, check_fields, one_of
-from .descriptions import read as read_fields
+from . import curvature_records, ops
+from .backends import implementation
+from .base_model import Fingerprint, check_names, check_weights, fingerprint, named_once, normalize_name
+from .curvature_records import CurvatureRecord
+from .factors import Curvature
 from .formats import STORAGE_FORMATS, EncodedTensor, StoredTensor, check_name
+from .gradient_file import CURVATURE_VERSION, FORMAT_VERSION, KIND, Provenance, described
 from .records import TensorRecord, TensorStatistics, assemble, check_rank, compress, layout, parts, verify
 from .tensor_files import SavedTensors, save_tensors, text_digest, to_json
 
 __all__ = ["GlobalGradient", "Provenance", "TensorRecord", "TensorStatistics", "fingerprint", "normalize_name"]
 
-FORMAT_VERSION = 1
-KIND = "global gradient"
-OBJECT: Check = (lambda value: isinstance(value, dict)), "an object"
-TEXT: Check = (lambda value: isinstance(value, str)), "a text"
-CONTENT: dict[str, Check] = {
-    "kind": TEXT,
-    "format_version": COUNT,
-    "library_version": TEXT,
-    "digest": SHA256,
-    "fingerprint": OBJECT,
-    "provenance": OBJECT,
-    "tensors": OBJECT,
-}
-PROVENANCE: dict[str, Check] = {
-    "batches": COUNT,
-    "tokens": COUNT,
-    "weighting": one_of(("tokens", "batch")),
-    "data": TEXTS,
-    "data_digest": TEXT,
-    "dropped_batches": COUNT,
-    "empty_batches": COUNT,
-}
 
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a global gradient comes from. No timestamps: the same collection gives the same file.
-
-    Args:
-        batches: micro-batches in the mean.
-        tokens: target tokens in them; 0 where the loss function did not say.
-        weighting: ``"tokens"`` or ``"batch"``, see the collector.
-        data: the user's names of the data.
-        data_digest: SHA-256 chained over the micro-batches in their order.
-        dropped_batches: micro-batches left out because their loss was not finite.
-        empty_batches: micro-batches without target tokens.
-    """
-
-    batches: int = 0
-    tokens: int = 0
-    weighting: str = "tokens"
-    data: tuple[str, ...] = ()
-    data_digest: str = ""
-    dropped_batches: int = 0
-    empty_batches: int = 0
+def shrinkage(record: TensorRecord) -> float:
+    """s of eq. 13 for one tensor; see ``reference.anchor.shrinkage``."""
+    return float(implementation("reference", "anchor").shrinkage(record.signal, record.noise))
 
 
 class GlobalGradient(Mapping[str, torch.Tensor]):
@@ -82,6 +35,9 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
 
     Made by :meth:`from_tensors`, :meth:`load` or ``collect_global_gradient``. Names are those of the bare model
     (:func:`normalize_name`), on the way in and on look-up. Stored tensors must not be written to.
+
+    It may also hold the curvature of the general loss (:meth:`curvature`), with or without ĝ_G, and its ``calibration``
+    κ: true rise of the general loss over the predicted one, along Adam's steps; None where nobody measured it.
 
     Example:
         >>> gg = GlobalGradient.from_tensors({"weight": torch.ones(64, 64)})
@@ -98,6 +54,9 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
         *,
         stored: dict[str, StoredTensor] | None = None,
         saved: SavedTensors | None = None,
+        curvature_records: dict[str, CurvatureRecord] | None = None,
+        curvatures: dict[str, Curvature] | None = None,
+        calibration: float | None = None,
     ) -> None:
         self.records = records
         self.fingerprint = fingerprint
@@ -105,6 +64,9 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
         self.library_version = library_version
         self._stored = stored or {}  # verified
         self._saved = saved
+        self.curvature_records = curvature_records or {}
+        self._curvatures = curvatures or {}  # verified
+        self.calibration = calibration
 
     # --- mapping ------------------------------------------------------------------------------------------------------
 
@@ -172,20 +134,47 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
         """‖ĝ_G‖² of what is stored for one tensor."""
         return self.record(name).squared_norm
 
+    def curvature(self, name: str, rows: tuple[int, int] | None = None) -> Curvature | None:
+        """H of one parameter, factors as they are stored; None where none was collected.
+
+        Args:
+            rows: (start, stop) of dimension 0, for a row shard.
+
+        Raises:
+            ValueError: the file's content is not what was written.
+        """
+        name = normalize_name(name)
+        record = self.curvature_records.get(name)
+        if record is None:
+            return None
+        if name not in self._curvatures:
+            assert self._saved is not None  # what no file holds is in memory from the start
+            found = record.assemble({part: self._saved[f"{name}/{part}"] for part in record.layout()})
+            curvature_records.verify(name, record, found, self.path)
+            self._curvatures[name] = found
+        whole = self._curvatures[name]
+        return whole if rows is None else whole.rows(*rows)
+
     @property
     def digest(self) -> str:
-        """SHA-256 over names, formats and tensor digests: equal exactly where the stored gradients are."""
-        content = {name: (r.shape, r.format, r.rank, r.digest) for name, r in self.records.items()}
+        """SHA-256 over names, formats and tensor digests: equal exactly where what is stored is."""
+        content: dict[str, Any] = {n: (r.shape, r.format, r.rank, r.digest) for n, r in self.records.items()}
+        content |= {f"{name}/curvature": record.digest for name, record in self.curvature_records.items()}
         return text_digest(to_json(content))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all codes, scales and factors."""
-        return sum(
+        """Bytes of all codes, scales and factors, of the gradient and of the curvature."""
+        return self.curvature_nbytes + sum(
             dtype.itemsize * math.prod(shape)
             for record in self.records.values()
             for dtype, shape in layout(record).values()
         )
+
+    @property
+    def curvature_nbytes(self) -> int:
+        """Bytes of the curvature's factors and diagonals."""
+        return sum(record.nbytes for record in self.curvature_records.values())
 
     @property
     def signal_to_noise(self) -> float | None:
@@ -202,6 +191,8 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
         """
         for name in self.records:
             self.stored(name)
+        for name in self.curvature_records:
+            self.curvature(name)
 
     def check_model(
         self,
@@ -225,7 +216,8 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
         for kind, choice in (("missing", missing), ("extra", extra)):
             check_name(kind, choice, ("error", "ignore"))
         params = named_once(named_params)
-        check_names({name: r.shape for name, r in self.records.items()}, params, missing, extra)
+        known = {name: record.shape for name, record in self.curvature_records.items()}
+        check_names(known | {name: record.shape for name, record in self.records.items()}, params, missing, extra)
         if weights:
             check_weights(self.fingerprint, params)
 
@@ -242,6 +234,7 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
         fingerprint: Fingerprint | None = None,
         provenance: Provenance | None = None,
         statistics: Mapping[str, TensorStatistics] | None = None,
+        curvatures: Mapping[str, tuple[tuple[int, ...], Curvature]] | None = None,
     ) -> GlobalGradient:
         """Compress exact mean gradients.
 
@@ -257,6 +250,7 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
             fingerprint: of the base model, from :func:`fingerprint`; without one only names and shapes are checked.
             provenance: where the tensors come from.
             statistics: per tensor, signal and noise.
+            curvatures: per parameter, its shape and its curvature, factors encoded already.
 
         Raises:
             ValueError: unknown format, NaN or Inf, a dtype that is not floating point, two tensors of one name,
@@ -277,7 +271,18 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
             known = (statistics or {}).get(name, TensorStatistics())
             records[name], stored[name] = compress(name, tensor.detach(), format, rank, known)
         version = importlib.import_module(__package__).__version__
-        return cls(records, fingerprint or {}, provenance or Provenance(), version, stored=stored)
+        kept: dict[str, Curvature] = {}
+        kept_records: dict[str, CurvatureRecord] = {}
+        for full_name, (shape, curvature) in (curvatures or {}).items():
+            name = normalize_name(full_name)
+            curvature_records.check_finite(name, curvature)
+            kept[name], kept_records[name] = curvature, CurvatureRecord.of(shape, curvature)
+        return cls(
+            *(records, fingerprint or {}, provenance or Provenance(), version),
+            stored=stored,
+            curvature_records=kept_records,
+            curvatures=kept,
+        )
 
     # --- files --------------------------------------------------------------------------------------------------------
 
@@ -298,6 +303,10 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
             OSError: it cannot be written; an older file is intact.
         """
         tensors = {f"{name}/{part}": tensor for name in self for part, tensor in parts(self.stored(name)).items()}
+        for name in self.curvature_records:
+            curvature = self.curvature(name)
+            assert curvature is not None
+            tensors |= {f"{name}/{part}": t for part, t in curvature_records.parts(curvature).items()}
         return save_tensors(path, tensors, self._content(), max_shard_bytes)
 
     @classmethod
@@ -312,54 +321,36 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
             ValueError: truncated, corrupt, of another kind or of a newer version.
         """
         saved = SavedTensors(path)
-        gg = cls._described(saved)
-        saved.check_layout(
-            {f"{name}/{part}": meta for name, record in gg.records.items() for part, meta in layout(record).items()}
+        description = described(saved)
+        expected = {
+            f"{n}/{part}": meta for n, record in description.records.items() for part, meta in layout(record).items()
+        }
+        for name, its in description.curvature.items():
+            expected |= {f"{name}/{part}": meta for part, meta in its.layout().items()}
+        saved.check_layout(expected)
+        gg = cls(
+            *(description.records, description.fingerprint, description.provenance, description.library_version),
+            saved=saved,
+            curvature_records=description.curvature,
+            calibration=description.calibration,
         )
-        return gg
-
-    @classmethod
-    def _described(cls, saved: SavedTensors) -> GlobalGradient:
-        """What the description says, every field checked.
-
-        Raises:
-            ValueError: of another kind or version, or a description that no version of this library writes.
-        """
-        path, content = saved.path, saved.content
-        if content.get("kind") != KIND:
-            raise ValueError(f"{path}: expected a {KIND}, got a {content.get('kind')}; load the file that save() wrote")
-        version = content.get("format_version")
-        if type(version) is not int or version != FORMAT_VERSION:
-            raise ValueError(
-                f"{path}: expected format version {FORMAT_VERSION}, got {version}, written by "
-                f"dba_kernels {content.get('library_version')}; install that version, or collect again"
-            )
-        check_fields(f"{path}: description", content, CONTENT)
-        records = {}
-        for name, entry in content["tensors"].items():
-            if normalize_name(name) != name:
-                raise ValueError(f"{path}: tensor {name!r}: expected the bare name {normalize_name(name)!r}")
-            records[name] = TensorRecord.read(f"{path}: tensor {name!r}", entry)
-        provenance = read_fields(Provenance, f"{path}: provenance", content["provenance"], PROVENANCE)
-        shapes = {name: record.shape for name, record in records.items()}
-        check_fingerprint(f"{path}: fingerprint", content["fingerprint"], shapes)
-        gg = cls(records, content["fingerprint"], provenance, content["library_version"], saved=saved)
-        if gg.digest != content["digest"]:
+        if gg.digest != description.digest:
             raise ValueError(
                 f"{path}: expected digest {gg.digest[:12]}…, as its tensors have, got another; collect anew"
             )
         return gg
 
     def _content(self) -> dict[str, Any]:
+        curvature = {name: record.to_json() for name, record in self.curvature_records.items()}
         return {
             "kind": KIND,
-            "format_version": FORMAT_VERSION,
+            "format_version": CURVATURE_VERSION if curvature else FORMAT_VERSION,
             "library_version": self.library_version,
             "digest": self.digest,
             "fingerprint": self.fingerprint,
             "provenance": asdict(self.provenance),
             "tensors": {name: asdict(record) for name, record in self.records.items()},
-        }
+        } | ({"curvature": curvature, "calibration": self.calibration} if curvature else {})
 
 
 def save_or_hand_over(gg: GlobalGradient, path: str | os.PathLike[str]) -> None:

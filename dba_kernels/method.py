@@ -13,13 +13,13 @@ import torch
 
 from .formats import check_name
 from .global_gradient import GlobalGradient
-from .schedule import AUTO_BOOST_REACH, BOOSTS, initial_boost
+from .schedule import ANCHORS, AUTO_ANCHOR, AUTO_BOOST_REACH, BOOSTS, initial_boost
 from .stepdata import CORRECTION_SCOPES, CORRECTIONS, PROJECTIONS, StepSettings
 
 LARGE_LR = 1e-4
 """Above it DBA warns: even the small boosts of ``boost="auto"`` did harm there (``python -m bench.quality``)."""
 
-SAVED_SETTINGS = ("boost", "total_steps", "boost_max", "correction", "scope", "bounds", "max_grad_norm")
+SAVED_SETTINGS = ("boost", "total_steps", "boost_max", "correction", "scope", "bounds", "max_grad_norm", "anchor")
 """Settings that a resumed run should share with the one that was saved."""
 
 BoostSchedule = Callable[[torch.Tensor, int], Any]
@@ -30,13 +30,14 @@ class Method:
     """How a stored global gradient is used. Without one it is plain AdamW, with clipping at most.
 
     Args:
-        global_gradient, total_steps, boost, boost_max, correction, scope, bounds, max_grad_norm: arguments of
+        global_gradient, total_steps, boost, boost_max, correction, scope, bounds, max_grad_norm, anchor: arguments of
             ``DBAAdamW``.
 
     Attributes:
         settings: what the kernels are told; a function in place of a name leaves the neutral value there.
         schedule, correction: the functions that were given, or None.
         rule: the name of k₀ that was given, or None.
+        anchored: bare names of the parameters that the anchor holds.
         initial_lr: the largest group's learning rate at the start.
 
     Raises:
@@ -53,6 +54,7 @@ class Method:
         scope: str,
         bounds: tuple[float, float],
         max_grad_norm: float | None,
+        anchor: str | float = 0.0,
     ):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
@@ -64,9 +66,15 @@ class Method:
         self.rule: str | None = boost if isinstance(boost, str) else None
         self.initial_lr = 0.0
         settings = _checked(total_steps, boost, boost_max, correction, scope, bounds)
+        strength = _checked_anchor(anchor, global_gradient)
+        self.anchored: frozenset[str] = frozenset()
+        if global_gradient is not None and strength > 0:
+            self.anchored = frozenset(global_gradient.curvature_records)
         if global_gradient is None:
             if total_steps is not None:
                 warnings.warn("total_steps: given without a global_gradient; this is plain AdamW", stacklevel=3)
+            settings = StepSettings()
+        elif len(global_gradient) == 0:  # curvature alone
             settings = StepSettings()
         elif settings.total_steps == 0 and settings.correction not in PROJECTIONS and total_steps != "later":
             raise ValueError(
@@ -74,14 +82,20 @@ class Method:
                 f"boost decays to 0; got {total_steps}"
             )
         reduce = global_gradient is not None or max_grad_norm is not None
-        self.settings = replace(settings, max_grad_norm=max_grad_norm, reduce=reduce)
+        self.settings = replace(settings, max_grad_norm=max_grad_norm, reduce=reduce, anchor=strength)
+
+    @property
+    def calibration(self) -> float:
+        """κ of the file; 1 where nobody measured it."""
+        gg = self.global_gradient
+        return 1.0 if gg is None or gg.calibration is None else gg.calibration
 
     # --- the length of the run ----------------------------------------------------------------------------------------
 
     @property
     def needs_total_steps(self) -> bool:
         """Whether anything depends on T: there is a global gradient, and a schedule weighs it."""
-        return self.global_gradient is not None and self.settings.correction not in PROJECTIONS
+        return bool(self.global_gradient) and self.settings.correction not in PROJECTIONS
 
     @property
     def awaits_total_steps(self) -> bool:
@@ -114,7 +128,8 @@ class Method:
     def _settle(self, steps: int, boost: float | None = None) -> None:
         """Set T, and k₀ where it is given or a name stands for it."""
         if boost is None:
-            boost = initial_boost(self.rule, steps, self.initial_lr) if self.rule else self.settings.boost
+            named = self.rule if self.global_gradient else None
+            boost = initial_boost(named, steps, self.initial_lr) if named else self.settings.boost
         self.settings = replace(self.settings, total_steps=steps, boost=boost)
 
     def _warn_about_boost(self) -> None:
@@ -136,7 +151,7 @@ class Method:
             )
 
     def _warn_about_lr(self) -> None:
-        if self.initial_lr > LARGE_LR:
+        if self.initial_lr > LARGE_LR and self.global_gradient:
             warnings.warn(
                 f"lr: {self.initial_lr:g} is large for a method that anneals: the stored global gradient holds near "
                 f"the base model only, and above {LARGE_LR:g} following it did harm in our study",
@@ -222,6 +237,23 @@ def _checked_total_steps(total_steps: Any) -> int:
     return steps
 
 
+def _checked_anchor(anchor: str | float, global_gradient: GlobalGradient | None) -> float:
+    """λ; a named one is the file's calibration, and 0 where the file has no curvature."""
+    if isinstance(anchor, str):
+        check_name("anchor", anchor, ANCHORS)
+        if global_gradient is None or not global_gradient.curvature_records:
+            return 0.0
+        return AUTO_ANCHOR if global_gradient.calibration is None else global_gradient.calibration
+    if not 0.0 <= anchor < float("inf"):
+        raise ValueError(f"anchor: expected a name or a number >= 0, got {anchor}")
+    if anchor > 0 and (global_gradient is None or not global_gradient.curvature_records):
+        raise ValueError(
+            f"anchor: expected a global gradient collected with curvature, got {anchor:g} without; collect it with "
+            "collect_global_gradient(..., curvature=64)"
+        )
+    return float(anchor)
+
+
 def _checked(
     total_steps: int | str | None,
     boost: str | float | BoostSchedule,
@@ -248,3 +280,24 @@ def _checked(
     if mode in PROJECTIONS:
         steps, k0 = 0, 0.0
     return StepSettings(k0, steps, float(boost_max), mode, scope, (float(bounds[0]), float(bounds[1])))
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Refuse what no kernel here does, in the constructor, a group of its own or a loaded state dict alike."""
+    lr, betas = group["lr"], group["betas"]
+    if torch.is_tensor(lr) and lr.numel() != 1:
+        raise ValueError(f"lr: expected a number or a tensor of one element, got shape {tuple(lr.shape)}")
+    for name in ("lr", "eps", "weight_decay"):
+        if not group[name] >= 0.0:
+            raise ValueError(f"{name}: expected a number >= 0, got {group[name]}")
+    for i, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"betas[{i}]: expected a number in [0, 1), got {beta}")
+    if group["amsgrad"]:
+        raise ValueError("amsgrad: expected False; it needs a third state tensor, which no kernel here updates")
+    if group["differentiable"]:
+        raise ValueError("differentiable: expected False; the fused step does not record gradients")
+    if not group["decoupled_weight_decay"]:
+        raise ValueError("decoupled_weight_decay: expected True (AdamW), got False (Adam)")
+    if group["foreach"] and group["fused"]:
+        raise ValueError("foreach, fused: expected at most one of them True, as in torch")

@@ -16,14 +16,14 @@ from torch.optim import Optimizer
 
 from . import ops
 from .base_model import check_param_names, names_of
-from .distributed import Sharding, local
 from .formats import PARAM_FORMATS, STATE_FORMATS, check_name
 from .global_gradient import GlobalGradient
-from .method import BoostSchedule, Correction, Method
-from .param_groups import check_group, check_hyperparameters
-from .plan import ActiveSet, Plan, metrics
-from .saved_state import check_states, for_torch, from_saved, to_saved
-from .state import StateOptions, allocate
+from .method import BoostSchedule, Correction, Method, check_group
+from .metrics import metrics
+from .param_groups import check_hyperparameters
+from .plan import ActiveSet, Plan
+from .saved_state import check_states, for_torch, restore_uncast, to_saved
+from .state import StateOptions, allocate, only_allocates
 from .stepdata import StepOverrides
 
 
@@ -74,6 +74,12 @@ class DBAAdamW(Optimizer):
         correction_scope: ``"tensor"`` (φ per parameter) or ``"global"`` (one φ for the model).
         correction_bounds: (α_min, α_max).
         max_grad_norm: clips g_D by its norm over all parameters, as ``clip_grad_norm_``, inside the step; None: never.
+        anchor: λ, with which the general loss's second order holds the weights near the base model (eq. 10, ours),
+            where the global gradient was collected with ``curvature``. λ H (θ − θ₀) is added to the clipped gradient;
+            similarity and clipping do not see it. ``"auto"``: κ of the file's calibration, so that it weighs as much as
+            the domain loss; 0: none.
+        shrink: weigh each tensor of ĝ_G by its reliability, s = max(0, 1 − 1/SNR) (eq. 13, ours), from the statistics
+            in its file. None: with an anchor.
         state_format: ``"fp32"``, ``"bf16"`` or ``"int8"`` moments. 1-D and small tensors keep fp32.
         param_format: how parameters below fp32 keep what rounding would lose: ``"native"`` (they lose it),
             ``"split16"`` (a 16-bit remainder in the state: together the exact fp32 value), ``"split8"`` (8 bits,
@@ -117,6 +123,8 @@ class DBAAdamW(Optimizer):
         correction_scope: str = "tensor",
         correction_bounds: tuple[float, float] = (0.0, 2.0),
         max_grad_norm: float | None = None,
+        anchor: str | float = "auto",
+        shrink: bool | None = None,
         state_format: str = "fp32",
         param_format: str = "auto",
         missing: str = "error",
@@ -131,11 +139,14 @@ class DBAAdamW(Optimizer):
         self.method = Method(
             *(global_gradient, total_steps, boost, boost_max),
             *(correction, correction_scope, correction_bounds, max_grad_norm),
+            anchor=anchor,
         )
         check_name("state_format", state_format, STATE_FORMATS)
         check_name("param_format", param_format, ("auto", *PARAM_FORMATS))
+        self.shrink = bool(self.method.anchored) if shrink is None else bool(shrink)
         self.missing = check_name("missing", missing, ("error", "adamw"))
-        self.options = StateOptions("split16" if param_format == "auto" else param_format, state_format)
+        kept = "split16" if param_format == "auto" else param_format
+        self.options = StateOptions(kept, state_format, self.method.anchored)
         self._plan: Plan | None = None
         super().__init__(
             params,
@@ -216,7 +227,7 @@ class DBAAdamW(Optimizer):
                     grads.append(grad)
         if not params:
             return loss
-        if self._only_allocates(grads):
+        if only_allocates(self.state, self.param_groups, self._named(), grads):
             allocate(
                 [(name, param) for name, param in self._named() if param.grad is not None], self.state, self.options
             )
@@ -236,7 +247,8 @@ class DBAAdamW(Optimizer):
             gamma=self.method.scheduled_boost(plan.counters),
         )
         sums_here = not (settings.reduce and plan.sharding.communicates)
-        if sums_here and self.method.correction is None and ops.fuses(batches, self.backend):
+        one_call = sums_here and self.method.correction is None and not any(active.anchors)
+        if one_call and ops.fuses(batches, self.backend):
             ops.fused_step(batches, scalars, settings, overrides, self.backend)
         else:
             if settings.reduce:
@@ -247,8 +259,11 @@ class DBAAdamW(Optimizer):
                 sums = plan.unscaled_sums(active, overrides.loss_scale)
                 overrides = replace(overrides, alpha=self.method.corrections(*sums))
             ops.coefficients(scalars, settings, overrides, self.backend)
-            for batch, batch_grads in batches:
-                ops.step(batch, batch_grads, plan.coefficients_on(batch), self.backend)
+            for (batch, batch_grads), anchor in zip(batches, active.anchors, strict=True):
+                if anchor is None:
+                    ops.step(batch, batch_grads, plan.coefficients_on(batch), self.backend)
+                else:
+                    anchor.run(batch_grads, plan.coefficients_on(batch), settings.anchor, self.backend)
         torch.autograd.graph.increment_version(params)  # kernels write through addresses, which torch does not see
         return loss
 
@@ -258,7 +273,8 @@ class DBAAdamW(Optimizer):
             if (active := self._plan.activate(params, grads, *where)) is not None:
                 return self._plan, active
             self._drop_plan()
-        plan = self._plan = Plan(*where, self.options, self.global_gradient, self.missing, self.backend)
+        plan = Plan(*where, self.options, self.global_gradient, self.missing, self.backend, self.shrink)
+        self._plan = plan
         return plan, cast("ActiveSet", plan.activate(params, grads, *where))  # a plan just made is current
 
     def _drop_plan(self) -> None:
@@ -269,16 +285,6 @@ class DBAAdamW(Optimizer):
         params = (param for group in self.param_groups for param in group["params"])
         return zip(names_of(self.param_groups), params, strict=True)
 
-    def _only_allocates(self, grads: list[torch.Tensor]) -> bool:
-        """Checkpoint libraries call ``step()`` on empty state with lr 0 and zero gradients to have state allocated."""
-        if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
-            return False
-        zero = all(not torch.any(local(grad)) for grad in grads)
-        sharding = Sharding(self._named())
-        if sharding.communicates:  # zeros in the rows here do not make a gradient zero: all ranks decide alike
-            zero = not sharding.sum_(torch.tensor(float(not zero), device=sharding.mesh.device_type))
-        return zero
-
     # --- what it says -------------------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
@@ -288,11 +294,14 @@ class DBAAdamW(Optimizer):
             ``steps`` and ``skipped_steps``; and, of the last step: ``grad_norm`` ‖g_D‖ (after unscaling, before
             clipping) and ``clip_factor`` where there is a global gradient or a clip threshold; ``gamma`` γ_t,
             ``boost_ratio`` ‖γ ĝ_G‖ / ‖(1−γ) g_D‖, and ``cosine_*`` φ_t and ``correction_*`` α_t (``mean``, ``min``,
-            ``max`` over the parameters that have a global gradient) where there is one. After a skipped step they
+            ``max`` over the parameters that have a global gradient) where there is one; with an anchor
+            ``anchor_ratio`` ‖λ H δ‖ / ‖g_D‖ and ``predicted_rise`` κ · ½⟨δ, H δ⟩, the rise of the general loss in nats
+            per token that the second order predicts, both of the weights as they are now (of a sharded model, as the
+            last step found them). After a skipped step they
             describe the gradients that were refused, and need not be finite. Empty before the first step of this
             object.
         """
-        return {} if self._plan is None else metrics(self._plan, self.method.settings)
+        return {} if self._plan is None else metrics(self._plan, self.method.settings, self.method.calibration)
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -348,7 +357,9 @@ class DBAAdamW(Optimizer):
         own: list[dict[str, Any]] = [{k: group[k] for k in kept_keys if k in group} for group in self.param_groups]
         hooks = (
             self.register_load_state_dict_pre_hook(capture),
-            self.register_load_state_dict_post_hook(lambda _: self._restore_uncast(saved), prepend=True),
+            self.register_load_state_dict_post_hook(
+                lambda _: restore_uncast(self.state, self.param_groups, saved), prepend=True
+            ),
         )
         try:
             super().load_state_dict(state_dict)
@@ -368,16 +379,6 @@ class DBAAdamW(Optimizer):
             check_group({**self.defaults, **saved})
             check_param_names(group.get("param_names"), saved.get("param_names"))
             self.method.check_saved(saved.get("global_gradient"))
-
-    def _restore_uncast(self, saved: dict[str, Any]) -> None:
-        saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, param in zip(saved_ids, params, strict=True):
-            if i in saved["state"]:
-                self.state[param] = {
-                    key: value.detach().to(param.device, copy=True) if torch.is_tensor(value) else value
-                    for key, value in from_saved(saved["state"][i]).items()
-                }
 
     def _store_counters(self) -> None:
         if self._plan is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from .distributed import Sharding, local
 from .sums import GradientSums
+from .weights import WeightWatch
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,44 @@ class MicroBatch:
     tokens: int | None
     weight: float
     finite: bool
+
+
+class Untouched:
+    """Within it a model is in evaluation mode and without gradients; afterwards its modes and gradients are restored.
+
+    Args:
+        model: its modules' modes and all its weights are watched.
+        params: by name, those whose gradients are put aside.
+    """
+
+    def __init__(self, model: nn.Module, params: Mapping[str, torch.Tensor]) -> None:
+        self.model, self.params = model, params
+        self._weights: WeightWatch | None = None
+
+    def __enter__(self) -> None:
+        self._modes = [(module, module.training) for module in self.model.modules()]
+        self._grads = [(param, param.grad) for param in self.params.values()]
+        self._weights = self._weights or WeightWatch(self.model)
+        self._weights.check_content()  # between two passes, too
+        self.model.eval()
+        for param in self.params.values():
+            param.grad = None
+
+    def __exit__(self, *exception: object) -> None:
+        for module, training in self._modes:
+            module.training = training
+        for param, grad in self._grads:
+            param.grad = grad
+
+    def check(self, replaced: bool = True) -> None:
+        """:meth:`.weights.WeightWatch.check`, once it has been entered."""
+        if self._weights is not None:
+            self._weights.check(replaced)
+
+    def check_content(self) -> None:
+        """:meth:`.weights.WeightWatch.check_content`, once it has been entered."""
+        if self._weights is not None:
+            self._weights.check_content()
 
 
 class WholeModel:
@@ -57,6 +96,8 @@ class WholeModel:
         for index, (name, param) in enumerate(self.params.items()):
             hook = param.register_post_accumulate_grad_hook(functools.partial(self._consume, index, name))
             stack.callback(hook.remove)
+        for handle in [] if self.sums.curvature is None else self.sums.curvature.attach():
+            stack.callback(handle.remove)
 
     def _consume(self, index: int, name: str, param: torch.Tensor) -> None:
         """Hook: the gradient of ``param`` is complete."""
@@ -80,8 +121,12 @@ class WholeModel:
         """Backward pass of a micro-batch, its gradients added to the sums."""
         self._seen.clear()
         self.weight = batch.weight
+        if self.sums.curvature is not None:
+            self.sums.curvature.begin(batch.tokens or 0)
         batch.loss.backward()
         self.weight = None
+        if self.sums.curvature is not None:
+            self.sums.curvature.end()
         self.sums.commit(batch.weight)
 
     def check_reducible(self) -> None:
@@ -163,11 +208,3 @@ class ShardedModel(WholeModel):
         vote = torch.tensor(float(failed is not None), device=self.sharding.mesh.device_type)
         if self.sharding.over_mesh_(vote):
             raise failed or RuntimeError("save_to: the rank that writes the file failed; its error says why")
-
-
-def restore(modes: Sequence[tuple[nn.Module, bool]], grads: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
-    """Put back what a pass has changed: training modes and gradients."""
-    for module, training in modes:
-        module.training = training
-    for param, grad in grads:
-        param.grad = grad

@@ -15,6 +15,7 @@ One step, and the types that it passes through (the data are in :mod:`.stepdata`
       Plan.gather_sums()     other devices' sums and other ranks' rows → StepScalars.sums
       ops.coefficients()     StepScalars, StepSettings, StepOverrides → StepScalars.coefficients
       ops.step()             TensorBatch, gradients, StepScalars.coefficients → weights, state  one pass over all
+      AnchorStep.run()       for anchored parameters: λ H δ added to the gradients, then ops.step(), by blocks
 
 ``ops`` picks the backend and hands on the same types; a backend keeps its own view of a batch (pointers,
 descriptors) in ``TensorBatch.cache``. The native one runs the last three in one call, ``ops.fused_step()``.
@@ -23,7 +24,6 @@ descriptors) in ``TensorBatch.cache``. The native one runs the last three in one
 from __future__ import annotations
 
 import functools
-import math
 import operator
 import warnings
 import zlib
@@ -36,19 +36,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import ops
+from .anchored import AnchorStep
 from .base_model import Groups, names_of, normalize_name
 from .distributed import PLAIN_TYPES, Sharding, layout_of, local
+from .factors import Curvature
 from .formats import matrix_shape
-from .global_gradient import GlobalGradient
-from .state import StateOptions, States, Witness, formats_of, prepare, same_tensors
+from .global_gradient import GlobalGradient, shrinkage
+from .state import StateOptions, States, Witness, formats_of, prepare, prepare_origin, same_tensors
 from .stepdata import (
-    PROJECTIONS,
     UPDATED_PARTS,
     Coefficient,
     Hyper,
     ParamTensors,
     StepScalars,
-    StepSettings,
     Summary,
     TensorBatch,
 )
@@ -81,6 +81,7 @@ class ActiveSet:
         index: int64 ``[m]``, where they stand in the plan's scalars.
         parts: the batches.
         positions: per batch, where its parameters stand among the active ones.
+        anchors: per batch, the step of its parameters where they are anchored, else None.
         addresses: of the parameters, in the order of the optimizer's groups.
         kinds: dtype and layout of each gradient.
         states: each parameter's state as it was: the tensors by key, and their addresses.
@@ -92,6 +93,7 @@ class ActiveSet:
     index: torch.Tensor
     parts: list[TensorBatch]
     positions: list[list[int]]
+    anchors: list[AnchorStep | None]
     addresses: list[int]
     kinds: list[tuple[torch.dtype, torch.layout]]
     states: list[tuple[dict[str, torch.Tensor], list[int]]]
@@ -125,9 +127,7 @@ def _kinds(grads: list[torch.Tensor]) -> list[tuple[torch.dtype, torch.layout]]:
 
 
 class Plan:
-    """Scalars on one device (that of the first parameter), one entry per parameter of the optimizer.
-
-    The scalars are those of :class:`dba_kernels.stepdata.StepScalars`, documented there.
+    """Scalars on one device (that of the first parameter), one entry per parameter: those of ``stepdata.StepScalars``.
 
     Raises:
         ValueError: the parameters do not fit the global gradient, or their state the optimizer's formats.
@@ -141,6 +141,7 @@ class Plan:
         global_gradient: GlobalGradient | None,
         missing: str,
         backend: str,
+        shrink: bool = False,
     ):
         self.options, self._backend = options, backend
         self.params = [p for group in groups for p in group["params"]]
@@ -182,11 +183,12 @@ class Plan:
         for param in self.params:
             if "step" in states.get(param, {}):
                 states[param]["step"] = self.steps.select(0, self._index[id(param)])
-        self._bind(global_gradient, missing, fresh=done == 0)
+        self._bind(global_gradient, missing, fresh=done == 0, shrink=shrink)
 
-    def _bind(self, gg: GlobalGradient | None, missing: str, fresh: bool) -> None:
+    def _bind(self, gg: GlobalGradient | None, missing: str, fresh: bool, shrink: bool) -> None:
         """Find the stored global gradient of every parameter by name; on a fresh run check the base model too."""
         self.stored: list[Any] = [None] * len(self.params)
+        self.curvatures: list[Curvature | None] = [None] * len(self.params)
         global_sq = [-1.0] * len(self.params)
         if gg is not None:
             others = "ignore" if missing == "adamw" else "error"
@@ -194,9 +196,15 @@ class Plan:
             for i, name in enumerate(self.names):
                 if name in gg:
                     stored = gg.stored(name, self.sharding.rows[i])
+                    factor = shrinkage(gg.record(name)) if shrink else 1.0  # eq. 13, once for all steps
+                    stored = stored.scaled(factor) if shrink else stored
                     self.stored[i] = ops.bind(stored, self.params[i].device, self._backend)
-                    global_sq[i] = gg.global_sq(name)
-            self._warn_unbound()
+                    global_sq[i] = gg.global_sq(name) * factor**2
+                if name in self.options.anchored:
+                    found = gg.curvature(name, self.sharding.rows[i])
+                    self.curvatures[i] = None if found is None else found.to(self.params[i].device)
+            if len(gg) > 0:
+                self._warn_unbound()
         self.global_sq = torch.tensor(global_sq, dtype=torch.float64, device=self.device)
 
     def _warn_unbound(self) -> None:
@@ -231,20 +239,24 @@ class Plan:
 
     def _build(self, params: list[torch.Tensor], grads: list[torch.Tensor], states: States) -> ActiveSet:
         index = [self._index[id(p)] for p in params]
-        by_format: dict[tuple[Any, Any, Any, tuple[str, str, str]], list[int]] = defaultdict(list)
+        by_format: dict[tuple[Any, Any, Any, bool, tuple[str, str, str]], list[int]] = defaultdict(list)
         for i, (param, grad, at) in enumerate(zip(params, grads, index, strict=True)):
             _check_grad(param, grad, self.names[at])
             stored = self.stored[at]
             formats = (*self._prepare(param, at, states), "none" if stored is None else stored.format)
-            by_format[param.device, param.dtype, grad.dtype, formats].append(i)
+            anchored = self.curvatures[at] is not None
+            by_format[param.device, param.dtype, grad.dtype, anchored, formats].append(i)
         kept = [{k: v for k, v in states[p].items() if torch.is_tensor(v)} for p in params]
+        parts = [
+            TensorBatch(*formats, [self._tensors_of(params[i], states[params[i]]) for i in at])
+            for (*_, formats), at in by_format.items()
+        ]
+        pulled = [anchored for (*_, anchored, _) in by_format]
         return ActiveSet(
             index=torch.tensor(index, device=self.device),
-            parts=[
-                TensorBatch(*formats, [self._tensors_of(params[i], states[params[i]]) for i in at])
-                for (_, _, _, formats), at in by_format.items()
-            ],
+            parts=parts,
             positions=list(by_format.values()),
+            anchors=[self._anchors(part, states) if yes else None for part, yes in zip(parts, pulled, strict=True)],
             addresses=_addresses(params),
             kinds=_kinds(grads),
             states=[(tensors, _addresses(tensors.values())) for tensors in kept],
@@ -262,8 +274,16 @@ class Plan:
             )
         formats = formats_of(param, self.options)
         prepare(states[param], param, *formats, name)
+        if self.curvatures[index] is not None:
+            prepare_origin(states[param], param, name)
         states[param]["step"] = self.steps.select(0, index)
         return formats
+
+    def _anchors(self, batch: TensorBatch, states: States) -> AnchorStep:
+        """The step of a batch of anchored parameters."""
+        index = [tensors.index for tensors in batch.tensors]
+        origins = [local(states[self.params[at]]["anchor"]) for at in index]
+        return AnchorStep.of(batch, origins, [self.curvatures[at] for at in index], self.sharding)
 
     def _tensors_of(self, param: torch.Tensor, own: dict[str, Any]) -> ParamTensors:
         """The record of ``param``, whose state is ``own``."""
@@ -377,22 +397,3 @@ def _check_grad(param: torch.Tensor, grad: torch.Tensor, name: str) -> None:
             f"grad of {name!r}: expected the parameter's layout over the ranks, {layout_of(param)}, got "
             f"{layout_of(grad)}; redistribute it before step()"
         )
-
-
-def metrics(plan: Plan, settings: StepSettings) -> dict[str, float]:
-    """What ``DBAAdamW.metrics`` returns."""
-    done, skipped = plan.counters.tolist()
-    gamma, clip_factor, grad_norm, global_norm = plan.summary.tolist()
-    figures: dict[str, float] = {"steps": done, "skipped_steps": skipped}
-    if settings.reduce:
-        figures |= {"grad_norm": grad_norm, "clip_factor": clip_factor}
-    active = plan.last
-    if active is None or not bool((plan.global_sq[active.index] >= 0).any()):
-        return figures
-    if settings.correction not in PROJECTIONS:
-        rest = (1.0 - gamma) * grad_norm * clip_factor
-        figures |= {"gamma": gamma, "boost_ratio": gamma * global_norm / rest if rest > 0 else math.nan}
-    rows = plan.report[active.index][plan.global_sq[active.index] >= 0]
-    for name, column in (("cosine", rows[:, 0]), ("correction", rows[:, 1])):
-        figures |= {f"{name}_{kind}": float(getattr(column, kind)()) for kind in ("mean", "min", "max")}
-    return figures

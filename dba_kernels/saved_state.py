@@ -43,6 +43,18 @@ def from_saved(state: Mapping[str, Any]) -> dict[str, Any]:
     return {names.get(key, key): value for key, value in state.items()}
 
 
+def restore_uncast(states: Any, groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
+    """Put saved state into ``optimizer.state`` as it was saved, where torch has cast it to the parameters' dtypes."""
+    saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
+    params = [p for group in groups for p in group["params"]]
+    for i, param in zip(saved_ids, params, strict=True):
+        if i in saved["state"]:
+            states[param] = {
+                key: value.detach().to(param.device, copy=True) if torch.is_tensor(value) else value
+                for key, value in from_saved(saved["state"][i]).items()
+            }
+
+
 def check_states(names: list[str], saved: Mapping[str, Any]) -> None:
     """:func:`check_saved` for every parameter of a state dict."""
     ids = [i for group in saved["param_groups"] for i in group["params"]]

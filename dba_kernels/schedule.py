@@ -1,4 +1,4 @@
-"""Schedules: γ_t of the boost and η_t of the annealing (README eqs. 2 and 6). Scalars in, scalars out."""
+"""Schedules: γ_t of the boost and η_t of the annealing (eqs. 2 and 6). Scalars in, scalars out."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ noise that would average out, and which holds near the base model only (``bench/
 
 BOOSTS = ("auto", "paper")
 SHAPES = ("linear", "cosine", "constant")
+
+
+ANCHORS = ("auto",)
+AUTO_ANCHOR = 30.0
+"""λ of ``anchor="auto"`` where the file has no calibration κ (``python -m bench.quality``)."""
 
 
 def initial_boost(rule: str, total_steps: int, lr: float) -> float:

@@ -1,8 +1,9 @@
 """Optimizer state of one parameter: which formats it gets, how it is allocated, how loaded state is adopted.
 
 Keys are torch's (``step``, ``exp_avg``, ``exp_avg_sq``), and ``exp_avg_scale``, ``exp_avg_sq_scale`` for int8 state,
-``remainder`` for a parameter format that keeps one. State of a DTensor parameter is DTensors with its layout, and its
-formats follow from its global shape, so that any number of ranks saves and loads the same state.
+``remainder`` for a parameter format that keeps one, ``anchor`` for θ₀ of a parameter that is held by it. State of a
+DTensor parameter is DTensors with its layout, and its formats follow from its global shape, so that any number of ranks
+saves and loads the same state.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 
 from .backends import implementation
-from .distributed import PLAIN_TYPES, layout_of, like, local, zeros
+from .base_model import normalize_name
+from .distributed import PLAIN_TYPES, Sharding, layout_of, like, local, zeros
 from .formats import PARAM_FORMATS, STATE_FORMATS, is_compressible
 from .saved_state import adopt_remainder
 
@@ -26,10 +28,15 @@ States = MutableMapping[torch.Tensor, dict[str, Any]]
 
 @dataclass(frozen=True)
 class StateOptions:
-    """Formats as they were asked for, "auto" resolved; see :func:`formats_of` for what a parameter gets."""
+    """Formats as they were asked for, "auto" resolved; see :func:`formats_of` for what a parameter gets.
+
+    Args:
+        anchored: bare names of the parameters that keep their θ₀.
+    """
 
     param_format: str
     state_format: str
+    anchored: frozenset[str] = frozenset()
 
 
 def formats_of(param: torch.Tensor, options: StateOptions) -> tuple[str, str]:
@@ -104,10 +111,34 @@ def prepare(state: dict[str, Any], param: torch.Tensor, param_format: str, state
         state["remainder"] = param.detach().to(kept, copy=True) if master else zeros(param, tuple(param.shape), kept)
 
 
+def prepare_origin(state: dict[str, Any], param: torch.Tensor, name: str) -> None:
+    """Keep θ₀, the parameter's value before its first step.
+
+    Raises:
+        ValueError: the loaded state is that of a run that has begun without.
+    """
+    if "anchor" in state:
+        if state["anchor"].shape != param.shape or state["anchor"].dtype != param.dtype:
+            got = f"{state['anchor'].dtype} {tuple(state['anchor'].shape)}"
+            raise ValueError(
+                f"anchor of {name!r}: expected {param.dtype} {tuple(param.shape)}, got {got}; the state belongs to "
+                "another model"
+            )
+        return
+    if int(state["step"]) > 0:
+        raise ValueError(
+            f"anchor of {name!r}: expected the weights before the first step in the state, got none after "
+            f"{int(state['step'])} steps; resume with anchor=0, or start the run with the anchor"
+        )
+    state["anchor"] = param.detach().clone()
+
+
 def allocate(named: Iterable[tuple[str, torch.Tensor]], states: States, options: StateOptions) -> None:
     """State of these parameters, as the first step would make it."""
     for name, param in named:
         prepare(states[param], param, *formats_of(param, options), name)
+        if normalize_name(name) in options.anchored:
+            prepare_origin(states[param], param, name)
 
 
 def same_tensors(known: dict[str, torch.Tensor], now: dict[str, torch.Tensor] | None) -> bool:
@@ -154,3 +185,16 @@ class Witness:
             and all(map(operator.is_, now, self.values))
             and list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
         )
+
+
+def only_allocates(
+    states: States, groups: list[dict[str, Any]], named: Iterable[tuple[str, torch.Tensor]], grads: list[torch.Tensor]
+) -> bool:
+    """Checkpoint libraries call ``step()`` on empty state with lr 0 and zero gradients to have state allocated."""
+    if states or any(float(group["lr"]) != 0.0 for group in groups):
+        return False
+    zero = all(not torch.any(local(grad)) for grad in grads)
+    sharding = Sharding(named)
+    if sharding.communicates:  # zeros in the rows here do not make a gradient zero: all ranks decide alike
+        zero = not sharding.sum_(torch.tensor(float(not zero), device=sharding.mesh.device_type))
+    return zero

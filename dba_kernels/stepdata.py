@@ -75,6 +75,7 @@ class StepSettings:
         max_grad_norm: clip threshold of ‖g_D‖; None for none.
         reduce: whether the sums exist (there is a global gradient or a clip threshold); without them a non-finite
             gradient is not noticed, as in torch.
+        anchor: λ of eq. 10; the kernels never see it, see :mod:`.anchored`.
     """
 
     boost: float = 0.0
@@ -85,6 +86,7 @@ class StepSettings:
     bounds: tuple[float, float] = (0.0, 2.0)
     max_grad_norm: float | None = None
     reduce: bool = False
+    anchor: float = 0.0
 
 
 @dataclass(frozen=True)

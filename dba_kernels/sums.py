@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from . import ops
+from .curvature import CurvatureSums
 from .descriptions import COUNT, SHA256, Check, check_fields, read
 from .distributed import Sharding, all_reduce_, gather, local, world_size
 from .formats import SQUARED_NORM_LIMIT
@@ -54,9 +55,11 @@ class GradientSums:
 
     Args:
         params: what gradients belong to, by name.
+        curvature: the sums of the second order that the same pass feeds; shared, kept and loaded along.
     """
 
-    def __init__(self, params: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, params: Mapping[str, torch.Tensor], curvature: CurvatureSums | None = None) -> None:
+        self.curvature = curvature
         self.names = list(params)
         self.params = list(params.values())
         self.sharding = Sharding(params.items())
@@ -75,6 +78,8 @@ class GradientSums:
         total = self.totals[index]
         grad = grad.to_dense() if grad.is_sparse else grad.contiguous()
         ops.accumulate([total], [grad], weight, self._squared[total.device][index : index + 1])
+        if self.curvature is not None:
+            self.curvature.add_grad(self.names[index], grad)
 
     def add_rows(self, grads: list[torch.Tensor | None], weight: float) -> None:
         """Add and commit a whole micro-batch, of every gradient the rows that are here (None: zero).
@@ -109,6 +114,8 @@ class GradientSums:
         self.progress = Progress(*totals[: len(counts)])
         self.progress.data_digest = _digest_of(totals[len(counts) :])
         self.scalars = all_reduce_(self.scalars.to(device), group).cpu()
+        if self.curvature is not None:
+            self.curvature.reduce(group)
 
     def reduce_rows(self) -> None:
         """Of parameters cut by rows: the norms of whole gradients, and one digest of what all ranks have seen.
@@ -232,7 +239,8 @@ class GradientSums:
         return {"kind": KIND, "format_version": FORMAT_VERSION, "parameters": self.names, **identity}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return {f"{n}/total": t for n, t in zip(self.names, self.totals, strict=True)} | {"/scalars": self.scalars}
+        own = {f"{n}/total": t for n, t in zip(self.names, self.totals, strict=True)} | {"/scalars": self.scalars}
+        return own | ({} if self.curvature is None else self.curvature.tensors())
 
 
 def _digest_of(numbers: list[int]) -> str:

@@ -178,11 +178,13 @@ def without(*keys: str) -> Forgery:
 
 W = ("tensors", "w")
 FORGERIES: dict[str, tuple[Forgery, str]] = {
-    "no version": (without("format_version"), "expected format version 1, got None"),
-    "version as text": (at("format_version")("1"), "expected format version 1, got 1"),
-    "version true": (at("format_version")(True), "expected format version 1, got True"),
-    "version 1.0": (at("format_version")(1.0), "expected format version 1, got 1.0"),
-    "newer version": (at("format_version")(2), "expected format version 1, got 2"),
+    "no version": (without("format_version"), "expected format version 1 or 2, got None"),
+    "version as text": (at("format_version")("1"), "expected format version 1 or 2, got 1"),
+    "version true": (at("format_version")(True), "expected format version 1 or 2, got True"),
+    "version 1.0": (at("format_version")(1.0), "expected format version 1 or 2, got 1.0"),
+    "newer version": (at("format_version")(3), "expected format version 1 or 2, got 3"),
+    "version of curvature": (at("format_version")(2), "expected a field 'curvature'"),
+    "curvature of nonsense": (lambda c: c.update(format_version=2, curvature={"w": 3}, calibration=None), "curvature"),
     "newer field": (at("curvature_of_tomorrow")({}), "'curvature_of_tomorrow'; a newer version may know it"),
     "newer field of a tensor": (at(*W, "zeros")(1), "tensor 'w': expected no field 'zeros'; a newer version may know"),
     "no tensors": (without("tensors"), "expected a field 'tensors'"),

@@ -366,9 +366,9 @@ def test_bad_paths(tmp_path: Path) -> None:
     tensor_files.save_tensors(tmp_path / "other.safetensors", {}, {"kind": "collection snapshot"})
     with pytest.raises(ValueError, match="expected a global gradient, got a collection snapshot"):
         GlobalGradient.load(tmp_path / "other.safetensors")
-    newer = {"kind": "global gradient", "format_version": 2, "library_version": "9.9"}
+    newer = {"kind": "global gradient", "format_version": 3, "library_version": "9.9"}
     tensor_files.save_tensors(tmp_path / "newer.safetensors", {}, newer)
-    with pytest.raises(ValueError, match=r"expected format version 1, got 2, written by dba_kernels 9.9; install"):
+    with pytest.raises(ValueError, match=r"expected format version 1 or 2, got 3, written by dba_kernels 9.9; install"):
         GlobalGradient.load(tmp_path / "newer.safetensors")
 
 

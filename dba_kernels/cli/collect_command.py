@@ -12,11 +12,12 @@ import click
 from rich.console import Console
 
 from dba_kernels import GlobalGradient, GlobalGradientCollector
+from dba_kernels.collect import keeping
 from dba_kernels.formats import STORAGE_FORMATS, storage_format
 
 from .options import DATA_HELP, DataOptions, PathsCommand, data_options, model_option, paths_option
 from .output import InputError, prepare_folder
-from .packing import Batches
+from .packing import Batch, Batches
 from .progress import progress, wide_console
 from .ranks import Ranks
 from .signal_to_noise import advice
@@ -33,6 +34,7 @@ class Options(DataOptions):
     batches: int
     storage: str
     rank: int | None
+    curvature: int | None
     out: Path
     batch: int
     snapshot_every: int
@@ -48,6 +50,7 @@ never move. Beside weights and activations it needs 4 bytes of memory per parame
 Examples:
   dba-kernels collect --model ./base --data general.jsonl --batches 200 --out general.safetensors
   dba-kernels collect --model org/name --data chats.jsonl articles/ --batches 500 --format int4 --out g.safetensors
+  dba-kernels collect --model ./base --data general.jsonl --batches 200 --curvature 64 --out general.safetensors
   torchrun --nproc-per-node 4 -m dba_kernels collect --model ./base --data *.jsonl --batches 200 --out g.safetensors
 
 {DATA_HELP}
@@ -59,6 +62,9 @@ A collection that was interrupted goes on where its last snapshot (beside --out)
 again. One that is finished says so, and goes on from there when it is given more --batches: the snapshot stays, at 4
 bytes per parameter, until you delete it or say --drop-snapshot. Under torchrun each process takes every n-th batch, the
 sums are added up once, and the first process writes. At the end you are told whether more batches are worth it.
+
+With --curvature (64 is a good rank) the file also holds the second order of the general loss, with which `finetune`
+holds the weights where general ability needs them (--anchor); with --format none it holds that alone.
 """
 
 
@@ -67,8 +73,9 @@ sums are added up once, and the first process writes. At the end you are told wh
 @paths_option("--data", True, "General text; see above.")
 @click.option("--batches", type=click.IntRange(1), required=True, help="Micro-batches to average, of all processes.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write, *.safetensors.")
-@click.option("--format", "storage", type=click.Choice(list(STORAGE_FORMATS)), default="int8", show_default=True)
+@click.option("--format", "storage", type=click.Choice([*STORAGE_FORMATS, "none"]), default="int8", show_default=True)
 @click.option("--rank", type=click.IntRange(1), help="Store matrices as U, σ, V of this rank where that is smaller.")
+@click.option("--curvature", type=click.IntRange(1), metavar="R", help="Also the second order, factors of rank R.")
 @click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Rows per micro-batch.")
 @click.option("--snapshot-every", type=click.IntRange(1), default=50, show_default=True, help="Micro-batches.")
 @click.option(
@@ -162,12 +169,22 @@ def _changed(options: Options, old: GlobalGradient, names: tuple[str, ...]) -> s
     ranks = {r.rank for r in old.records.values() if r.rank}
     if ranks != ({options.rank} if options.rank else set()):
         return f"expected --rank {options.rank}, got {', '.join(map(str, ranks)) or None}"
+    if _curvature_rank(old) != options.curvature:
+        return f"expected --curvature {options.curvature}, got {_curvature_rank(old)}"
+    if (len(old) == 0) != (options.storage == "none"):
+        return f"expected --format {options.storage}, got {'none' if len(old) == 0 else 'a gradient'}"
     for name, r in old.records.items():
         if r.format != (options.storage if r.rank else storage_format(options.storage, r.shape).name):
             return f"expected --format {options.storage}, got {r.format} for {name!r}"
     if _consumed(old) > options.batches:
         return f"expected at most --batches {options.batches}, got {_consumed(old)}"
     return ""
+
+
+def _curvature_rank(gradient: GlobalGradient) -> int | None:
+    """The largest rank of a factor: smaller matrices have less."""
+    records = gradient.curvature_records.values()
+    return max((f.rank or 0 for r in records for term in r.terms for f in term), default=None)
 
 
 def _consumed(gradient: GlobalGradient) -> int:
@@ -190,11 +207,14 @@ def _check_room(options: Options, ranks: Ranks, work: Workload) -> None:
             "processes as began the collection, or delete its snapshots"
         )
     shapes = {name: tuple(p.shape) for name, p in work.model.named_parameters()}
+    if options.storage == "none" and options.curvature is None:
+        raise InputError("--format: expected a format, got none without --curvature: nothing would be kept")
+    kept = "int8" if options.storage == "none" else options.storage
     try:
-        GlobalGradient.from_tensors(iter(()), options.storage, options.rank, shapes=shapes)
+        GlobalGradient.from_tensors(iter(()), kept, options.rank, shapes=shapes)
     except ValueError as error:
         raise InputError(f"--{error}") from error
-    stored = STORAGE_FORMATS[options.storage].bytes_per_parameter * work.parameters
+    stored = STORAGE_FORMATS[kept].bytes_per_parameter * work.parameters
     snapshots = 0 if found else 4 * work.parameters * ranks.world
     prepare_folder(options.out.parent, int(1.01 * (stored + snapshots)) + (1 << 20))
 
@@ -209,7 +229,9 @@ def _collect(options: Options, ranks: Ranks, work: Workload, batches: Batches, c
             data=_names(options, ranks, work),
             snapshot_path=snapshot,
             snapshot_every=options.snapshot_every,
+            curvature=options.curvature,
         )
+        kept: list[Batch] = []
         if collector.consumed:
             console.print(
                 f"going on from {snapshot}: {collector.consumed:,} of {share:,} batches are done", soft_wrap=True
@@ -217,26 +239,39 @@ def _collect(options: Options, ranks: Ranks, work: Workload, batches: Batches, c
         with collector, progress(console) as bars:
             tokens = options.batch * options.length * ranks.world
             task = bars.add_task("global gradient", total=share, tokens=tokens, completed=collector.consumed)
-            for batch in collector.remaining(mine):
+            for batch in collector.remaining(keeping(mine, kept)):
                 collector.backward(*work.loss(batch))
                 bars.advance(task)
         collector.reduce()  # from here on, consumed counts the batches of all processes
         if collector.consumed < options.batches:
             console.print(f"the data end after {collector.consumed:,} of {options.batches:,} batches")
+        storage = None if options.storage == "none" else options.storage
         console.print(f"compressing to {options.storage} and measuring what that costs")
-        return collector.finish(options.storage, options.rank)
+        gradient = collector.finish(storage, options.rank)
+        if options.curvature is not None:
+            console.print("calibrating the curvature along Adam's steps")
+            collector.calibrate(gradient, kept, work.loss, ranks.everyone)
+        return gradient
     except (OSError, ValueError) as error:
         raise InputError(str(error)) from error
 
 
 def _report(options: Options, gradient: GlobalGradient, console: Console) -> None:
     p = gradient.provenance
-    numel = sum(math.prod(r.shape) for r in gradient.records.values())
+    numel = sum(math.prod(r.shape) for r in (gradient.records or gradient.curvature_records).values())
     left_out = f", {p.dropped_batches} not finite" if p.dropped_batches else ""
     console.print(
         f"ĝ_G      {p.batches:,} batches{left_out}, {p.tokens:,} target tokens, {gradient.nbytes / 2**20:,.1f} MiB "
         f"({gradient.nbytes / numel:.2f} bytes per parameter)",
         soft_wrap=True,
     )
-    console.print(advice(gradient), soft_wrap=True)
+    if len(gradient):
+        console.print(advice(gradient), soft_wrap=True)
+    if gradient.curvature_records:
+        known = "not measured" if gradient.calibration is None else f"{gradient.calibration:.3g}"
+        console.print(
+            f"H        rank {_curvature_rank(gradient)}, {gradient.curvature_nbytes / 2**20:,.1f} MiB of it; "
+            f"calibration {known}",
+            soft_wrap=True,
+        )
     console.print(f"file: {options.out}", soft_wrap=True)

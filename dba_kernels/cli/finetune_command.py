@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from dba_kernels.formats import PARAM_FORMATS, STATE_FORMATS
-from dba_kernels.schedule import BOOSTS
+from dba_kernels.schedule import ANCHORS, BOOSTS
 
 from .checkpoint import check_settings
 from .finetune_options import Options, settings_of
@@ -79,6 +79,12 @@ of a run that was not.
     show_default=True,
     help="What the similarity of domain and global gradient does.",
 )
+@click.option(
+    "--anchor",
+    default="auto",
+    show_default=True,
+    help="λ: how firmly the file's curvature, if it has any, holds the weights; auto: its calibration; 0: not at all.",
+)
 @click.option("--state-format", type=click.Choice(STATE_FORMATS), default="fp32", show_default=True, help="Of m and v.")
 @click.option(
     "--param-format",
@@ -98,7 +104,7 @@ of a run that was not.
 def command(**options: Any) -> None:
     if options["global_gradient"] is None:
         source = click.get_current_context().get_parameter_source
-        for name in ("boost", "boost_max", "correction"):
+        for name in ("boost", "boost_max", "correction", "anchor"):
             if source(name) is click.core.ParameterSource.COMMANDLINE:
                 raise InputError(f"--{name.replace('_', '-')}: needs --global-gradient; without it this is AdamW")
     run(Options(**options))
@@ -116,6 +122,8 @@ def run(options: Options) -> None:
         raise InputError(f"--warmup: expected fewer than --steps {options.steps}, got {options.warmup}")
     if options.boost not in BOOSTS and not _is_number(options.boost):
         raise InputError(f"--boost: expected a number, 'auto' or 'paper', got {options.boost!r}")
+    if options.anchor not in ANCHORS and not _is_number(options.anchor):
+        raise InputError(f"--anchor: expected a number or 'auto', got {options.anchor!r}")
     console = wide_console()
     gradient = None
     if options.global_gradient is not None:

@@ -32,6 +32,7 @@ class Options(DataOptions):
     boost: str
     boost_max: float
     correction: str
+    anchor: str
     state_format: str
     param_format: str
     eval_data: tuple[str, ...]

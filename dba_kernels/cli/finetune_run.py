@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from dba_kernels import DBAAdamW, GlobalGradient, annealing_schedule
-from dba_kernels.schedule import BOOSTS
+from dba_kernels.schedule import ANCHORS, BOOSTS
 
 from .checkpoint import Checkpoints, extend_digest
 from .figures import draw_run
@@ -62,7 +62,9 @@ class Training:
             if gradient is not None:
                 gradient.check_model(self.work.model.named_parameters())
                 boost = o.boost if o.boost in BOOSTS else float(o.boost)
+                anchor = o.anchor if o.anchor in ANCHORS else float(o.anchor)
                 method = {"total_steps": o.steps, "boost": boost, "boost_max": o.boost_max, "correction": o.correction}
+                method["anchor"] = anchor
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 optimizer = DBAAdamW(

@@ -29,6 +29,7 @@ Columns:
   cosine   between stored and exact
   energy   share of ‖exact‖² that the best matrix of this rank keeps; 1 where the tensor is stored whole
   SNR      estimated ‖μ‖² / E‖ĝ_G − μ‖², μ the gradient over infinitely much such data; below 0: the noise hides it
+Of the curvature, where there is any, energy is the share of each factor's trace that its rank keeps.
 
 \b
 Examples:
@@ -58,7 +59,10 @@ def command(file: Path, plot: Path | None, as_json: bool, verify: bool) -> None:
         click.echo(json.dumps(as_dict(gradient), indent=1, allow_nan=False))
         return
     console = wide_console()
-    console.print(tensor_table(gradient))
+    if len(gradient):
+        console.print(tensor_table(gradient))
+    if gradient.curvature_records:
+        console.print(curvature_table(gradient))
     for line in summary(gradient):
         console.print(line, soft_wrap=True, highlight=False)
     if verify:
@@ -108,6 +112,10 @@ def as_dict(gradient: GlobalGradient) -> dict[str, Any]:
         "signal_to_noise": gradient.signal_to_noise,
         "provenance": asdict(gradient.provenance),
         "tensors": tensors,
+        "calibration": gradient.calibration,
+        "curvature": {
+            name: asdict(r) | {"energy": r.energy, "bytes": r.nbytes} for name, r in gradient.curvature_records.items()
+        },
     }
 
 
@@ -131,6 +139,24 @@ def tensor_table(gradient: GlobalGradient) -> Table:
     return table
 
 
+def curvature_table(gradient: GlobalGradient) -> Table:
+    """Per parameter: what its curvature is made of, and the share of the trace that the factors' rank keeps."""
+    table = Table(title="curvature of the general loss, H", title_justify="left")
+    table.add_column("tensor", no_wrap=True)
+    for heading in ("shape", "rows", "columns", "bytes", "energy"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, r in gradient.curvature_records.items():
+        shape = "×".join(map(str, r.shape)) or "scalar"
+        if not r.terms:
+            kind = "diagonal" if r.diagonal else "multiple of 1"
+            table.add_row(name, shape, kind, "", f"{r.nbytes:,}", "")
+        for left, right in r.terms:
+            sides = [f"rank {f.rank}, {f.format}" if f.rank else "diagonal" for f in (left, right)]
+            kept = " × ".join(f"{f.energy:.3f}" for f in (left, right))
+            table.add_row(name, shape, *sides, f"{r.nbytes:,}", kept)
+    return table
+
+
 def summary(gradient: GlobalGradient) -> list[str]:
     """Totals, provenance and what the signal-to-noise says."""
     records, p, numel = gradient.records.values(), gradient.provenance, parameters(gradient)
@@ -140,13 +166,24 @@ def summary(gradient: GlobalGradient) -> list[str]:
     left_out = [f"{p.dropped_batches:,} not finite"] if p.dropped_batches else []
     left_out += [f"{p.empty_batches:,} without targets"] if p.empty_batches else []
     noted = f" ({', '.join(left_out)} left out)" if left_out else ""
+    known = "not measured" if gradient.calibration is None else f"{gradient.calibration:.3g}"
+    second = [f"curvature: {gradient.curvature_nbytes:,} bytes, calibration {known}"]
+    if not len(gradient):
+        return [*second, *_origin(gradient)]
     return [
         f"{len(gradient):,} tensors, {numel:,} parameters, {gradient.nbytes:,} bytes "
         f"({gradient.nbytes / max(numel, 1):.3f} per parameter), norm {norm:.4g}, relative error ≈ {error:.2e}",
         f"mean of {p.batches:,} batches{noted}, {p.tokens:,} target tokens, weighted by {p.weighting}",
-        f"data: {'; '.join(p.data) or 'not named'}",
-        f"digest {gradient.digest[:16]}…, written by dba_kernels {gradient.library_version}",
+        *_origin(gradient),
+        *(second if gradient.curvature_records else []),
         advice(gradient),
+    ]
+
+
+def _origin(gradient: GlobalGradient) -> list[str]:
+    return [
+        f"data: {'; '.join(gradient.provenance.data) or 'not named'}",
+        f"digest {gradient.digest[:16]}…, written by dba_kernels {gradient.library_version}",
     ]
 
 

@@ -48,6 +48,7 @@ Examples:
     "--dtype", type=click.Choice(["fp32", "bf16"]), default="bf16", show_default=True, help="Of weights and gradients."
 )
 @click.option("--rank", type=click.IntRange(1), help="Also count a low-rank global gradient, factors in int8.")
+@click.option("--curvature", type=click.IntRange(1), metavar="R", help="Also count an anchor with factors of rank R.")
 @click.option("--global-gradient", type=click.Path(path_type=Path), metavar="FILE", help="What `collect` wrote.")
 @click.option(
     "--cosine",
@@ -58,11 +59,17 @@ Examples:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of tables.")
 def command(
-    model: str, dtype: str, rank: int | None, global_gradient: Path | None, cosine: float, as_json: bool
+    model: str,
+    dtype: str,
+    rank: int | None,
+    curvature: int | None,
+    global_gradient: Path | None,
+    cosine: float,
+    as_json: bool,
 ) -> None:
     gradient = None if global_gradient is None else open_gradient(global_gradient, "--global-gradient")
     shapes, where = model_shapes(model)
-    sizes = Sizes(shapes, torch.float32 if dtype == "fp32" else torch.bfloat16, rank)
+    sizes = Sizes(shapes, torch.float32 if dtype == "fp32" else torch.bfloat16, rank, curvature)
     batches = None if gradient is None else batch_plan(gradient.signal_to_noise, gradient.provenance.batches, cosine)
     if as_json:
         click.echo(json.dumps({"model": where, "dtype": dtype, **sizes.as_dict(), "batches": batches}, indent=1))
@@ -105,6 +112,7 @@ def parts_table(sizes: Sizes) -> Table:
     rows += [("--param-format", name, sizes.remainder(name)) for name in sizes.param_formats]
     rows += [("--state-format", name, sizes.state(name)) for name in STATE_FORMATS]
     rows += [("global gradient", name, size) for name, size in sizes.globals.items() if size]
+    rows += [("anchor", f"rank {sizes.curvature}, int8, and θ₀", sizes.anchor)] if sizes.curvature else []
     previous = ""
     for part, choice, size in rows:
         table.add_row(part if part != previous else "", choice, f"{size / sizes.parameters:.3f}", _mib(size))

@@ -29,6 +29,11 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def everyone(self) -> dist.ProcessGroup | None:
+        """The group of all processes, within :meth:`group`; None where there is one."""
+        return dist.group.WORLD if self.world > 1 else None
+
     @contextmanager
     def group(self, device: torch.device) -> Iterator[None]:
         """The default process group, where there is more than one process."""

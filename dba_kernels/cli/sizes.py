@@ -43,6 +43,14 @@ def state_bytes(format: str, shape: tuple[int, ...]) -> int:
     return sum(math.prod(size) * dtype.itemsize for size, dtype in parts.values()) + 4
 
 
+def curvature_bytes(shape: tuple[int, ...], rank: int) -> int:
+    """Both factors of a matrix, of this rank and in int8; a vector's diagonal; a number for stacked matrices."""
+    if len(shape) != 2:
+        return 4 * math.prod(shape) if len(shape) == 1 else 4
+    factors = [(size, min(rank, size)) for size in shape]
+    return sum(dense_bytes("int8", factor) + 4 * factor[1] for factor in factors)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Bytes of every part of a fine-tuning run, over all parameters.
@@ -51,11 +59,13 @@ class Sizes:
         shapes: of the parameters.
         dtype: of weights and gradients.
         rank: of one more choice of global gradient; None for none.
+        curvature: rank of an anchor's factors; None for none.
     """
 
     shapes: Shapes
     dtype: torch.dtype
     rank: int | None = None
+    curvature: int | None = None
 
     @property
     def parameters(self) -> int:
@@ -85,12 +95,20 @@ class Sizes:
             found[f"rank {rank}, int8"] = self._sum(lambda shape: low_rank_bytes("int8", shape, rank))
         return found
 
+    @property
+    def anchor(self) -> int:
+        """θ₀, and the curvature's factors in int8; every matrix taken for a linear map's."""
+        if (rank := self.curvature) is None:
+            return 0
+        return self.weights + self._sum(lambda shape: curvature_bytes(shape, rank))
+
     def _sum(self, bytes_of: Callable[[tuple[int, ...]], int]) -> int:
         return sum(map(bytes_of, self.shapes.values()))
 
     def total(self, param_format: str, state_format: str, global_bytes: int) -> int:
-        """Everything between steps: weights, remainder, gradients, state, global gradient."""
-        return 2 * self.weights + self.remainder(param_format) + self.state(state_format) + global_bytes
+        """Everything between steps: weights, remainder, gradients, state, global gradient, anchor."""
+        state = self.remainder(param_format) + self.state(state_format)
+        return 2 * self.weights + state + global_bytes + self.anchor
 
     def as_dict(self) -> dict[str, Any]:
         totals = [
@@ -101,4 +119,5 @@ class Sizes:
             for g, size in self.globals.items()
             for total in (self.total(p, s, size),)
         ]
-        return {"parameters": self.parameters, "tensors": len(self.shapes), "totals": totals}
+        counted = {"parameters": self.parameters, "tensors": len(self.shapes), "anchor": self.anchor}
+        return counted | {"totals": totals}

@@ -1,4 +1,4 @@
-"""The coefficient table of a step, from the sums of its reduction: one program (README eqs. 2, 4, 5).
+"""The coefficient table of a step, from the sums of its reduction: one program (eqs. 2, 4, 5).
 
 Everything here is a scalar per parameter, in float64: the step's precision is decided by its per-element arithmetic.
 """

@@ -1,4 +1,4 @@
-"""The read-only reduction before an update, inner product and norms (inputs of README eq. 4).
+"""The read-only reduction before an update, inner product and norms (inputs of eq. 4).
 
 Bytes per parameter with bf16 gradients: 3 with int8 ĝ_G, 2.5 with int4, 2 without (clipping alone); scales add
 4 / GROUP. Sums are taken in a fixed order: per chunk in fp32, over the chunks of a tensor in float64, without atomics.

@@ -1,4 +1,4 @@
-"""One optimizer step of every tensor of a batch, in one launch (README eqs. 3, 7, 8).
+"""One optimizer step of every tensor of a batch, in one launch (eqs. 3, 7, 8).
 
 Bytes per parameter with bf16 gradients: fp32 θ, m, v and int8 ĝ_G 27; bf16 split16, int8 m and v, int8 ĝ_G 15; split8
 13; one less with int4 ĝ_G, and none of it without; scales add 4 / GROUP per grouped tensor read or written.

@@ -1,4 +1,4 @@
-"""The coefficients of a step, from the sums of its reduction (README eqs. 2, 4, 5).
+"""The coefficients of a step, from the sums of its reduction (eqs. 2, 4, 5).
 
 Everything here is a scalar per parameter, in float64: the step's precision is decided by its per-element arithmetic.
 """

@@ -1,4 +1,4 @@
-"""The read-only reduction before an update (inputs of README eq. 4), in float64."""
+"""The read-only reduction before an update (inputs of eq. 4), in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One optimizer step of one parameter: boost, moments, corrected AdamW update (README eqs. 3, 7, 8).
+"""One optimizer step of one parameter: boost, moments, corrected AdamW update (eqs. 3, 7, 8).
 
 Computes in fp64 for fp64 parameters and in fp32 for all others; state and parameter are widened on load and narrowed on
 store. The update uses the moments before they are narrowed.
