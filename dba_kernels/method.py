@@ -129,7 +129,10 @@ class Method:
         """Set T, and k₀ where it is given or a name stands for it."""
         if boost is None:
             named = self.rule if self.global_gradient else None
-            boost = initial_boost(named, steps, self.initial_lr) if named else self.settings.boost
+            if named == "auto" and self.anchored:
+                boost = 0.0  # with an anchor the boost has not been measured
+            else:
+                boost = initial_boost(named, steps, self.initial_lr) if named else self.settings.boost
         self.settings = replace(self.settings, total_steps=steps, boost=boost)
 
     def _warn_about_boost(self) -> None:

@@ -65,7 +65,7 @@ class DBAAdamW(Optimizer):
         boost: ``"auto"`` (k₀ = min(200, 0.003/lr)/T, at most 0.5: ``bench/quality/README.md``; lr is the largest
             group's at construction), ``"paper"`` (k₀ = 200/T), k₀ as a number, or ``f(step, total_steps) → γ`` where
             ``step``, an int64 scalar tensor on the parameters' device, counts the steps done without skipped ones. 0
-            switches the boost off.
+            switches the boost off, as ``"auto"`` does with an anchor.
         boost_max: upper clamp of γ, in [0, 1].
         correction: ``"cosine"`` (eq. 5), ``"none"`` (α = 1), ``"agem"`` or ``"pcgrad"`` (projections in place of the
             boost, against the *stored* global gradient, where the originals recompute it at every step), or

@@ -208,6 +208,13 @@ def test_every_stored_format_can_be_weighed(format: str) -> None:
     assert torch.equal(ops.decode(stored), before)
 
 
+def test_the_automatic_boost_gives_way_to_the_anchor() -> None:
+    """Protects what the study measured: with an anchor "auto" is no boost, and a boost that is asked for is one."""
+    gg = collected(Tiny())
+    assert make(Tiny(), gg).method.settings.boost == 0 < make(Tiny(), gg, anchor=0.0).method.settings.boost
+    assert make(Tiny(), gg, boost=0.2).method.settings.boost == 0.2
+
+
 def test_curvature_alone_needs_no_length_of_the_run() -> None:
     """Protects the file without ĝ_G: nothing depends on T, and the boost and the correction are off."""
     gg = collected(Tiny(), format=None)
