@@ -2,7 +2,8 @@
 
 In ``optimizer.state`` keys are torch's. In a state dict int8 moments are ``exp_avg_codes`` and ``exp_avg_sq_codes``, so
 that no other optimizer takes codes for numbers (torch's AdamW misses ``exp_avg`` at its first step), and a remainder
-carries the dtype of the weight that it completes: ``remainder_bf16``, ``remainder_fp16``.
+carries the dtype of the weight that it completes: ``remainder_bf16``, ``remainder_fp16``. In a run of several processes
+the names stay torch's: torch.distributed.checkpoint looks for the keys of ``optimizer.state``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from .backends import implementation
@@ -20,7 +22,7 @@ from .formats import PARAM_FORMATS
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CODES = {"exp_avg": "exp_avg_codes", "exp_avg_sq": "exp_avg_sq_codes"}
 MOMENTS = ("exp_avg", "exp_avg_sq")
-KNOWN = {"step", *MOMENTS, *CODES.values(), "exp_avg_scale", "exp_avg_sq_scale", "remainder"} | {
+KNOWN = {"step", "anchor", *MOMENTS, *CODES.values(), "exp_avg_scale", "exp_avg_sq_scale", "remainder"} | {
     f"remainder_{half}" for half in HALVES
 }
 OWN_SETTINGS = ("global_gradient", "steps_done", "steps_skipped")
@@ -29,6 +31,8 @@ OWN_SETTINGS = ("global_gradient", "steps_done", "steps_skipped")
 def to_saved(state: Mapping[str, Any], param: torch.Tensor) -> dict[str, Any]:
     """One parameter's state under the names of state dicts; the tensors are the same."""
     names: dict[str, str] = {}
+    if dist.is_available() and dist.is_initialized():
+        return dict(state)
     if torch.is_tensor(state.get("exp_avg")) and state["exp_avg"].dtype == torch.int8:
         names |= CODES
     for half, dtype in HALVES.items():
