@@ -15,7 +15,8 @@ _kept: list[Any] = []
 
 def capturing(device: torch.device) -> bool:
     """Whether work for ``device`` is being recorded instead of being run."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    # A build without CUDA can still hold fake CUDA tensors, and has no such question to ask.
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def keep(*used: Any) -> None:
