@@ -58,7 +58,10 @@ void dba_accumulate(int64_t isa, int64_t threads, const Tensor* tensors, int64_t
     model.each_wave(ELEMENTS_PER_WAVE, [&](int64_t begin, int64_t end) {
         tasks.parallel(model.units(), begin, end, ELEMENTS_PER_TASK, square);
         tasks.serial([&, begin, end] {
-            for (int64_t i = begin; i < end; ++i) squared_norms[i] = model.total(i).grad_sq;
+            for (int64_t i = begin; i < end; ++i) {
+                const double squared_norm = model.total(i).grad_sq;
+                squared_norms[i] = squared_norm <= SQUARED_NORM_LIMIT ? squared_norm : HUGE_VAL;  // NaN too
+            }
         });
         tasks.parallel(model.units(), begin, end, ELEMENTS_PER_TASK, add);
     });

@@ -23,6 +23,7 @@ template <class S, class Codec> struct PairLoad {
 
 template <class S> struct Float<S, FP32> : PairLoad<S, Float<S, FP32>> {
     static typename S::F load(bytes_t p, int j) { return S::load(p + 4 * j); }
+    static typename S::F rounded(typename S::F x) { return x; }
     static void store(uint8_t* p, int j, typename S::F x) { S::store(p + 4 * j, x); }
 };
 
@@ -33,15 +34,19 @@ template <class S> struct Float<S, BF16> {
         for (int k = 0; k < 2; ++k) out[k] = S::from_bits(patterns[k]);
     }
     static typename S::F load(bytes_t p, int j) { return S::from_bits(S::load_u16(p + 2 * j) << 16); }
-    static void store(uint8_t* p, int j, typename S::F x) {
+    static typename S::U nearest_even(typename S::F x) {
         typename S::U u = S::bits(x);
-        typename S::U nearest_even = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
-        S::store_low16(p + 2 * j, x == x ? nearest_even : S::splat_bits(0x7FC0));
+        return (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+    }
+    static typename S::F rounded(typename S::F x) { return S::from_bits(nearest_even(x) << 16); }
+    static void store(uint8_t* p, int j, typename S::F x) {
+        S::store_low16(p + 2 * j, x == x ? nearest_even(x) : S::splat_bits(0x7FC0));
     }
 };
 
 template <class S> struct Float<S, FP16> : PairLoad<S, Float<S, FP16>> {
     static typename S::F load(bytes_t p, int j) { return S::load_f16(p + 2 * j); }
+    static typename S::F rounded(typename S::F x) { return S::round_f16(x); }
     static void store(uint8_t* p, int j, typename S::F x) { S::store_f16(p + 2 * j, x); }
 };
 
@@ -98,6 +103,8 @@ template <class S> struct Global<S, GLOBAL_FP8> {
 };
 
 // --- parameters: a weight, and a remainder that together hold more than the weight's dtype ----------------------------
+//
+// Weights are written from outside between steps. A remainder that cannot be the weight's own is dropped on load.
 
 // Each store takes one random 32-bit word per element; split8 rounds with its top byte.
 
@@ -128,12 +135,24 @@ template <class S, int64_t D> struct Param<S, NATIVE, D> : ParamPair<S, Param<S,
 };
 
 template <class S, int64_t D> struct Param<S, MASTER, D> : ParamPair<S, Param<S, MASTER, D>> {
-    static typename S::F load(bytes_t, bytes_t master, int j) { return S::load(master + 4 * j); }
+    static typename S::F load(bytes_t weight, bytes_t master, int j) {
+        typename S::F wide = S::load(master + 4 * j), written = Float<S, D>::load(weight, j);
+        return Float<S, D>::rounded(wide) == written ? wide : written;
+    }
     static void store(uint8_t* weight, uint8_t* master, int j, typename S::F x, typename S::U) {
         Float<S, D>::store(weight, j, x);
         S::store(master + 4 * j, x);
     }
 };
+
+// The pattern of x with any NaN made the quiet one: others overflow when they are rounded, to 0.
+template <class S> typename S::U number_or_quiet(typename S::F x) { return x == x ? S::bits(x) : S::splat_bits(0x7FC00000); }
+
+// What a joined pattern stands for. Where that is a NaN (of zero, by a borrow, of infinity, or of a NaN): its high half.
+template <class S> typename S::F number_or_high(typename S::U joined) {
+    const typename S::F value = S::from_bits(joined);
+    return value == value ? value : S::from_bits((joined + 0x8000u) & 0xFFFF0000u);
+}
 
 // bf16 weight = the fp32 pattern rounded to 16 bits, ties up; the remainder is what that left. With 16 bits of it the
 // pattern is whole; with 8, the pattern was first rounded stochastically to a multiple of 2^8.
@@ -142,11 +161,14 @@ template <class S, int BITS> struct Bf16AndRemainder {
     static void load_pair(bytes_t weight, bytes_t low, int j, typename S::F* out) {
         typename S::U patterns[2];
         PairOps<S>::template join<BITS>(weight + 2 * j, low + BYTES * j, patterns);
-        for (int k = 0; k < 2; ++k) out[k] = S::from_bits(patterns[k]);
+        for (int k = 0; k < 2; ++k) out[k] = number_or_high<S>(patterns[k]);
     }
     static void store_pair(uint8_t* weight, uint8_t* low, int j, const typename S::F* x, const typename S::U* random) {
         typename S::U patterns[2];
-        for (int k = 0; k < 2; ++k) patterns[k] = BITS == 16 ? S::bits(x[k]) : S::bits(x[k]) + (random[k] >> 24);
+        for (int k = 0; k < 2; ++k) {
+            patterns[k] = number_or_quiet<S>(x[k]);
+            if constexpr (BITS == 8) patterns[k] = patterns[k] + (random[k] >> 24);
+        }
         PairOps<S>::template split<BITS>(patterns, weight + 2 * j, low + BYTES * j);
     }
 };
@@ -164,7 +186,13 @@ template <class S, int BITS> struct Fp16AndRemainder : ParamPair<S, Fp16AndRemai
     }
     static F load(bytes_t weight, bytes_t low, int j) {
         const F remainder = S::to_float(BITS == 16 ? S::load_i16(low + 2 * j) : S::load_i8(low + j));
-        return S::load_f16(weight + 2 * j) + remainder * S::from_bits(unit_exponent(S::load_u16(weight + 2 * j)) << 23);
+        const U half = S::load_u16(weight + 2 * j);
+        const F outward = S::from_bits(S::bits(remainder) ^ ((half & 0x8000u) << 16));
+        // The lower neighbour of a power of two is only half an ulp away.
+        const auto foreign = ((half & 0x3FFu) == 0u) & ((half & 0x7FFFu) >= 0x800u) &
+                             (outward < S::splat(-static_cast<float>(1 << (BITS - 3))));
+        const F own = foreign ? S::splat(0.0f) : remainder;
+        return S::load_f16(weight + 2 * j) + own * S::from_bits(unit_exponent(half) << 23);
     }
     static void store(uint8_t* weight, uint8_t* low, int j, F x, U random) {
         S::store_f16(weight + 2 * j, x);

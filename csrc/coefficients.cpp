@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "formats.h"
+
 namespace dba {
 namespace {
 
@@ -59,8 +61,9 @@ void Coefficients::begin() {
         global_sq += std::max(in_.global_sq[index], 0.0);
         if (!in_.reduce) continue;
         const double scale = inverse_scale(in_, index);
-        skip_ |= !std::isfinite(in_.sums[2 * index + 1]);
-        grad_sq += in_.sums[2 * index + 1] * scale * scale;
+        const double raw_sq = in_.sums[2 * index + 1], its_sq = raw_sq * scale * scale;
+        skip_ |= !(raw_sq <= SQUARED_NORM_LIMIT && its_sq <= SQUARED_NORM_LIMIT);  // true for NaN
+        grad_sq += its_sq;
     }
     const double norm = std::sqrt(grad_sq);
     if (in_.reduce && std::isfinite(in_.max_grad_norm)) {

@@ -9,6 +9,8 @@ constexpr int GROUP = 64;  // columns that share one fp32 scale
 
 constexpr float SMALLEST_SCALE = 0x1p-126f;  // groups with a smaller scale are stored as zeros
 
+constexpr double SQUARED_NORM_LIMIT = 0.999e36;  // a gradient whose squared norm is larger counts as non-finite
+
 // Value of the largest code of a moment in units of its scale.
 constexpr double EXP_AVG_ABSMAX_VALUE = 127.0 * 127.0;      // m = scale * c * |c|
 constexpr double EXP_AVG_SQ_MAX_VALUE = 65025.0 * 65025.0;  // v = scale * c^4, c <= 255

@@ -57,6 +57,8 @@ struct Avx2 {
         _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
     }
 
+    static F round_f16(F x) { return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+
     static F to_float(I x) { return _mm256_cvtepi32_ps((__m256i)x); }
     static I to_int(F x) { return (I)_mm256_cvtps_epi32(x); }
     static F floor(F x) { return _mm256_floor_ps(x); }

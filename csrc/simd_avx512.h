@@ -49,6 +49,8 @@ struct Avx512 {
         _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
     }
 
+    static F round_f16(F x) { return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+
     static F to_float(I x) { return _mm512_cvtepi32_ps((__m512i)x); }
     static I to_int(F x) { return (I)_mm512_cvtps_epi32(x); }
     static F floor(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }

@@ -57,6 +57,8 @@ struct Scalar {
         write(p, static_cast<uint16_t>(sign | h));
     }
 
+    static F round_f16(F x) { uint16_t h; store_f16(&h, x); return load_f16(&h); }
+
     static F to_float(I x) { return static_cast<float>(x); }
     static I to_int(F x) { return static_cast<int32_t>(std::lrintf(x)); }  // nearest, ties to even
     static F floor(F x) { return std::floor(x); }

@@ -115,7 +115,7 @@ template <class S> struct State<S, STATE_BF16> {
     static void store_exp_avg(uint8_t* p, int j, typename S::F x) { Plain::store(p, j, x); }
     // Stochastic: rounded to nearest, v could never decay, because 1 - beta2 is less than half a bf16 ulp.
     static void store_exp_avg_sq(uint8_t* p, int j, typename S::F x, typename S::U random) {
-        S::store_low16(p + 2 * j, (S::bits(x) + (random & 0xFFFFu)) >> 16);
+        S::store_low16(p + 2 * j, (number_or_quiet<S>(x) + (random & 0xFFFFu)) >> 16);
     }
 };
 
@@ -279,6 +279,11 @@ private:
         alignas(64) float largest[BOTH], scale[BOTH], inverse[BOTH], inverse_root[BOTH];
         S::largest_of_each(most_exp_avg_, largest);
         S::largest_of_each(most_exp_avg_sq_, largest + EACH);
+        for (int g = 0; g < EACH; ++g) {  // a group whose second moment has left fp32 starts anew: an infinite scale is NaN
+            const bool fits = largest[EACH + g] < __builtin_inff();
+            largest[g] = fits ? largest[g] : 0.0f;
+            largest[EACH + g] = fits ? largest[EACH + g] : 0.0f;
+        }
         for (int i = 0; i < BOTH; i += S::W) {
             const Scale<S> s(S::load(largest + i), S::load(STATE_UNITS.unit + i));
             S::store(scale + i, s.scale);

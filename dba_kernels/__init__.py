@@ -4,6 +4,7 @@ from .backends import use_backend
 from .collect import GlobalGradientCollector, collect_global_gradient
 from .global_gradient import GlobalGradient
 from .optim import DBAAdamW
+from .saved_state import fp32_state_dict, load_fp32_state_dict
 from .schedule import annealing_schedule
 
 __version__ = "0.1.0"
@@ -13,5 +14,7 @@ __all__ = [
     "GlobalGradientCollector",
     "annealing_schedule",
     "collect_global_gradient",
+    "fp32_state_dict",
+    "load_fp32_state_dict",
     "use_backend",
 ]

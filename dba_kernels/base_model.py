@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from .descriptions import SHAPE, Check, check_fields
 from .distributed import Sharding, local
 
 SAMPLES = 16
@@ -15,6 +18,11 @@ SAMPLES = 16
 
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module", "base_layer"}
 _GOLDEN = 0x9E3779B97F4A7C15  # 2⁶⁴ / golden ratio: multiples of it spread evenly whatever the tensor's row length
+
+PATTERNS: Check = (
+    (lambda value: isinstance(value, str) and re.fullmatch("([0-9a-f]{4})*", value) is not None),
+    "four hexadecimal digits per sample",
+)
 
 Groups = list[dict[str, Any]]
 """``optimizer.param_groups``."""
@@ -76,6 +84,21 @@ def fingerprint(named_params: Iterable[tuple[str, torch.Tensor]]) -> Fingerprint
         name: {"shape": list(param.shape), "bf16": "".join(f"{bits & 0xFFFF:04x}" for bits in samples[name])}
         for name, param in params.items()
     }
+
+
+def check_fingerprint(what: str, found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse what :func:`fingerprint` cannot have made of a model with tensors of these shapes.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    for name, entry in found.items():
+        its = f"{what} of {name!r}"
+        numel = math.prod(check_fields(its, entry, {"shape": SHAPE, "bf16": PATTERNS})["shape"])
+        if len(entry["bf16"]) != 4 * min(SAMPLES, numel):
+            raise ValueError(f"{its}: expected {min(SAMPLES, numel)} samples, got {len(entry['bf16']) / 4:g}")
+        if name in shapes and tuple(entry["shape"]) != shapes[name]:
+            raise ValueError(f"{its}: expected shape {shapes[name]}, as its tensor has, got {tuple(entry['shape'])}")
 
 
 def _samples(params: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:

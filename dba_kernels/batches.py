@@ -1,15 +1,12 @@
-"""What the collector needs to know of a micro-batch: its loss, its number of target tokens, its identity."""
+"""What the collector needs to know of a micro-batch: its loss and its number of target tokens."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-
-from .files import as_bytes
 
 LossFunction = Callable[[nn.Module, Any], "torch.Tensor | tuple[torch.Tensor, int | torch.Tensor]"]
 
@@ -52,19 +49,3 @@ def target_tokens(model: nn.Module, labels: torch.Tensor) -> int:
     if labels.dim() > 1 and not encoder_decoder and kind in (None, "ForCausalLM", "ForConditionalGeneration"):
         labels = labels[..., 1:]
     return int((labels != IGNORED_LABEL).sum())
-
-
-def digest_batch(batch: Any) -> bytes:
-    """SHA-256 of a batch's tensors, numbers and strings, in mappings and sequences; of other objects, of their type."""
-    if isinstance(batch, torch.Tensor):
-        head = f"{batch.dtype} {tuple(batch.shape)}"
-        return hashlib.sha256(head.encode() + as_bytes(batch)).digest()
-    if isinstance(batch, Mapping):
-        children = [repr(key).encode() + digest_batch(batch[key]) for key in sorted(batch, key=repr)]
-    elif isinstance(batch, (list, tuple)):
-        children = [digest_batch(item) for item in batch]
-    elif isinstance(batch, (str, bytes, int, float, type(None))):
-        children = [repr(batch).encode()]
-    else:
-        children = []
-    return hashlib.sha256(type(batch).__name__.encode() + b"".join(children)).digest()

@@ -15,7 +15,8 @@ from .batches import LossFunction, loss_and_tokens
 from .calibration import keeping
 from .collector import GlobalGradientCollector
 from .curvature_records import check_kept
-from .global_gradient import GlobalGradient
+from .global_gradient import GlobalGradient, save_or_hand_over
+from .identity import describe_function
 from .records import check_rank
 
 __all__ = ["GlobalGradientCollector", "collect_global_gradient", "keeping"]
@@ -77,14 +78,9 @@ def collect_global_gradient(
     check_kept(format, curvature)
     if rank is not None:  # before the long part
         check_rank(rank, {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad})
-    collector = GlobalGradientCollector(
-        model,
-        weighting=weighting,
-        data=data,
-        snapshot_path=snapshot_path,
-        snapshot_every=snapshot_every,
-        curvature=curvature,
-    )
+    settings = {"loss function": describe_function(loss_fn), "autocast dtype": str(autocast_dtype)}
+    options: dict[str, Any] = {"snapshot_path": snapshot_path, "snapshot_every": snapshot_every, "settings": settings}
+    collector = GlobalGradientCollector(model, weighting=weighting, data=data, curvature=curvature, **options)
     collector.check_destination(save_to)
     kept: list[Any] = []
     loss_of = functools.partial(_loss_of, model, loss_fn, autocast_dtype)
@@ -99,7 +95,10 @@ def collect_global_gradient(
         return collector.finish(format, rank, save_to=save_to)
     found = collector.finish(format, rank)
     collector.calibrate(found, kept, loss_of, group)
-    return found if save_to is None else GlobalGradient.load(found.save(save_to))
+    if save_to is None:
+        return found
+    save_or_hand_over(found, save_to)
+    return GlobalGradient.load(save_to)
 
 
 def _loss_of(

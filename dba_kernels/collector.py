@@ -6,8 +6,7 @@ import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,18 +14,19 @@ import torch.distributed as dist
 from torch import nn
 
 from .base_model import Fingerprint, fingerprint, named_once
-from .batches import digest_batch
 from .calibration import Loss, calibrate, mean_over_ranks
 from .curvature import curvature_sums
 from .curvature_records import check_kept, factor_format
 from .distributed import fsdp_sharding, same_on_ranks
-from .files import to_json
+from .files import try_to_write
 from .formats import check_name
-from .global_gradient import GlobalGradient, Provenance, TensorStatistics
+from .global_gradient import GlobalGradient, Provenance, TensorStatistics, save_or_hand_over
+from .identity import announce_unknown, dtypes_of, following
 from .passes import MicroBatch, ShardedModel, Untouched, WholeModel
 from .records import check_rank
 from .snapshots import Snapshots
 from .sums import GradientSums
+from .tensor_files import check_name_of_file, to_json
 
 WEIGHTINGS = ("tokens", "batch")
 
@@ -44,9 +44,12 @@ class GlobalGradientCollector:
     that tensor alone, sum and weight. Both are counted, stored and, at the end, warned about.
 
     With ``snapshot_path``, sums and counts are written there (whole or not at all) every ``snapshot_every``
-    micro-batches. If the file exists when the collector is made, it goes on from there, to the same bits as without the
-    interruption: :meth:`remaining` skips what was consumed, which takes the same batches in the same order, and refuses
-    others. The file stays until you delete it.
+    micro-batches, when the pass ends, and when an exception ends it between two micro-batches. If the file exists when
+    the collector is made, it goes on from there, to the same bits as without the interruption: :meth:`remaining` skips
+    what was consumed, which takes the same batches in the same order, and refuses others. So a finished collection is
+    extended by giving more batches. The file takes 4 bytes per parameter and stays until you delete it. Other weights,
+    dtypes or ``settings`` are refused. Batches are compared by their tensors, arrays, numbers and texts, through
+    containers and attributes; where an object shows none of these, a warning says so before the first micro-batch.
 
     Several processes: with a whole model each (not wrapped in DistributedDataParallel), they accumulate on their own
     and call :meth:`reduce` once. A model sharded by FSDP2 stays sharded: sums are kept of the rows that a rank has, and
@@ -60,6 +63,7 @@ class GlobalGradientCollector:
         model: the base model, as above.
         weighting, data, snapshot_path, snapshot_every, curvature: see :func:`collect_global_gradient`. Curvature takes
             4 bytes times (in + out) · (r + 16) of memory per linear map, and a whole model.
+        settings: what else must be the same, by name, where a snapshot is continued: the loss, autocast, and so on.
 
     Raises:
         ValueError: a bad argument, a model without trainable parameters, flattened by FSDP1 or ZeRO or sharded by
@@ -84,6 +88,7 @@ class GlobalGradientCollector:
         snapshot_path: str | os.PathLike[str] | None = None,
         snapshot_every: int = 100,
         curvature: int | None = None,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise ValueError("model: expected the bare model, got DistributedDataParallel; pass model.module")
@@ -98,6 +103,7 @@ class GlobalGradientCollector:
         self._fingerprint: Fingerprint = fingerprint(everything.items())
         identity: dict[str, Any] = {"weighting": self.weighting, "data": list(self.data)}
         identity["fingerprint"] = self._fingerprint
+        identity["settings"] = {"weight dtypes": dtypes_of(everything), **(settings or {})}
         second_order = None
         if curvature is not None:
             second_order = curvature_sums(model, self._params, curvature, sharding)
@@ -109,6 +115,8 @@ class GlobalGradientCollector:
         self._active = contextlib.ExitStack()
         self._untouched = Untouched(model, self._params)
         self._entered = False
+        self._whole = True  # no micro-batch is half counted
+        self._handed_out = ""  # digest of the data up to the micro-batch that remaining() has given last
         self._reduced = False
         self._finished = False
         self._snapshots.resume(self._sums)
@@ -130,7 +138,15 @@ class GlobalGradientCollector:
         self._entered = False
         self._active.close()
         if kind is None:
-            self._untouched.check()
+            self._save(self._snapshots.save_rest)
+        elif self._whole and self._pass.alone:  # other ranks need not have come as far
+            with contextlib.suppress(RuntimeError, OSError):  # the exception that ends the pass is the one to see
+                self._save(self._snapshots.save_rest)
+
+    def _save(self, save: Callable[[GradientSums], None]) -> None:
+        """A snapshot, of gradients at the weights that the collection began with."""
+        self._untouched.check_content()
+        save(self._sums)
 
     def backward(self, loss: torch.Tensor, tokens: int | torch.Tensor | None = None) -> None:
         """Add the gradient of one micro-batch; stands in for ``loss.backward()``.
@@ -150,7 +166,7 @@ class GlobalGradientCollector:
                 "backward(): expected to be called within 'with collector:', which makes it see gradients"
             )
         self._check_not_reduced("backward()")
-        self._untouched.check()
+        self._untouched.check(replaced=self._pass.alone)
         tokens = None if tokens is None else int(tokens)
         if tokens is None and self._sums.curvature is not None:
             raise ValueError(
@@ -160,7 +176,9 @@ class GlobalGradientCollector:
         here = MicroBatch(loss, tokens, self._weight_of(tokens), bool(torch.isfinite(loss)))
         batch = self._pass.agreed(here)
         progress = self._sums.progress
+        self._whole = False
         progress.consumed += 1
+        progress.data_digest = self._handed_out or progress.data_digest
         if batch.tokens == 0:
             progress.empty += 1
         elif not batch.finite:
@@ -169,7 +187,9 @@ class GlobalGradientCollector:
             progress.batches += 1
             progress.tokens += batch.tokens or 0
             self._pass.backward(batch)
-        self._snapshots.save_if_due(self._sums)
+        self._whole = True
+        if self._snapshots.due(self._sums):
+            self._save(self._snapshots.save)
 
     def _check_usable(self) -> None:
         if self._finished:
@@ -196,25 +216,14 @@ class GlobalGradientCollector:
             ValueError: the skipped batches are not those of the snapshot.
             RuntimeError: a batch was left out.
         """
-        progress, done, chain = self._sums.progress, self.consumed, ""
-        for position, batch in enumerate(batches):
-            chain = hashlib.sha256(chain.encode() + digest_batch(batch)).hexdigest()
-            if position < done:
-                if position == done - 1 and chain != progress.data_digest:
-                    raise ValueError(
-                        f"{self._snapshots.path}: expected the {done} batches of the interrupted collection, got "
-                        "others; give the same data in the same order, or delete the snapshot"
-                    )
-                continue
-            progress.data_digest = chain
+        path, done = self._snapshots.path, self.consumed
+        if path is not None:
+            batches = announce_unknown(batches)
+        for position, batch, digest in following(batches, done, self._sums.progress.data_digest, path):
+            self._handed_out = digest
             yield batch
             if self.consumed != position + 1:
                 raise RuntimeError(f"batch {position}: expected one call of backward(), got {self.consumed - position}")
-        if self.consumed > 0 and chain != progress.data_digest:
-            raise ValueError(
-                f"{self._snapshots.path}: expected at least the {done} batches of the interrupted collection, got "
-                "fewer; give the same data, or delete the snapshot"
-            )
 
     # --- the result ---------------------------------------------------------------------------------------------------
 
@@ -260,10 +269,11 @@ class GlobalGradientCollector:
         Raises:
             ValueError: no micro-batch, or none with a finite gradient for some tensor; no ``save_to`` for a sharded
                 model; see :meth:`GlobalGradient.from_tensors` too.
-            OSError: the file cannot be written.
-            RuntimeError: the rank that writes failed; its error says why.
+            OSError: the file cannot be written; the error's ``global_gradient`` is the result, in memory.
+            RuntimeError: the weights changed meanwhile, or the rank that writes failed; its error says why.
         """
         self._check_usable()
+        self._untouched.check_content()
         check_kept(format, None if self._sums.curvature is None else self._sums.curvature.rank)
         shapes = {name: tuple(param.shape) for name, param in self._params.items()}
         if rank is not None:
@@ -278,7 +288,7 @@ class GlobalGradientCollector:
         describe = functools.partial(self._describe, means, statistics, shapes, format, rank)
         if save_to is None:
             return describe()
-        self._pass.write(lambda: describe().save(save_to), means)
+        self._pass.where_written(lambda: save_or_hand_over(describe(), save_to), means)
         return GlobalGradient.load(save_to)
 
     def calibrate(
@@ -295,14 +305,16 @@ class GlobalGradientCollector:
         found.calibration = mean_over_ranks(own, next(iter(self._params.values())).device, group)
 
     def check_destination(self, save_to: str | os.PathLike[str] | None) -> None:
-        """Refuse, before the long part, what :meth:`finish` would refuse after it.
+        """Refuse, before the long part, what :meth:`finish` would refuse after it: a file is made and removed there.
 
         Raises:
             ValueError: none for a sharded model, or a name that does not end in ``.safetensors``.
+            OSError: nothing can be written there.
         """
         self._pass.check_destination(save_to)
-        if save_to is not None and Path(save_to).suffix != ".safetensors":
-            raise ValueError(f"save_to: expected a name that ends in '.safetensors', got {str(save_to)!r}")
+        if save_to is not None:
+            check_name_of_file(save_to, "save_to")
+            self._pass.where_written(functools.partial(try_to_write, save_to))
 
     def _describe(
         self,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from .factors import Curvature, DiagonalFactor, Factor, KroneckerTerm, LowRankFactor
-from .files import DTYPE_NAMES, as_bytes
 from .formats import STORAGE_FORMATS, EncodedTensor, check_name, scales_shape
+from .tensor_files import DTYPE_NAMES, as_bytes
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 

@@ -1,74 +1,123 @@
-"""Files that exist whole or not at all, and the safetensors format on top of them."""
+"""Files that exist whole or not at all, however many processes write them and whenever one is killed."""
 
 from __future__ import annotations
 
 import errno
 import glob
 import hashlib
-import json
-import math
 import os
 import re
+import secrets
 import socket
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-import torch
-from safetensors import SafetensorError, safe_open
-
-METADATA_KEY = "dba_kernels"
-DIGEST_KEY = "dba_kernels.digest"
-SHARD_KEY = "dba_kernels.shard_of"
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-}
+LONGEST_NAME = 100
+"""Bytes of a file's name that its temporary one repeats; beyond, file systems might have no room for the rest."""
 
 
 @contextmanager
 def atomic_writer(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A binary file that replaces ``path`` when the block ends without an exception, and leaves no trace otherwise.
 
-    Written beside ``path`` (a rename is atomic only within a file system), fsynced, renamed, the folder fsynced. The
-    temporary name carries host and process: what a killed process left behind is removed by the next write to ``path``.
+    Written beside ``path`` (a rename is atomic only within a file system), fsynced, renamed, the folder fsynced. A file
+    that is replaced hands on its mode. A link at ``path`` is replaced itself; what it points to is not touched.
 
     Raises:
         OSError: naming ``path``, the cause and the fix; the old file is intact.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        _remove_stale(path)
-        with open(temporary, "wb") as file:
+    with writing(path):
+        with beside(path) as (temporary, file):
             yield file
+        put_in_place(temporary, path)
+        sync_folder(path.parent)
+
+
+def try_to_write(path: str | os.PathLike[str]) -> None:
+    """Find out, before the long part, whether :func:`atomic_writer` could begin; leaves nothing.
+
+    Raises:
+        OSError: it could not.
+    """
+    path = Path(path)
+    with writing(path):
+        if path.is_dir():
+            raise OSError(errno.EISDIR, "a folder has that name")
+        with beside(path) as (temporary, _):
+            pass
+        remove([temporary])
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name ``path`` in every error of the system."""
+    try:
+        yield
+    except OSError as error:
+        reason, fix = error.strerror or str(error), "choose a folder that exists, is writable and has room"
+        raise OSError(error.errno, f"cannot write {path}: {reason}; an older file is untouched; {fix}") from error
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
+    """A new file for what is to replace ``path``: (its name, itself); synced at the end, removed after an exception.
+
+    Nobody can have planted a file or a link under its name: it is random and must not exist. It also carries host and
+    process: what a killed process left behind is removed by the next write to ``path``.
+    """
+    _remove_stale(path)
+    temporary = path.with_name(f"{_prefix(path)}{os.getpid()}.{secrets.token_hex(8)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+    try:
+        with open(descriptor, "wb") as file:
+            _hand_on_mode(path, file)
+            yield temporary, file
             file.flush()
             os.fsync(file.fileno())
+    except BaseException:
+        remove([temporary])
+        raise
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """The rename that makes it count."""
+    try:
         os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if not isinstance(error, OSError):
-            raise
-        reason = error.strerror or str(error)
-        fix = "choose a folder that exists, is writable and has room"
-        raise OSError(error.errno, f"cannot write {path}: {reason}; an older file is untouched; {fix}") from error
+    except BaseException:
+        remove([temporary])
+        raise
+
+
+def _hand_on_mode(path: Path, file: IO[bytes]) -> None:
+    """Give ``file`` owner and mode of the regular file that it will replace, as far as the system lets us."""
+    with suppress(FileNotFoundError):
+        old = os.lstat(path)
+        if stat.S_ISREG(old.st_mode) and hasattr(os, "fchmod"):
+            with suppress(OSError):
+                os.fchown(file.fileno(), old.st_uid, old.st_gid)
+            os.fchmod(file.fileno(), stat.S_IMODE(old.st_mode) & 0o777)
+
+
+def _prefix(path: Path) -> str:
+    """What the names of this host's temporary files for ``path`` begin with."""
+    name = path.name
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    return f".{name}.{socket.gethostname()}."
 
 
 def _remove_stale(path: Path) -> None:
     """Remove temporary files of ``path`` whose process, on this host, is gone."""
-    start = f".{path.name}.{socket.gethostname()}."
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        pid = leftover.name[len(start) : -len(".tmp")]
-        if leftover.name.startswith(start) and pid.isdigit() and not _alive(int(pid)):
-            with suppress(OSError):
-                leftover.unlink()
+    prefix = _prefix(path)
+    rest = re.compile(r"(\d+)(\.[0-9a-f]{16})?\.tmp")  # without the random part: an older version's
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        match = rest.fullmatch(leftover.name[len(prefix) :])
+        if match and not _alive(int(match[1])):
+            remove([leftover])
 
 
 def _alive(pid: int) -> bool:
@@ -76,14 +125,14 @@ def _alive(pid: int) -> bool:
         return True  # elsewhere, os.kill(pid, 0) does not merely ask
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass
     return True
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the rename itself durable, where the system lets a folder be opened."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
@@ -93,222 +142,34 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def write_safetensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Write a ``.safetensors`` file through :func:`atomic_writer`, one tensor at a time, the same bytes every time.
-
-    The safetensors package's own writer neither syncs nor renames. Wide dtypes come first, so that every tensor is
-    aligned to its own element.
-
-    Raises:
-        OSError: see :func:`atomic_writer`.
-    """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    offset = 0
-    for name in order:
-        tensor = tensors[name]
-        span = [offset, offset + tensor.nbytes]
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
-        offset = span[1]
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with atomic_writer(path) as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for name in order:
-            file.write(as_bytes(tensors[name]))
-
-
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The tensor's elements as bytes in row-major order, without a copy where it is contiguous and on the CPU."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def to_json(content: Any) -> str:
-    """The one spelling of ``content`` that digests are taken of."""
-    return json.dumps(content, separators=(",", ":"), allow_nan=False)
-
-
-def text_digest(text: str) -> str:
-    """SHA-256, hexadecimal."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def save_tensors(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, torch.Tensor],
-    content: dict[str, Any],
-    max_shard_bytes: int | None = None,
-) -> Path:
-    """Write tensors and a JSON description: one file, or shards and ``<path>.index.json`` as the Hugging Face hub does.
-
-    Shards carry a digest of ``content`` in their names, and the index, renamed into place last, is what makes them
-    count: a write that fails or is killed leaves the older set as it was.
-
-    Args:
-        path: ends in ``.safetensors``.
-        content: describes the tensors well enough (digests) that equal content means equal tensors.
-        max_shard_bytes: start a new shard beyond this size; one tensor is never split. None for a single file.
-
-    Returns:
-        ``path``, or its index.
-
-    Raises:
-        ValueError: the path's ending, or a size below 1.
-        OSError: see :func:`atomic_writer`.
-    """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"path: expected a name that ends in '.safetensors', got {str(path)!r}")
-    if max_shard_bytes is not None and max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes: expected at least 1 or None, got {max_shard_bytes}")
-    text = to_json(content)
-    metadata = {METADATA_KEY: text, DIGEST_KEY: text_digest(text)}
-    index_path = index_of(path)
-    old = _old_shards(path)
-    shards = _fill_shards(tensors, max_shard_bytes)
-    if len(shards) == 1:
-        write_safetensors(path, tensors, metadata)
-        _remove([index_path, *old])
-        return path
-    stem, count = f"{path.stem}-{metadata[DIGEST_KEY][:8]}", len(shards)
-    names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    files = [path.with_name(name) for name in names]
-    weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
-    try:
-        for file, keys in zip(files, shards, strict=True):
-            write_safetensors(file, {key: tensors[key] for key in keys}, {SHARD_KEY: index_path.name})
-        with atomic_writer(index_path) as writer:
-            writer.write(json.dumps(index, indent=1, allow_nan=False).encode())
-    except BaseException:
-        _remove([file for file in files if file not in old])
-        raise
-    _remove([path, *(file for file in old if file not in files)])
-    return index_path
-
-
-def index_of(path: Path) -> Path:
-    return path.with_name(path.name + ".index.json")
-
-
-def _fill_shards(tensors: Mapping[str, torch.Tensor], max_shard_bytes: int | None) -> list[list[str]]:
-    """Names per shard, in order, each shard as full as it may be."""
-    shards: list[list[str]] = [[]]
-    room = math.inf if max_shard_bytes is None else max_shard_bytes
-    left = room
-    for name, tensor in tensors.items():
-        if tensor.nbytes > left and shards[-1]:
-            shards.append([])
-            left = room
-        shards[-1].append(name)
-        left -= tensor.nbytes
-    return shards
-
-
-def _old_shards(path: Path) -> list[Path]:
-    """Shards that earlier calls with this path wrote, also of one that was killed before its index."""
-    pattern = re.compile(re.escape(path.stem) + r"-[0-9a-f]{8}-\d{5}-of-\d{5}\.safetensors")
-    return [file for file in path.parent.glob("*.safetensors") if pattern.fullmatch(file.name)]
-
-
-def _remove(files: list[Path]) -> None:
+def remove(files: list[Path]) -> None:
     for file in files:
         with suppress(OSError):
             file.unlink()
 
 
-class SavedTensors:
-    """What :func:`save_tensors` wrote, mapped: opening reads headers, a tensor's pages are read when they are touched.
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """One writer at a time: sets of several files are exchanged under it. It is short, and a dead process lets go.
 
-    ``content`` is the description, verified against its own digest; ``saved[key]`` a tensor.
-
-    Args:
-        path: the file or the index; of a sharded set also the name that was given to :func:`save_tensors`.
-
-    Raises:
-        FileNotFoundError: no such file, or a shard is missing.
-        ValueError: truncated, corrupt or of another kind.
+    The folder itself is locked, so nothing is left in it. Where a system has no such locks, nobody waits.
     """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        path = Path(path)
-        if path.suffix == ".safetensors" and not path.exists() and index_of(path).exists():
-            path = index_of(path)
-        self.path = path
-        if path.suffix == ".json":
-            metadata = self._open_shards()
-        else:
-            file, metadata = _map(path)
-            if SHARD_KEY in metadata:
-                raise ValueError(f"{path}: expected a whole set, got one shard; load {metadata[SHARD_KEY]} beside it")
-            self._files = dict.fromkeys(file.keys(), file)
-        self.content = self._verified(metadata)
-
-    def __reduce__(self) -> tuple[type, tuple[Path]]:
-        return type(self), (self.path,)  # a copy maps the same file anew
-
-    def _open_shards(self) -> dict[str, Any]:
-        try:
-            index = json.loads(self.path.read_bytes())
-            weight_map, metadata = dict(index["weight_map"]), dict(index["metadata"])
-            shards = {name: _map(self.path.with_name(name))[0] for name in sorted(set(weight_map.values()))}
-        except FileNotFoundError as error:
-            missing = error.filename or error
-            raise FileNotFoundError(error.errno, f"{self.path}: {missing}; copy all shards beside the index") from error
-        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise _corrupt(self.path, f"not an index: {error!r}") from error
-        self._files = {key: shards[name] for key, name in weight_map.items()}
-        for key, file in self._files.items():
-            if key not in file.keys():  # noqa: SIM118 - not a dict
-                raise _corrupt(self.path, f"{key!r} is not in its shard")
-        return metadata
-
-    def _verified(self, metadata: dict[str, Any]) -> dict[str, Any]:
-        text, digest = metadata.get(METADATA_KEY), metadata.get(DIGEST_KEY)
-        if not isinstance(text, str):
-            raise _corrupt(self.path, "no description by this library")
-        if text_digest(text) != digest:
-            raise _corrupt(self.path, "its description does not match its digest")
-        described: dict[str, Any] = json.loads(text)
-        return described
-
-    def check_layout(self, expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        """Compare every tensor's dtype and shape, from the headers alone.
-
-        Raises:
-            ValueError: naming the tensor.
-        """
-        for key in expected.keys() ^ self._files.keys():
-            raise _corrupt(self.path, f"tensor {key!r} is {'missing' if key in expected else 'not described'}")
-        for key, (dtype, shape) in expected.items():
-            view = self._files[key].get_slice(key)
-            want, got = (DTYPE_NAMES[dtype], shape), (view.get_dtype(), tuple(view.get_shape()))
-            if got != want:
-                raise _corrupt(self.path, f"tensor {key!r}: expected {want}, got {got}")
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._files[key].get_tensor(key)
-        return tensor
-
-
-def _map(path: Path) -> tuple[Any, dict[str, str]]:
     try:
-        file = safe_open(str(path), framework="pt")
-        return file, file.metadata() or {}
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, "no such file", str(path.absolute())) from error
-    except PermissionError:
-        raise
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _corrupt(path, str(error)) from error
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        with suppress(OSError):  # a network file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may hold the descriptor still
+        os.close(descriptor)
 
 
-def _corrupt(path: Path, reason: str) -> ValueError:
-    return ValueError(
-        f"{path}: expected a whole file as this library wrote it, got one that is truncated, corrupt or of another "
-        f"kind ({reason}); copy it again or collect it anew"
-    )
+def no_such_file(path: Path) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, "no such file", str(path.absolute()))

@@ -24,6 +24,10 @@ MIN_COMPRESSED_NUMEL = 4096
 SMALLEST_SCALE = 2.0**-126
 """Groups whose scale would be subnormal are stored as zeros: GPUs and CPUs disagree on subnormal arithmetic."""
 
+SQUARED_NORM_LIMIT = 0.999e36
+"""A gradient tensor with a norm of 1e18 or more counts as non-finite, in every backend alike: beyond, squares and
+second moments leave fp32. Just below 1e36, so that 1e18 rounded to bf16 counts too."""
+
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """``(rows, cols)`` of ``tensor.flatten(1)``; a 0-D tensor is one row of one column."""

@@ -6,7 +6,7 @@ import importlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +17,12 @@ from .backends import implementation
 from .base_model import Fingerprint, check_names, check_weights, fingerprint, named_once, normalize_name
 from .curvature_records import CurvatureRecord
 from .factors import Curvature
-from .files import SavedTensors, save_tensors, text_digest, to_json
 from .formats import STORAGE_FORMATS, EncodedTensor, StoredTensor, check_name
+from .gradient_file import CURVATURE_VERSION, FORMAT_VERSION, KIND, Provenance, described
 from .records import TensorRecord, TensorStatistics, assemble, check_rank, compress, layout, parts, verify
+from .tensor_files import SavedTensors, save_tensors, text_digest, to_json
 
 __all__ = ["GlobalGradient", "Provenance", "TensorRecord", "TensorStatistics", "fingerprint", "normalize_name"]
-
-FORMAT_VERSION = 1
-CURVATURE_VERSION = 2
-"""Of a file that holds curvature; one that does not is written as ever."""
-KIND = "global gradient"
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a global gradient comes from. No timestamps: the same collection gives the same file.
-
-    Args:
-        batches: micro-batches in the mean.
-        tokens: target tokens in them; 0 where the loss function did not say.
-        weighting: ``"tokens"`` or ``"batch"``, see the collector.
-        data: the user's names of the data.
-        data_digest: SHA-256 chained over the micro-batches in their order.
-        dropped_batches: micro-batches left out because their loss was not finite.
-        empty_batches: micro-batches without target tokens.
-    """
-
-    batches: int = 0
-    tokens: int = 0
-    weighting: str = "tokens"
-    data: tuple[str, ...] = ()
-    data_digest: str = ""
-    dropped_batches: int = 0
-    empty_batches: int = 0
 
 
 def shrinkage(record: TensorRecord) -> float:
@@ -348,31 +321,24 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
             ValueError: truncated, corrupt, of another kind or of a newer version.
         """
         saved = SavedTensors(path)
-        content = saved.content
-        if content.get("kind") != KIND:
-            raise ValueError(f"{path}: expected a {KIND}, got a {content.get('kind')}; load the file that save() wrote")
-        if content["format_version"] not in (FORMAT_VERSION, CURVATURE_VERSION):
-            raise ValueError(
-                f"{path}: expected format version {FORMAT_VERSION} or {CURVATURE_VERSION}, got "
-                f"{content['format_version']}, written by dba_kernels {content['library_version']}; install that "
-                "version, or collect again"
-            )
-        records = {
-            name: TensorRecord(**entry | {"shape": tuple(entry["shape"])}) for name, entry in content["tensors"].items()
+        description = described(saved)
+        expected = {
+            f"{n}/{part}": meta for n, record in description.records.items() for part, meta in layout(record).items()
         }
-        curvature = {name: CurvatureRecord.from_json(entry) for name, entry in content.get("curvature", {}).items()}
-        expected = {f"{name}/{part}": meta for name, record in records.items() for part, meta in layout(record).items()}
-        for name, its in curvature.items():
+        for name, its in description.curvature.items():
             expected |= {f"{name}/{part}": meta for part, meta in its.layout().items()}
         saved.check_layout(expected)
-        provenance = content["provenance"]
-        provenance["data"] = tuple(provenance["data"])
-        return cls(
-            *(records, content["fingerprint"], Provenance(**provenance), content["library_version"]),
+        gg = cls(
+            *(description.records, description.fingerprint, description.provenance, description.library_version),
             saved=saved,
-            curvature_records=curvature,
-            calibration=content.get("calibration"),
+            curvature_records=description.curvature,
+            calibration=description.calibration,
         )
+        if gg.digest != description.digest:
+            raise ValueError(
+                f"{path}: expected digest {gg.digest[:12]}…, as its tensors have, got another; collect anew"
+            )
+        return gg
 
     def _content(self) -> dict[str, Any]:
         curvature = {name: record.to_json() for name, record in self.curvature_records.items()}
@@ -385,3 +351,12 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
             "provenance": asdict(self.provenance),
             "tensors": {name: asdict(record) for name, record in self.records.items()},
         } | ({"curvature": curvature, "calibration": self.calibration} if curvature else {})
+
+
+def save_or_hand_over(gg: GlobalGradient, path: str | os.PathLike[str]) -> None:
+    """Save; where that fails, hours of collection are not lost with it."""
+    try:
+        gg.save(path)
+    except OSError as error:
+        error.global_gradient = gg  # type: ignore[attr-defined]
+        raise

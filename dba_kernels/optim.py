@@ -16,13 +16,14 @@ from torch.optim import Optimizer
 
 from . import ops
 from .base_model import check_param_names, names_of
-from .distributed import Sharding, local
 from .formats import PARAM_FORMATS, STATE_FORMATS, check_name
 from .global_gradient import GlobalGradient
 from .method import BoostSchedule, Correction, Method, check_group
 from .metrics import metrics
+from .param_groups import check_hyperparameters
 from .plan import ActiveSet, Plan
-from .state import StateOptions, allocate
+from .saved_state import check_states, for_torch, restore_uncast, to_saved
+from .state import StateOptions, allocate, only_allocates
 from .stepdata import StepOverrides
 
 
@@ -226,7 +227,7 @@ class DBAAdamW(Optimizer):
                     grads.append(grad)
         if not params:
             return loss
-        if self._only_allocates(grads):
+        if only_allocates(self.state, self.param_groups, self._named(), grads):
             used = [(name, param) for name, param in self._named() if param.grad is not None]
             allocate(used, self.state, self.options)
             return loss
@@ -283,16 +284,6 @@ class DBAAdamW(Optimizer):
         params = (param for group in self.param_groups for param in group["params"])
         return zip(names_of(self.param_groups), params, strict=True)
 
-    def _only_allocates(self, grads: list[torch.Tensor]) -> bool:
-        """Checkpoint libraries call ``step()`` on empty state with lr 0 and zero gradients to have state allocated."""
-        if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
-            return False
-        zero = all(not torch.any(local(grad)) for grad in grads)
-        sharding = Sharding(self._named())
-        if sharding.communicates:  # zeros in the rows here do not make a gradient zero: all ranks decide alike
-            zero = not sharding.sum_(torch.tensor(float(not zero), device=sharding.mesh.device_type))
-        return zero
-
     # --- what it says -------------------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
@@ -325,10 +316,25 @@ class DBAAdamW(Optimizer):
             )
         self._drop_plan()
 
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's; the groups also carry the steps done and skipped, and the global gradient's path and digest."""
+    def state_dict(self, format: str = "own") -> dict[str, Any]:
+        """As torch's; the groups also carry the steps done and skipped, and the global gradient's path and digest.
+
+        Args:
+            format: ``"own"``, to be loaded by this class: what is stored, under names that no other optimizer takes for
+                its own where they are codes. ``"torch"``: fp32 moments for ``torch.optim.AdamW``; use
+                :func:`~dba_kernels.fp32_state_dict` for weights to go with it.
+        """
+        check_name("format", format, ("own", "torch"))
         self._store_counters()
-        return super().state_dict()
+        packed = super().state_dict()
+        params = [param for group in self.param_groups for param in group["params"]]
+        if format == "torch":
+            return for_torch(packed, params)
+        return {**packed, "state": {i: to_saved(state, params[i]) for i, state in packed["state"].items()}}
+
+    def allocate_state(self) -> None:
+        """State of every trainable parameter, as the first step would make it; what is there stays."""
+        allocate([(name, param) for name, param in self._named() if param.requires_grad], self.state, self.options)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of ``torch.optim.AdamW``; nothing is cast to the parameter's dtype.
@@ -344,13 +350,16 @@ class DBAAdamW(Optimizer):
 
         def capture(_: Optimizer, final: dict[str, Any]) -> None:
             self._check_saved_groups(final["param_groups"])
+            check_states(names_of(self.param_groups), final)
             saved.update(final)
 
         kept_keys = ("global_gradient", "param_names")
         own: list[dict[str, Any]] = [{k: group[k] for k in kept_keys if k in group} for group in self.param_groups]
         hooks = (
             self.register_load_state_dict_pre_hook(capture),
-            self.register_load_state_dict_post_hook(lambda _: self._restore_uncast(saved), prepend=True),
+            self.register_load_state_dict_post_hook(
+                lambda _: restore_uncast(self.state, self.param_groups, saved), prepend=True
+            ),
         )
         try:
             super().load_state_dict(state_dict)
@@ -365,18 +374,11 @@ class DBAAdamW(Optimizer):
         self._write_identity()
 
     def _check_saved_groups(self, saved_groups: list[dict[str, Any]]) -> None:
-        for group, saved in zip(self.param_groups, saved_groups, strict=False):  # torch reports a differing number
+        for i, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=False)):  # torch counts them
+            check_hyperparameters(i, saved)
             check_group({**self.defaults, **saved})
             check_param_names(group.get("param_names"), saved.get("param_names"))
             self.method.check_saved(saved.get("global_gradient"))
-
-    def _restore_uncast(self, saved: dict[str, Any]) -> None:
-        saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, param in zip(saved_ids, params, strict=True):
-            for key, value in saved["state"].get(i, {}).items():
-                if torch.is_tensor(value):
-                    self.state[param][key] = value.detach().to(param.device, copy=True)
 
     def _store_counters(self) -> None:
         if self._plan is not None:

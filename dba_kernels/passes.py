@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from .distributed import Sharding, local
 from .sums import GradientSums
+from .weights import WeightWatch
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,13 @@ class Untouched:
 
     def __init__(self, model: nn.Module, params: Mapping[str, torch.Tensor]) -> None:
         self.model, self.params = model, params
-        self._versions: list[tuple[str, torch.Tensor, int]] = []  # torch counts in-place writes
+        self._weights: WeightWatch | None = None
 
     def __enter__(self) -> None:
         self._modes = [(module, module.training) for module in self.model.modules()]
         self._grads = [(param, param.grad) for param in self.params.values()]
-        self._versions = [(name, param, param._version) for name, param in self.model.named_parameters()]
+        self._weights = self._weights or WeightWatch(self.model)
+        self._weights.check_content()  # between two passes, too
         self.model.eval()
         for param in self.params.values():
             param.grad = None
@@ -58,18 +60,15 @@ class Untouched:
         for param, grad in self._grads:
             param.grad = grad
 
-    def check(self) -> None:
-        """Whether the weights still are what they were.
+    def check(self, replaced: bool = True) -> None:
+        """:meth:`.weights.WeightWatch.check`, once it has been entered."""
+        if self._weights is not None:
+            self._weights.check(replaced)
 
-        Raises:
-            RuntimeError: naming the parameter that was written to.
-        """
-        for name, param, version in self._versions:
-            if param._version != version:
-                raise RuntimeError(
-                    f"parameter {name!r}: expected untouched weights, got {param._version - version} writes during the "
-                    "collection; do not step an optimizer meanwhile"
-                )
+    def check_content(self) -> None:
+        """:meth:`.weights.WeightWatch.check_content`, once it has been entered."""
+        if self._weights is not None:
+            self._weights.check_content()
 
 
 class WholeModel:
@@ -81,8 +80,11 @@ class WholeModel:
         sharding: of the model.
 
     Attributes:
+        alone: whether no other process takes part in a backward pass.
         weight: w_i during a backward pass, else None; it stays where a pass fails half-way.
     """
+
+    alone = True
 
     def __init__(self, params: Mapping[str, torch.Tensor], sums: GradientSums, sharding: Sharding) -> None:
         self.params, self.sums, self.sharding = params, sums, sharding
@@ -140,13 +142,15 @@ class WholeModel:
     def complete(self) -> None:
         """Bring the sums together, when all micro-batches have been seen."""
 
-    def write(self, write: Callable[[], object], means: Iterator[object]) -> None:
-        """Call ``write``, which exhausts ``means``, in the process that writes."""
-        write()
+    def where_written(self, act: Callable[[], object], means: Iterable[object] = ()) -> None:
+        """Call ``act`` in the process that writes; it may take from ``means``."""
+        act()
 
 
 class ShardedModel(WholeModel):
     """FSDP2 itself hands over the rows of the gradient when it has averaged them; they stay until the pass ends."""
+
+    alone = False
 
     def watch(self, stack: contextlib.ExitStack) -> None:
         pass
@@ -191,16 +195,16 @@ class ShardedModel(WholeModel):
     def complete(self) -> None:
         self.sums.reduce_rows()
 
-    def write(self, write: Callable[[], object], means: Iterator[object]) -> None:
-        """``write`` on the mesh's first rank; all go on together, whatever became of it."""
+    def where_written(self, act: Callable[[], object], means: Iterable[object] = ()) -> None:
+        """``act`` on the mesh's first rank; all go on together, or end together, whatever became of it."""
         failed: Exception | None = None
         try:
             if self.sharding.first:
-                write()
+                act()
         except Exception as error:
             failed = error
         for _ in means:  # gathering takes all ranks to the end
             pass
         vote = torch.tensor(float(failed is not None), device=self.sharding.mesh.device_type)
         if self.sharding.over_mesh_(vote):
-            raise failed or RuntimeError("finish(): the rank that writes the file failed; its error says why")
+            raise failed or RuntimeError("save_to: the rank that writes the file failed; its error says why")

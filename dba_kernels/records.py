@@ -6,12 +6,13 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from . import ops
-from .files import DTYPE_NAMES, as_bytes
+from .descriptions import COUNT, NOT_NEGATIVE, NUMBER_OR_NONE, SHA256, SHAPE, Check, is_count, one_of, read, within
 from .formats import (
     STORAGE_FORMATS,
     EncodedTensor,
@@ -22,9 +23,13 @@ from .formats import (
     scales_shape,
     storage_format,
 )
+from .tensor_files import DTYPE_NAMES, as_bytes
 
 _CHUNK = 2**16  # elements measured at once: stays in cache, and small blocks do not fragment the heap of a full machine
 _BLOCK = 2**12  # elements per partial sum
+NORM_TOLERANCE = 1e-4
+"""Relative, between the recorded squared norm and that of what is read: low-rank factors are multiplied in another
+order on another machine."""
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Part of a stored tensor (``codes``, ``scales``, ``sigma``, ``u.codes`` …) → dtype and shape."""
@@ -72,6 +77,33 @@ class TensorRecord:
     signal: float | None = None
     noise: float | None = None
     dropped: int = 0
+
+    @classmethod
+    def read(cls, what: str, entry: Any) -> TensorRecord:
+        """Inverse of ``asdict``.
+
+        Raises:
+            ValueError: a field is missing, unknown, or cannot be.
+        """
+        checks: dict[str, Check] = {
+            "shape": SHAPE,
+            "format": one_of(STORAGE_FORMATS),
+            "rank": ((lambda value: value is None or (is_count(value) and value > 0)), "a rank or null"),
+            "digest": SHA256,
+            "squared_norm": NOT_NEGATIVE,
+            "relative_error": NOT_NEGATIVE,
+            "cosine": within(-1.0, 1.0),
+            "energy": within(0.0, 1.0),
+            "signal": NUMBER_OR_NONE,
+            "noise": NUMBER_OR_NONE,
+            "dropped": COUNT,
+        }
+        record = read(cls, what, entry, checks)
+        if record.rank is not None and not takes_rank(record.shape, record.rank):
+            raise ValueError(f"{what}: expected a rank that saves bytes for shape {record.shape}, got {record.rank}")
+        if record.rank is None and storage_format(record.format, record.shape).name != record.format:
+            raise ValueError(f"{what}: expected format 'fp32' for shape {record.shape}, got {record.format!r}")
+        return record
 
     @property
     def signal_to_noise(self) -> float | None:
@@ -218,7 +250,7 @@ def verify(name: str, record: TensorRecord, stored: StoredTensor, where: object)
     """Check content that was read from a file.
 
     Raises:
-        ValueError: the digest differs, or NaN or Inf is stored.
+        ValueError: the digest differs, NaN or Inf is stored, or the norm is not what the record says.
     """
     if digest(stored) != record.digest:
         raise ValueError(
@@ -229,6 +261,12 @@ def verify(name: str, record: TensorRecord, stored: StoredTensor, where: object)
         finite = torch.isfinite(tensor).all() if tensor.is_floating_point() else True
         if not finite:
             raise ValueError(f"tensor {name!r} in {where}: expected finite {part}, got NaN or Inf; collect it anew")
+    found = _stored_squared_norm(stored)
+    if not math.isclose(found, record.squared_norm, rel_tol=NORM_TOLERANCE, abs_tol=1e-40):
+        raise ValueError(
+            f"tensor {name!r} in {where}: expected a squared norm of {found:.9g}, as its content has, got "
+            f"{record.squared_norm:.9g} in the description; collect it anew"
+        )
 
 
 # --- measures ---------------------------------------------------------------------------------------------------------
@@ -251,6 +289,16 @@ def squared_norm(tensor: torch.Tensor) -> float:
     """‖tensor‖² in float64, the same bits with any number of threads."""
     rows = tensor.detach().reshape(1) if tensor.dim() == 0 else tensor.detach()
     return math.fsum(_ordered_sum(rows[a:b].double().square()) for a, b in _chunks(tuple(rows.shape)))
+
+
+def _stored_squared_norm(stored: StoredTensor) -> float:
+    """‖stored‖² in float64, a range of rows at a time."""
+    if not stored.shape:
+        return squared_norm(ops.decode(stored))
+    return math.fsum(
+        _ordered_sum(ops.decode(stored.row_slice(start, stop)).double().square())
+        for start, stop in _chunks(stored.shape)
+    )
 
 
 def _compare(exact: torch.Tensor, stored: StoredTensor) -> tuple[float, float, float]:

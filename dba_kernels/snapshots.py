@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from .distributed import Sharding
-from .files import SavedTensors
 from .sums import GradientSums
+from .tensor_files import SavedTensors
 
 
 class Snapshots:
@@ -37,6 +37,7 @@ class Snapshots:
         self.sharding = sharding
         self.identity = identity
         self._kept: Path | None = None  # written last, or gone on from: the next is another, where there are two
+        self._consumed = 0  # micro-batches in that one
         self.files = [] if self.path is None else [self.path]
         if self.path is not None and sharding.mesh is not None:
             self.identity = identity | {"rows": [list(rows or ()) for rows in sharding.rows]}
@@ -44,12 +45,20 @@ class Snapshots:
             stem = f"{self.path.stem}.rank{place}-of-{sharding.mesh.size()}"
             self.files = [self.path.with_name(f"{stem}.{turn}{self.path.suffix}") for turn in "ab"]
 
-    def save_if_due(self, sums: GradientSums) -> None:
-        """Write ``sums`` where their count of micro-batches asks for it."""
-        if self.files and sums.progress.consumed % self.every == 0:
-            file = next((file for file in self.files if file != self._kept), self.files[0])
-            sums.save(file, self.identity)
-            self._kept = file
+    def due(self, sums: GradientSums) -> bool:
+        """Whether the count of micro-batches asks for a snapshot."""
+        return bool(self.files) and sums.progress.consumed % self.every == 0
+
+    def save(self, sums: GradientSums) -> None:
+        """Write ``sums``."""
+        file = next((file for file in self.files if file != self._kept), self.files[0])
+        sums.save(file, self.identity)
+        self._kept, self._consumed = file, sums.progress.consumed
+
+    def save_rest(self, sums: GradientSums) -> None:
+        """Write ``sums`` if they hold more than the last snapshot, whatever their count: the pass has ended."""
+        if self.files and sums.progress.consumed > self._consumed:
+            self.save(sums)
 
     def resume(self, sums: GradientSums) -> None:
         """Load the newest snapshot, of a sharded model the newest that all ranks have, if there is one.
@@ -61,6 +70,7 @@ class Snapshots:
         if self.sharding.mesh is None or not self.files:
             for file in there:
                 sums.load(file, self.identity)
+            self._consumed = sums.progress.consumed
             return
         found = {SavedTensors(file).content.get("progress", {}).get("consumed", 0): file for file in there}
         mine = torch.tensor(max(found, default=0), device=self.sharding.mesh.device_type)
@@ -74,3 +84,4 @@ class Snapshots:
             )
         self._kept = found[newest]
         sums.load(self._kept, self.identity)
+        self._consumed = newest

@@ -18,8 +18,9 @@ import torch
 
 from .backends import implementation
 from .base_model import normalize_name
-from .distributed import PLAIN_TYPES, layout_of, like, local, zeros
+from .distributed import PLAIN_TYPES, Sharding, layout_of, like, local, zeros
 from .formats import PARAM_FORMATS, STATE_FORMATS, is_compressible
+from .saved_state import adopt_remainder
 
 States = MutableMapping[torch.Tensor, dict[str, Any]]
 """``optimizer.state``."""
@@ -71,8 +72,8 @@ def _convert_moments(state: dict[str, Any], param: torch.Tensor, state_format: s
         exp_avg_sq = codec.decode_exp_avg_sq(exp_avg_sq, local(state.pop("exp_avg_sq_scale")), shape)
     parts = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     if state_format == "int8":
-        parts["exp_avg"], parts["exp_avg_scale"] = codec.encode_exp_avg(exp_avg)
-        parts["exp_avg_sq"], parts["exp_avg_sq_scale"] = codec.encode_exp_avg_sq(exp_avg_sq)
+        keys = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
+        parts = dict(zip(keys, codec.encode_moments(exp_avg, exp_avg_sq), strict=True))
     for key, part in parts.items():
         whole, dtype = wanted[key]
         state[key] = like(param, part.to(dtype).contiguous(), whole)
@@ -90,7 +91,7 @@ def prepare(state: dict[str, Any], param: torch.Tensor, param_format: str, state
         ValueError: the loaded state has another shape or layout over ranks, or a remainder of another
             ``param_format``.
     """
-    for key, value in state.items():
+    for key, value in list(state.items()):
         if torch.is_tensor(value) and key != "step" and layout_of(value) != layout_of(param):
             raise ValueError(
                 f"{key} of {name!r}: expected the parameter's layout over the ranks, {layout_of(param)}, got "
@@ -103,24 +104,11 @@ def prepare(state: dict[str, Any], param: torch.Tensor, param_format: str, state
         state.update({key: zeros(param, *kind) for key, kind in parts.items()})
     else:
         _convert_moments(state, param, state_format, name)
-    expected = PARAM_FORMATS[param_format].remainder
-    got = state["remainder"].dtype if "remainder" in state else None
-    if got is None and expected is not None:
-        if param_format == "master":
-            state["remainder"] = param.detach().to(expected, copy=True)
-        else:
-            state["remainder"] = zeros(param, tuple(param.shape), expected)
-    elif got is not None and got == expected and state["remainder"].shape != param.shape:
-        raise ValueError(
-            f"remainder of {name!r}: expected shape {tuple(param.shape)}, got {tuple(state['remainder'].shape)}; "
-            "the state belongs to another model"
-        )
-    elif got != expected:
-        by_dtype: dict[Any, str] = {known.remainder: format for format, known in PARAM_FORMATS.items()}
-        raise ValueError(
-            f"remainder of {name!r}: expected param_format {param_format!r}, the state was saved with "
-            f"{by_dtype.get(got, got)!r}; make the optimizer with that param_format"
-        )
+    adopt_remainder(state, param, param_format, name)
+    kept = PARAM_FORMATS[param_format].remainder
+    if kept is not None and "remainder" not in state:
+        master = param_format == "master"
+        state["remainder"] = param.detach().to(kept, copy=True) if master else zeros(param, tuple(param.shape), kept)
 
 
 def prepare_origin(state: dict[str, Any], param: torch.Tensor, name: str) -> None:
@@ -197,3 +185,16 @@ class Witness:
             and all(map(operator.is_, now, self.values))
             and list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
         )
+
+
+def only_allocates(
+    states: States, groups: list[dict[str, Any]], named: Iterable[tuple[str, torch.Tensor]], grads: list[torch.Tensor]
+) -> bool:
+    """Checkpoint libraries call ``step()`` on empty state with lr 0 and zero gradients to have state allocated."""
+    if states or any(float(group["lr"]) != 0.0 for group in groups):
+        return False
+    zero = all(not torch.any(local(grad)) for grad in grads)
+    sharding = Sharding(named)
+    if sharding.communicates:  # zeros in the rows here do not make a gradient zero: all ranks decide alike
+        zero = not sharding.sum_(torch.tensor(float(not zero), device=sharding.mesh.device_type))
+    return zero

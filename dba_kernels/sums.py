@@ -14,12 +14,17 @@ import torch.distributed as dist
 
 from . import ops
 from .curvature import CurvatureSums
+from .descriptions import COUNT, SHA256, Check, check_fields, read
 from .distributed import Sharding, all_reduce_, gather, local, world_size
-from .files import SavedTensors, as_bytes, save_tensors
+from .formats import SQUARED_NORM_LIMIT
 from .records import TensorStatistics, squared_norm
+from .tensor_files import SavedTensors, as_bytes, save_tensors
 
 KIND = "collection snapshot"
 FORMAT_VERSION = 1
+PROGRESS: dict[str, Check] = dict.fromkeys(("consumed", "batches", "tokens", "dropped", "empty"), COUNT) | {
+    "data_digest": ((lambda value: isinstance(value, str)), "a text")
+}
 
 
 @dataclass
@@ -35,6 +40,12 @@ class Progress:
 
     def counts(self) -> tuple[int, ...]:
         return astuple(self)[:-1]
+
+
+def _usable(grad: torch.Tensor) -> torch.Tensor:
+    """Whether :func:`ops.accumulate` would add it: finite and of no enormous norm."""
+    norm_sq: torch.Tensor = torch.linalg.vector_norm(grad, dtype=torch.float64).square()
+    return norm_sq <= SQUARED_NORM_LIMIT
 
 
 class GradientSums:
@@ -77,9 +88,7 @@ class GradientSums:
 
         What is not finite on one rank adds nothing on any, hence nothing is added before all is known.
         """
-        bad = torch.stack(
-            [self.totals[0].new_zeros(()) if g is None else (~torch.isfinite(g)).any().float() for g in grads]
-        )
+        bad = torch.stack([self.totals[0].new_zeros(()) if g is None else (~_usable(g)).float() for g in grads])
         dropped = (self.sharding.sum_(bad) > 0).cpu()
         for index, (grad, drop) in enumerate(zip(grads, dropped.tolist(), strict=True)):
             if grad is not None and not drop:
@@ -198,19 +207,35 @@ class GradientSums:
             ValueError: corrupt, or of another collection.
         """
         saved, own = SavedTensors(path), self._tensors()
+        version = saved.content.get("format_version")
+        if saved.content.get("kind") == KIND and version != FORMAT_VERSION:
+            raise ValueError(
+                f"{path}: expected format version {FORMAT_VERSION} of a {KIND}, got {version}; go on with the version "
+                "of this library that wrote it, or delete it"
+            )
         for key, want in self._header(identity).items():
-            if saved.content.get(key) != want:
+            if key != "settings" and saved.content.get(key) != want:
                 raise ValueError(
                     f"{path}: expected a snapshot of this collection, got another {key.replace('_', ' ')}; delete it, "
                     "or choose another snapshot_path"
                 )
+        known = saved.content.get("settings")
+        for name, want in identity.get("settings", {}).items():
+            got = known.get(name, want) if isinstance(known, dict) else want  # an older snapshot says nothing
+            if got != want:
+                raise ValueError(
+                    f"{path}: expected a snapshot with {name} {want}, got {got}; go on as the collection began, or "
+                    "delete the snapshot"
+                )
+        progress = read(Progress, f"{path}: progress", saved.content.get("progress"), PROGRESS)
+        digests = check_fields(f"{path}: digests", saved.content.get("digests"), dict.fromkeys(own, SHA256))
         saved.check_layout({key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in own.items()})
         for key, tensor in own.items():
             found = saved[key]
-            if _sha256(found) != saved.content["digests"][key]:
+            if _sha256(found) != digests[key]:
                 raise ValueError(f"{path}: the sum {key!r} is corrupt; delete the snapshot and start again")
             tensor.copy_(found)
-        self.progress = Progress(**saved.content["progress"])
+        self.progress = progress
 
     def _header(self, identity: dict[str, Any]) -> dict[str, Any]:
         return {"kind": KIND, "format_version": FORMAT_VERSION, "parameters": self.names, **identity}

@@ -83,7 +83,7 @@ def test_instructions_per_parameter(hopper):
         assert row["sass_per_parameter"] <= 100, f"{row['name']}: {row['sass_per_parameter']:.1f}"
         assert row["mufu_per_parameter"] <= 8, f"{row['name']}: {row['mufu_per_parameter']:.2f}"
     headline = hopper["step bf16 split16, bf16 grad, int8 state, int8 ĝ"]
-    assert headline["sass_per_parameter"] <= 65
+    assert headline["sass_per_parameter"] <= 70  # 62, and 5 that keep NaN out of weights written outside a step
 
 
 def test_bytes_in_flight(hopper):

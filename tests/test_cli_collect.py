@@ -67,14 +67,14 @@ def test_the_file_holds_the_mean_gradient_per_token(inputs: Path, collected: tup
 
 
 def test_it_says_what_was_done_and_whether_more_is_worth_it(collected: tuple[Path, Result]) -> None:
-    """Protects the report of a collection: counts, signal-to-noise and file are printed, and no snapshot is left."""
+    """Protects the report of a collection: counts, signal-to-noise and file are printed; the sums stay beside it."""
     out, result = collected
     gradient = GlobalGradient.load(out)
     for part in ("80 documents", "global gradient: 8/8", "8 batches", f"{gradient.provenance.tokens:,} target tokens"):
         assert part in result.output
     assert f"signal-to-noise {gradient.signal_to_noise:.3g} after 8 batches" in result.output
     assert f"file: {out}" in result.output and "tokens/s" in result.output
-    assert [path.name for path in out.parent.iterdir()] == [out.name]  # no snapshot is left
+    assert {path.name for path in out.parent.iterdir()} == {out.name, f"{out.stem}.snapshot.safetensors"}
 
 
 def test_a_finished_collection_says_so_and_another_is_refused(inputs: Path, collected: tuple[Path, Result]) -> None:
@@ -88,13 +88,13 @@ def test_a_finished_collection_says_so_and_another_is_refused(inputs: Path, coll
     assert out.read_bytes() == before
 
 
-@pytest.mark.parametrize("more", [(), ("--keep-snapshot", "--batches", 5)], ids=["interrupted", "extended"])
+@pytest.mark.parametrize("more", [(), ("--batches", 5)], ids=["interrupted", "extended"])
 def test_going_on_gives_the_same_bytes(
     inputs: Path, collected: tuple[Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple
 ) -> None:
     """Interrupted after 5 of 8 micro-batches, or finished with 5 and then asked for 8."""
     out = tmp_path / "g.safetensors"
-    options = ("--format", "fp32", "--snapshot-every", 1)
+    options = ("--format", "fp32", "--snapshot-every", 3)
     if not more:
         backward = GlobalGradientCollector.backward
 
@@ -111,6 +111,8 @@ def test_going_on_gives_the_same_bytes(
     assert second.exit_code == 0, second.output
     assert "going on from" in second.output and "5 of 8 batches are done" in second.output
     assert out.read_bytes() == collected[0].read_bytes()
+    dropped = run_collect(inputs, out, *options, "--drop-snapshot")
+    assert dropped.exit_code == 0 and [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
 def test_data_that_end_early_are_used_whole(inputs: Path, tmp_path: Path) -> None:

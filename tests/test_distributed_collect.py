@@ -19,10 +19,10 @@ from torch.distributed.fsdp import fully_shard
 
 from dba_kernels import GlobalGradient, GlobalGradientCollector
 from dba_kernels.collect import collect_global_gradient
-from dba_kernels.files import SavedTensors
 from dba_kernels.passes import ShardedModel, WholeModel
 from dba_kernels.snapshots import Snapshots
 from dba_kernels.sums import GradientSums
+from dba_kernels.tensor_files import SavedTensors
 
 from .support.distributed_model import WORDS, loss_of, make_net, sharded
 from .support.ranks import run_ranks
@@ -235,7 +235,7 @@ def test_what_would_go_wrong_is_refused(collected: dict) -> None:
     """Protects a sharded collection: each misuse is refused on every rank, with the reason."""
     for rank, found in enumerate(collected[2][1]):
         assert found["no path"].startswith("ValueError: save_to: expected the path of a file for a model sharded")
-        mine = "OSError: cannot write" if rank == 0 else "RuntimeError: finish(): the rank that writes the file failed"
+        mine = "OSError: cannot write" if rank == 0 else "RuntimeError: save_to: the rank that writes the file failed"
         assert mine.split(":")[0][-5:] in found["no folder"] and mine.split(": ")[1] in found["no folder"]
         assert "ValueError: reduce(): expected a whole model on every rank" in found["reduce"]
         assert "parameter 'body.norm.weight': expected a DTensor as others are" in found["partly"]
@@ -301,7 +301,8 @@ def test_the_snapshot_gone_on_from_is_overwritten_last(tmp_path: Path) -> None:
         before = sums.progress.consumed
         while sums.progress.consumed < until:
             sums.progress.consumed += 1
-            snapshots.save_if_due(sums)
+            if snapshots.due(sums):
+                snapshots.save(sums)
             if sums.progress.consumed == before + every:  # the first that was written
                 there = [SavedTensors(file).content for file in snapshots.files if file.exists()]
                 taken.append(sorted(content["progress"]["consumed"] for content in there))

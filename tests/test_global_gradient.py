@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dba_kernels import files, ops
+from dba_kernels import ops, tensor_files
 from dba_kernels.base_model import check_weights
 from dba_kernels.formats import STORAGE_FORMATS
 from dba_kernels.global_gradient import GlobalGradient, Provenance, TensorStatistics, fingerprint, normalize_name
@@ -363,11 +363,11 @@ def test_bad_paths(tmp_path: Path) -> None:
     save_file({"w": torch.ones(3)}, tmp_path / "foreign.safetensors")
     with pytest.raises(ValueError, match=r"foreign.safetensors: .*no description by this library"):
         GlobalGradient.load(tmp_path / "foreign.safetensors")
-    files.save_tensors(tmp_path / "other.safetensors", {}, {"kind": "collection snapshot"})
+    tensor_files.save_tensors(tmp_path / "other.safetensors", {}, {"kind": "collection snapshot"})
     with pytest.raises(ValueError, match="expected a global gradient, got a collection snapshot"):
         GlobalGradient.load(tmp_path / "other.safetensors")
     newer = {"kind": "global gradient", "format_version": 3, "library_version": "9.9"}
-    files.save_tensors(tmp_path / "newer.safetensors", {}, newer)
+    tensor_files.save_tensors(tmp_path / "newer.safetensors", {}, newer)
     with pytest.raises(ValueError, match=r"expected format version 1 or 2, got 3, written by dba_kernels 9.9; install"):
         GlobalGradient.load(tmp_path / "newer.safetensors")
 
@@ -377,19 +377,19 @@ def test_description_must_fit_the_tensors(tmp_path: Path) -> None:
     content = small()._content()
     tensors = {key: t for key, t in load_file(small().save(tmp_path / "good.safetensors")).items()}
     path = tmp_path / "bad.safetensors"
-    files.save_tensors(path, {key: t for key, t in tensors.items() if key != "b/codes"}, content)
+    tensor_files.save_tensors(path, {key: t for key, t in tensors.items() if key != "b/codes"}, content)
     with pytest.raises(ValueError, match=r"tensor 'b/codes' is missing"):
         GlobalGradient.load(path)
-    files.save_tensors(path, tensors | {"c/codes": torch.ones(2)}, content)
+    tensor_files.save_tensors(path, tensors | {"c/codes": torch.ones(2)}, content)
     with pytest.raises(ValueError, match=r"tensor 'c/codes' is not described"):
         GlobalGradient.load(path)
-    files.save_tensors(path, tensors | {"b/codes": torch.ones(6)}, content)
+    tensor_files.save_tensors(path, tensors | {"b/codes": torch.ones(6)}, content)
     with pytest.raises(ValueError, match=r"'b/codes': expected \('F32', \(5,\)\), got \('F32', \(6,\)\)"):
         GlobalGradient.load(path)
-    files.save_tensors(path, tensors | {"b/codes": torch.ones(5)}, content)
+    tensor_files.save_tensors(path, tensors | {"b/codes": torch.ones(5)}, content)
     with pytest.raises(ValueError, match=r"tensor 'b' in .*expected content with digest"):
         GlobalGradient.load(path).verify()
-    files.save_tensors(path, tensors, content)
+    tensor_files.save_tensors(path, tensors, content)
     GlobalGradient.load(path).verify()  # negative control: only the tampering was refused
 
 

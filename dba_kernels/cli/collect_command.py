@@ -59,8 +59,9 @@ architecture cannot keep them apart. Neither prompts, padding nor the tokens bet
 same options give the same file.
 
 A collection that was interrupted goes on where its last snapshot (beside --out) stands when the same command is given
-again; one that is finished says so. Under torchrun each process takes every n-th batch, the sums are added up once, and
-the first process writes. At the end you are told whether more batches are worth it.
+again. One that is finished says so, and goes on from there when it is given more --batches: the snapshot stays, at 4
+bytes per parameter, until you delete it or say --drop-snapshot. Under torchrun each process takes every n-th batch, the
+sums are added up once, and the first process writes. At the end you are told whether more batches are worth it.
 
 With --curvature (64 is a good rank) the file also holds the second order of the general loss, with which `finetune`
 holds the weights where general ability needs them (--anchor); with --format none it holds that alone.
@@ -77,7 +78,12 @@ holds the weights where general ability needs them (--anchor); with --format non
 @click.option("--curvature", type=click.IntRange(1), metavar="R", help="Also the second order, factors of rank R.")
 @click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Rows per micro-batch.")
 @click.option("--snapshot-every", type=click.IntRange(1), default=50, show_default=True, help="Micro-batches.")
-@click.option("--keep-snapshot", is_flag=True, help="Keep it at the end: with more --batches, the next call goes on.")
+@click.option(
+    "--keep-snapshot/--drop-snapshot",
+    default=True,
+    show_default=True,
+    help="Keep the sums beside --out, 4 bytes per parameter: with more --batches, the next call goes on from them.",
+)
 @data_options
 def command(**options: Any) -> None:
     run(Options(**options), Ranks.from_environment())
@@ -146,7 +152,8 @@ def _finished(options: Options, ranks: Ranks, work: Workload, batches: Batches, 
         )
     consumed = _consumed(old)
     if consumed < options.batches and sum(1 for _ in islice(batches, consumed + 1)) > consumed:
-        console.print(f"{options.out} holds {consumed:,} batches; collecting {options.batches:,}", soft_wrap=True)
+        anew = "" if _snapshot(options, ranks).exists() else ", from the first: its snapshot is gone"
+        console.print(f"{options.out} holds {consumed:,} batches; collecting {options.batches:,}{anew}", soft_wrap=True)
         return False
     console.print("finished already: nothing to do; delete the file to collect again")
     if not options.keep_snapshot:

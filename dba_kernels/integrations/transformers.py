@@ -9,8 +9,16 @@
     DBACallback.attach(trainer)
     trainer.train()
 
-Learning rate, betas, ε and weight decay come from ``args`` (``TrainingArguments``, ``SFTConfig``), whose schedule,
-linear to 0 by default, is annealing learning. The number of steps T comes from the Trainer when it starts.
+Learning rate, betas, ε and weight decay come from ``args`` (``TrainingArguments``, ``SFTConfig``), read when the
+optimizer is made, so that every trial of a hyper-parameter search trains with its own. Their schedule, linear to 0 by
+default, is annealing learning. The number of steps T comes from the Trainer when it starts.
+
+Trainers that do not take ``optimizer_cls_and_kwargs`` (``Seq2SeqTrainer``, TRL's DPO, GRPO and KTO) have it all the
+same::
+
+    trainer = DPOTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    trainer.optimizer_cls_and_kwargs = dba_adamw(trainer.args, "global_gradient.safetensors")
+    DBACallback.attach(trainer)
 
 **Clipping.** ``TrainingArguments.max_grad_norm`` is 1.0 by default, so the Trainer clips; leave it so. It computes the
 norm at every step in any case, so ``DBAAdamW(max_grad_norm=…)`` would spare nothing here. Both at once are refused.
@@ -38,7 +46,8 @@ def dba_adamw(args: Any, global_gradient: Any = None, **options: Any) -> tuple[t
     """The Trainer's ``optimizer_cls_and_kwargs``.
 
     Args:
-        args: the ``TrainingArguments`` that the Trainer gets; gives ``lr``, ``betas``, ``eps`` and ``weight_decay``.
+        args: the ``TrainingArguments`` that the Trainer gets; gives ``lr``, ``betas``, ``eps`` and ``weight_decay``, as
+            they are when the Trainer makes the optimizer.
         global_gradient: a ``GlobalGradient``, its path, or None for plain AdamW.
         options: any other argument of ``DBAAdamW``; they go before those of ``args``.
 
@@ -50,13 +59,13 @@ def dba_adamw(args: Any, global_gradient: Any = None, **options: Any) -> tuple[t
         >>> args = types.SimpleNamespace(learning_rate=1e-5, weight_decay=0.0, adam_beta1=0.9, adam_beta2=0.999,
         ...                              adam_epsilon=1e-8, max_grad_norm=1.0, deepspeed=None)
         >>> factory, kwargs = dba_adamw(args, state_format="int8")
-        >>> factory.__name__, kwargs["lr"], kwargs["state_format"]
-        ('DBAAdamWFactory', 1e-05, 'int8')
+        >>> factory.__name__, kwargs["training_args"] is args, kwargs["state_format"]
+        ('DBAAdamWFactory', True, 'int8')
     """
     _check_clipping(args, options.get("max_grad_norm"))
     if global_gradient is not None:
         _check_sharding(args)
-    return DBAAdamWFactory, {**_from_arguments(args), "global_gradient": global_gradient, **options}
+    return DBAAdamWFactory, {"training_args": args, "global_gradient": global_gradient, **options}
 
 
 class DBAAdamWFactory:
@@ -65,16 +74,22 @@ class DBAAdamWFactory:
     The Trainer calls it so, because it is no ``Optimizer`` subclass; Axolotl passes its training arguments as well.
     """
 
-    def __call__(self, model: torch.nn.Module, args: Any = None, **kwargs: Any) -> DBAAdamW:
+    def __call__(
+        self, model: torch.nn.Module, args: Any = None, *, training_args: Any = None, **kwargs: Any
+    ) -> DBAAdamW:
         """Named groups by the Trainer's rule: no weight decay for biases and norms.
 
         Args:
             model: its trainable parameters are optimized. Frozen ones that the global gradient knows come along (they
                 never have a gradient) unless ``missing="adamw"``, so that a name too many is still noticed.
-            args: the training arguments, for what ``kwargs`` leave out.
+            args, training_args: the training arguments, of the caller or of :func:`dba_adamw`, for what ``kwargs``
+                leave out.
             kwargs: those of ``DBAAdamW``. ``total_steps`` is ``"later"`` unless given: :class:`DBACallback` sets it.
         """
-        kwargs = {**(_from_arguments(args) if args is not None else {}), **kwargs}
+        args = training_args if args is None else args
+        if args is not None:
+            _check_clipping(args, kwargs.get("max_grad_norm"))
+            kwargs = {**_from_arguments(args), **kwargs}
         gg = kwargs.get("global_gradient")
         if gg is not None:
             gg = kwargs["global_gradient"] = gg if isinstance(gg, GlobalGradient) else GlobalGradient.load(gg)
@@ -101,8 +116,12 @@ class DBACallback(TrainerCallback):
 
     @classmethod
     def attach(cls, trainer: Any) -> None:
-        """Add one to ``trainer``, first in line."""
+        """Add one to ``trainer``, first in line; :func:`dba_adamw` then reads the trainer's own arguments, if it copied
+        those that it was given."""
         trainer.callback_handler.callbacks.insert(0, cls())
+        factory, kwargs = getattr(trainer, "optimizer_cls_and_kwargs", None) or (None, {})
+        if factory is DBAAdamWFactory and "training_args" in kwargs:
+            trainer.optimizer_cls_and_kwargs = factory, {**kwargs, "training_args": trainer.args}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         ours = _unwrapped(optimizer)

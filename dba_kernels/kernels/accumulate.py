@@ -1,7 +1,7 @@
 """Stage 1, the global gradient: fp32 sums over the general data (eq. 1's sum), all tensors in three launches.
 
 Bytes per parameter with bf16 gradients: 12. A non-finite gradient must add nothing, so its norm comes before the sum:
-2 to read it, then 2 + 4 + 4. A finite gradient of magnitude 1e18 or more counts as non-finite.
+2 to read it, then 2 + 4 + 4. A gradient with a norm of 1e18 or more counts as non-finite.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def accumulate(
 ) -> None:
     """``total ← total + weight · grad`` for every tensor; ‖grad‖² of each into ``squared_norms`` (float64 ``[n]``).
 
-    A non-finite gradient adds nothing, whole tensor; its norm is then NaN or infinite.
+    A non-finite gradient adds nothing, whole tensor; its norm is then infinite.
 
     Args:
         totals: fp32 running sums, contiguous.

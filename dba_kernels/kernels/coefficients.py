@@ -11,11 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import formats
 from ..stepdata import NO_OVERRIDES, StepOverrides, StepScalars, StepSettings
 from . import columns as col
 from .common import LAUNCH, WARP
 from .tables import on_device
 
+SQUARED_NORM_LIMIT = tl.constexpr(formats.SQUARED_NORM_LIMIT)
 MOST_PARAMS = 1024
 """Parameters that the program takes at a time: most models need one turn of each of its two loops."""
 
@@ -55,7 +57,8 @@ def load_params(
     REDUCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Per active parameter: mask, row, its hyperparameters' row, (dot, ‖g_D‖²) unscaled, ‖ĝ_G‖² or −1, 1/scale."""
+    """Per active parameter: mask, row, its hyperparameters' row, (dot, ‖g_D‖²) unscaled, 1 where ‖g_D‖² is NaN or too
+    large, ‖ĝ_G‖² or −1, 1/scale."""
     i = first + tl.arange(0, BLOCK)
     inside = i < n_active
     row = tl.load(active_ptr + i, mask=inside, other=0)
@@ -64,10 +67,13 @@ def load_params(
     inverse_scale = tl.load(hyper + col.HYPER_SIGN, mask=inside, other=0.0) / scale
     dot = tl.zeros((BLOCK,), tl.float64)
     grad_sq = tl.zeros((BLOCK,), tl.float64)
+    unusable = tl.zeros((BLOCK,), tl.float64)
     if REDUCE:
         dot = tl.load(sums_ptr + 2 * row, mask=inside, other=0.0) * inverse_scale
-        grad_sq = tl.load(sums_ptr + 2 * row + 1, mask=inside, other=0.0) * (inverse_scale * inverse_scale)
-    return inside, row, hyper, dot, grad_sq, stored_sq, inverse_scale
+        raw_sq = tl.load(sums_ptr + 2 * row + 1, mask=inside, other=0.0)
+        grad_sq = raw_sq * (inverse_scale * inverse_scale)
+        unusable = tl.where((raw_sq <= SQUARED_NORM_LIMIT) & (grad_sq <= SQUARED_NORM_LIMIT), 0.0, 1.0)
+    return inside, row, hyper, dot, grad_sq, unusable, stored_sq, inverse_scale
 
 
 @triton.jit
@@ -139,18 +145,18 @@ def coefficients_kernel(
     scale = load_scalar(loss_scale_ptr, 1.0)
     skip = load_scalar(found_inf_ptr, 0.0) != 0
 
-    total_sq, n_not_finite, scope_dot, scope_grad_sq, scope_sq = zero, zero, zero, zero, zero
+    total_sq, n_unusable, scope_dot, scope_grad_sq, scope_sq = zero, zero, zero, zero, zero
     for first in range(0, n_active, BLOCK):
-        _, _, _, dot, grad_sq, stored_sq, _ = load_params(
+        _, _, _, dot, grad_sq, unusable, stored_sq, _ = load_params(
             first, n_active, active_ptr, group_ptr, hyper_ptr, global_sq_ptr, sums_ptr, scale, REDUCE, BLOCK
         )
         has_global = stored_sq >= 0
         total_sq += tl.sum(grad_sq)
-        n_not_finite += tl.sum(tl.where(grad_sq < float("inf"), 0.0, 1.0))
+        n_unusable += tl.sum(unusable)
         scope_dot += tl.sum(tl.where(has_global, dot, 0.0))
         scope_grad_sq += tl.sum(tl.where(has_global, grad_sq, 0.0))
         scope_sq += tl.sum(tl.where(has_global, stored_sq, 0.0))
-    skip = skip | (n_not_finite > 0)
+    skip = skip | (n_unusable > 0)
     grad_norm = tl.sqrt(total_sq)
     factor = zero + 1.0
     if MAX_GRAD_NORM is not None:
@@ -163,7 +169,7 @@ def coefficients_kernel(
         gamma = clamp(BOOST * (1.0 - steps_done.to(tl.float64) / TOTAL_STEPS), 0.0, BOOST_MAX)  # eq. 2
 
     for first in range(0, n_active, BLOCK):
-        inside, row, hyper, dot, grad_sq, stored_sq, inverse_scale = load_params(
+        inside, row, hyper, dot, grad_sq, _, stored_sq, inverse_scale = load_params(
             first, n_active, active_ptr, group_ptr, hyper_ptr, global_sq_ptr, sums_ptr, scale, REDUCE, BLOCK
         )
         has_global = stored_sq >= 0

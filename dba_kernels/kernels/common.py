@@ -114,7 +114,8 @@ def narrow(value, dtype: tl.constexpr):
     """``value`` in ``dtype``; floats round to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16 and value.dtype == tl.float32:  # where the interpreter would truncate
         bits = value.to(tl.int32, bitcast=True)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        rounded = tl.where(value == value, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+        return rounded.to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         return value.to(dtype)
 

@@ -1,7 +1,8 @@
 """Parameter formats in registers: a low-precision weight and the remainder that completes it.
 
 bf16: the fp32 pattern is cut in two, the weight rounded to nearest (ties away from zero). fp16: the remainder counts
-units of ulp(weight)·2⁻¹⁵ (split16) or ·2⁻⁷ (split8).
+units of ulp(weight)·2⁻¹⁵ (split16) or ·2⁻⁷ (split8). A remainder that cannot be the weight's own is dropped: somebody
+has written the weight since.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import triton
 import triton.language as tl
 
 from .codecs import narrow_integer
+from .common import narrow
+
+NAN_BITS = tl.constexpr(0x7FC00000)  # any NaN is stored so: the GPU's own, 0x7FFFFFFF, would be rounded to -0
 
 
 @triton.jit
@@ -45,6 +49,7 @@ def random_words(seed, step, first, offsets, MASKED: tl.constexpr):
 def stochastic_bf16(value, words):
     """fp32 → bf16, rounded up in magnitude with the probability of what is cut off; the words' low half decides."""
     bits = value.to(tl.int32, bitcast=True) + (words & 0xFFFF).to(tl.int32)
+    bits = tl.where(value == value, bits, NAN_BITS)
     return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
@@ -58,14 +63,23 @@ def fp16_unit_bits(weight, FORMAT: tl.constexpr):
 @triton.jit
 def join(weight, remainder, FORMAT: tl.constexpr):
     """The fp32 parameter."""
-    if weight.dtype == tl.float16:
+    pattern = weight.to(tl.int16, bitcast=True).to(tl.int32)
+    if FORMAT == "master":
+        return tl.where(narrow(remainder, weight.dtype) == weight, remainder, weight.to(tl.float32))
+    elif weight.dtype == tl.float16:
+        low = remainder.to(tl.int32)
+        outward = tl.where(pattern < 0, -low, low)
+        below = ((pattern & 0x3FF) == 0) & ((pattern & 0x7FFF) >= 0x800)  # the lower neighbour is half an ulp away
+        low = tl.where(below & (outward < (-8192 if FORMAT == "split16" else -32)), 0, low)
         wide = weight.to(tl.float32)
-        return wide + remainder.to(tl.float32) * fp16_unit_bits(wide, FORMAT).to(tl.float32, bitcast=True)
+        return wide + low.to(tl.float32) * fp16_unit_bits(wide, FORMAT).to(tl.float32, bitcast=True)
     else:
         low = remainder.to(tl.int32)
         if FORMAT == "split8":
             low = low << 8
-        return ((weight.to(tl.int16, bitcast=True).to(tl.int32) << 16) + low).to(tl.float32, bitcast=True)
+        high = pattern << 16
+        value = (high + low).to(tl.float32, bitcast=True)
+        return tl.where(value == value, value, high.to(tl.float32, bitcast=True))  # a NaN: of ±0, by a borrow, or ±inf
 
 
 @triton.jit
@@ -84,7 +98,7 @@ def split_fp16(value, words, FORMAT: tl.constexpr):
 @triton.jit
 def split_bf16(value, words, FORMAT: tl.constexpr):
     """(weight, remainder as int32)."""
-    bits = value.to(tl.int32, bitcast=True)
+    bits = tl.where(value == value, value.to(tl.int32, bitcast=True), NAN_BITS)
     if FORMAT == "split8":
         bits = (bits + (words >> 24).to(tl.int32)) & -256  # stochastic rounding to a multiple of 2**8
     high = (bits + 0x8000) >> 16

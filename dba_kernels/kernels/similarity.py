@@ -2,7 +2,7 @@
 
 Bytes per parameter with bf16 gradients: 3 with int8 ĝ_G, 2.5 with int4, 2 without (clipping alone); scales add
 4 / GROUP. Sums are taken in a fixed order: per chunk in fp32, over the chunks of a tensor in float64, without atomics.
-A finite gradient of magnitude 1e18 or more counts as non-finite: its square leaves fp32.
+A tensor's gradient with a norm of 1e18 or more counts as non-finite: beyond, its squares leave fp32.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import formats
 from ..stepdata import TensorBatch
 from . import columns as col
 from .codecs import load_global, stored_dtype
@@ -28,6 +29,7 @@ from .common import (
 from .tables import TRITON_DTYPES, on_device, tables_of, vector_elements
 
 SUM_BLOCK = tl.constexpr(1024)
+SQUARED_NORM_LIMIT = tl.constexpr(formats.SQUARED_NORM_LIMIT)
 
 
 @triton.jit
@@ -78,7 +80,8 @@ def reduce_kernel(
 
 @triton.jit
 def finish_kernel(sums_ptr, partials_ptr, pointers_ptr, WIDTH: tl.constexpr):
-    """Sum the chunks of one tensor, in float64, into its row of ``[n, WIDTH]``: (dot, square), or the square alone."""
+    """Sum the chunks of one tensor, in float64, into its row of ``[n, WIDTH]``: (dot, square), or the square
+    alone, which then is infinite where it must not be used."""
     pointers = pointers_ptr + tl.program_id(0).to(tl.int64) * col.POINTERS
     n_chunks = tl.load(pointers + col.N_SLOTS)
     partials = partials_ptr + tl.load(pointers + col.FIRST_SLOT) * 2
@@ -89,9 +92,12 @@ def finish_kernel(sums_ptr, partials_ptr, pointers_ptr, WIDTH: tl.constexpr):
         square += tl.load(partials + 2 * chunk + 1, mask=chunk < n_chunks, other=0).to(tl.float64)
         dot += tl.load(partials + 2 * chunk, mask=chunk < n_chunks, other=0).to(tl.float64)
     row = sums_ptr + tl.load(pointers + col.TABLE_ROW) * WIDTH
-    tl.store(row + WIDTH - 1, tl.sum(square))
+    total = tl.sum(square)
     if WIDTH == 2:
         tl.store(row, tl.sum(dot))
+    else:
+        total = tl.where(total <= SQUARED_NORM_LIMIT, total, float("inf"))
+    tl.store(row + WIDTH - 1, total)
 
 
 @torch.no_grad()

@@ -86,12 +86,7 @@ def update_tile(
         decayed_sq = decode_exp_avg_sq(exp_avg_sq, beta2 * load(v_scale_ptr, at_group, MASKED))
     else:
         decayed, decayed_sq = beta1 * exp_avg.to(tl.float32), beta2 * exp_avg_sq.to(tl.float32)
-    if PARAM_FORMAT == "native":
-        param = weight.to(tl.float32)
-    elif PARAM_FORMAT == "master":
-        param = remainder
-    else:
-        param = join(weight, remainder, PARAM_FORMAT)
+    param = weight.to(tl.float32) if PARAM_FORMAT == "native" else join(weight, remainder, PARAM_FORMAT)
 
     exp_avg = decayed + one_minus_beta1 * boosted  # eq. 7
     exp_avg_sq = decayed_sq + one_minus_beta2 * (boosted * boosted)
@@ -106,6 +101,8 @@ def update_tile(
     if STATE_FORMAT == "int8":
         exp_avg, m_scale = encode_exp_avg(exp_avg)
         exp_avg_sq, v_scale = encode_exp_avg_sq(exp_avg_sq)
+        fits = v_scale < float("inf")  # a group whose second moment has left fp32 starts anew, not as NaN
+        m_scale, v_scale = tl.where(fits, m_scale, 0.0), tl.where(fits, v_scale, 0.0)
         store_scale(m_scale_ptr, start, rows, cols, m_scale, VECTOR, MASKED)
         store_scale(v_scale_ptr, start, rows, cols, v_scale, VECTOR, MASKED)
     if STATE_FORMAT == "bf16":  # to nearest, v could never decay: 1 − β₂ is less than half a bf16 ulp

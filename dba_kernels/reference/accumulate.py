@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
+from ..formats import SQUARED_NORM_LIMIT
+
 
 def accumulate_one(total: torch.Tensor, grad: torch.Tensor, weight: float) -> torch.Tensor:
     """Add ``weight · grad`` to ``total`` in place; return ‖grad‖² (float64 scalar).
 
-    A non-finite gradient adds nothing, whole tensor; its returned norm is then NaN or infinite, which is how the
-    caller counts it.
+    A non-finite gradient adds nothing, whole tensor, nor does one with a norm of 1e18 or more; the returned norm is
+    then infinite, which is how the caller counts it.
 
     Args:
         total: fp32 or fp64 running sum, shape of ``grad``.
@@ -20,6 +22,7 @@ def accumulate_one(total: torch.Tensor, grad: torch.Tensor, weight: float) -> to
     """
     wide = grad.to(total.dtype)
     squared_norm = wide.double().square().sum()
+    squared_norm = torch.where(squared_norm <= SQUARED_NORM_LIMIT, squared_norm, torch.inf)  # NaN too
     total.add_(torch.where(torch.isfinite(squared_norm), wide, torch.zeros_like(wide)), alpha=weight)
     return squared_norm
 

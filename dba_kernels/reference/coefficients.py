@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..formats import SQUARED_NORM_LIMIT
 from ..stepdata import NO_OVERRIDES, PROJECTIONS, Coefficient, Hyper, StepOverrides, StepScalars, StepSettings, Summary
 
 
@@ -80,9 +81,10 @@ def unscaled_and_clipped(
     none = zero.expand(len(scalars.active))
     sums = Sums(none, none, zero, zero + 1.0, torch.zeros_like(zero, dtype=torch.bool))
     if settings.reduce:
-        dot, grad_sq = scalars.sums[scalars.active].unbind(1)
-        sums.skip = ~torch.isfinite(grad_sq).all()
-        dot, grad_sq = dot * inverse_scale, grad_sq * inverse_scale.square()
+        dot, raw_sq = scalars.sums[scalars.active].unbind(1)
+        dot, grad_sq = dot * inverse_scale, raw_sq * inverse_scale.square()
+        usable = (raw_sq <= SQUARED_NORM_LIMIT) & (grad_sq <= SQUARED_NORM_LIMIT)  # false for NaN
+        sums.skip = ~usable.all()
         sums.grad_norm = grad_sq.sum().sqrt()
         sums.factor = clip_factor(sums.grad_norm, settings.max_grad_norm)
         sums.dot, sums.grad_sq = dot * sums.factor, grad_sq * sums.factor.square()

@@ -168,6 +168,18 @@ def encode_exp_avg_sq(exp_avg_sq: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return _ungroup(codes, cols).to(torch.uint8), scale
 
 
+def encode_moments(exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(codes, scales) of ``exp_avg`` and (codes, scales) of ``exp_avg_sq``, as two encodings of one state.
+
+    A group whose second moment has left fp32 starts anew with moments of 0: an infinite scale would make its 64 weights
+    NaN, and torch would never move the one weight again.
+    """
+    codes, scales = encode_exp_avg(exp_avg)
+    codes_sq, scales_sq = encode_exp_avg_sq(exp_avg_sq)
+    fits = torch.isfinite(scales_sq)
+    return codes, scales.where(fits, 0.0), codes_sq, scales_sq.where(fits, 0.0)
+
+
 def decode_exp_avg_sq(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     squares = _groups(codes.to(torch.float32)).square()
     return _ungroup(squares.square() * scales.unsqueeze(2), codes.shape[1]).reshape(shape)

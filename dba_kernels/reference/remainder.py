@@ -8,6 +8,15 @@ for its remainder to fit) and ``remainder = bits - (weight << 16)``. split16 kee
 
 fp16: the weight is the nearest fp16, the remainder is the difference in units of ulp(weight)·2⁻¹⁵ (split16) or
 ulp(weight)·2⁻⁷ (split8). split16 is exact for 2⁻¹⁶ ≤ |θ| ≤ 65504 and within 2⁻⁴⁰ below.
+
+Writes from outside. Whatever somebody writes into a weight between two steps is its new value.
+
+- ``master`` notices: a copy whose rounding is not the weight is dropped, and the weight alone counts.
+- ``split16`` and ``split8`` have no bit to spare for noticing. The remainder stays and completes the new weight, by
+  half an ulp of it at most. A weight that nobody wrote keeps its own, so masking after every step costs nothing.
+  A remainder that no value could have left beside the weight is dropped: bf16, a negative one at ±0 and a positive one
+  at ±inf, whose joined patterns would be NaN; fp16, one that reaches further toward zero from a power of two than half
+  the distance to its lower neighbour.
 """
 
 from __future__ import annotations
@@ -16,6 +25,8 @@ import torch
 
 _MASK32 = 0xFFFFFFFF
 _FP16_FRACTION_BITS = {"split16": 15, "split8": 7}
+_NAN_BITS = 0x7FC00000
+"""Any NaN is stored as this one: others overflow when they are rounded (that of NVIDIA GPUs, 0x7FFFFFFF, to −0)."""
 
 
 def mix32(x: torch.Tensor) -> torch.Tensor:
@@ -45,7 +56,7 @@ def random_words(shape: tuple[int, ...], seed: int, step: int, offset: int, devi
 
 def stochastic_bf16(value: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     """fp32 → bf16, rounded up in magnitude with the probability of what is cut off; ``words & 0xFFFF`` decides."""
-    bits = value.view(torch.int32) + (words & 0xFFFF).to(torch.int32)
+    bits = torch.where(value.isnan(), _NAN_BITS, value.view(torch.int32) + (words & 0xFFFF).to(torch.int32))
     return (bits >> 16).to(torch.int16).view(torch.bfloat16)
 
 
@@ -56,21 +67,26 @@ def _fp16_unit_exponent(weight: torch.Tensor, format: str) -> torch.Tensor:
 
 
 def join(weight: torch.Tensor, remainder: torch.Tensor, format: str) -> torch.Tensor:
-    """The fp32 parameter that ``weight`` and ``remainder`` stand for.
+    """The fp32 parameter that ``weight`` and ``remainder`` stand for; a remainder that is not the weight's is dropped.
 
     Args:
         weight: bf16 or fp16.
         remainder: int16 (split16), int8 (split8) or fp32 (master), shape of ``weight``.
     """
     if format == "master":
-        return remainder
+        return torch.where(remainder.to(weight.dtype) == weight, remainder, weight.to(torch.float32))
+    pattern, low = weight.view(torch.int16).to(torch.int32), remainder.to(torch.int32)
     if weight.dtype == torch.float16:
+        # Powers of two whose lower neighbour is half an ulp away.
+        below = (pattern & 0x3FF == 0) & (pattern & 0x7FFF >= 0x800)
+        quarter = 1 << (_FP16_FRACTION_BITS[format] - 2)
+        low = torch.where(below & (torch.where(pattern < 0, -low, low) < -quarter), 0, low)
         unit = torch.ldexp(torch.ones_like(weight, dtype=torch.float32), _fp16_unit_exponent(weight, format))
-        return weight.to(torch.float32) + remainder.to(torch.float32) * unit
-    low = remainder.to(torch.int32)
+        return weight.to(torch.float32) + low.to(torch.float32) * unit
     if format == "split8":
         low = low << 8
-    return ((weight.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+    value = ((pattern << 16) + low).view(torch.float32)
+    return torch.where(value.isnan(), weight.to(torch.float32), value)
 
 
 def split(
@@ -95,7 +111,7 @@ def split(
         if format == "split16":
             return weight, units.round().to(torch.int16)
         return weight, (units + random.to(torch.float32) / 256).floor().to(torch.int8)
-    bits = value.view(torch.int32)
+    bits = torch.where(value.isnan(), _NAN_BITS, value.view(torch.int32))
     if format == "split8":
         bits = (bits + random.to(torch.int32)) & ~0xFF
     high = (bits + 0x8000) >> 16

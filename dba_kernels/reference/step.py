@@ -60,12 +60,9 @@ def _store_state(
     tensor: ParamTensors, state_format: str, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, step: int
 ) -> None:
     if state_format == "int8":
-        for codes, scales, (new_codes, new_scales) in (
-            (tensor.exp_avg, tensor.exp_avg_scale, quantize.encode_exp_avg(exp_avg)),
-            (tensor.exp_avg_sq, tensor.exp_avg_sq_scale, quantize.encode_exp_avg_sq(exp_avg_sq)),
-        ):
-            codes.copy_(new_codes)
-            scales.copy_(new_scales)
+        stored = (tensor.exp_avg, tensor.exp_avg_scale, tensor.exp_avg_sq, tensor.exp_avg_sq_scale)
+        for old, new in zip(stored, quantize.encode_moments(exp_avg, exp_avg_sq), strict=True):
+            old.copy_(new)
         return
     if state_format == "bf16":
         # Rounded to nearest, v could never decay: 1 − β₂ is less than half a bf16 ulp.
