@@ -11,6 +11,7 @@ grow with the model. A global gradient that is stored low rank is added to the s
 
 Bytes per parameter with 16-bit θ₀, weights and remainders: 6 read for δ, 2 for g_D, 4 written and read again as the
 gradient, in place of the 2 of g_D alone; of tensors above a block those for δ once more. Products: 8 r operations.
+With ``anchor_every=k`` all this happens in every k-th step, with k λ in place of λ; the others are plain.
 """
 
 from __future__ import annotations

@@ -19,7 +19,10 @@ from .stepdata import CORRECTION_SCOPES, CORRECTIONS, PROJECTIONS, StepSettings
 LARGE_LR = 1e-4
 """Above it DBA warns: even the small boosts of ``boost="auto"`` did harm there (``python -m bench.quality``)."""
 
-SAVED_SETTINGS = ("boost", "total_steps", "boost_max", "correction", "scope", "bounds", "max_grad_norm", "anchor")
+SAVED_SETTINGS = (
+    *("boost", "total_steps", "boost_max", "correction", "scope", "bounds", "max_grad_norm"),
+    *("anchor", "anchor_every"),
+)
 """Settings that a resumed run should share with the one that was saved."""
 
 BoostSchedule = Callable[[torch.Tensor, int], Any]
@@ -30,8 +33,8 @@ class Method:
     """How a stored global gradient is used. Without one it is plain AdamW, with clipping at most.
 
     Args:
-        global_gradient, total_steps, boost, boost_max, correction, scope, bounds, max_grad_norm, anchor: arguments of
-            ``DBAAdamW``.
+        global_gradient, total_steps, boost, boost_max, correction, scope, bounds, max_grad_norm, anchor, anchor_every:
+            arguments of ``DBAAdamW``.
 
     Attributes:
         settings: what the kernels are told; a function in place of a name leaves the neutral value there.
@@ -55,6 +58,7 @@ class Method:
         bounds: tuple[float, float],
         max_grad_norm: float | None,
         anchor: str | float = 0.0,
+        anchor_every: int = 1,
     ):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
@@ -82,7 +86,8 @@ class Method:
                 f"boost decays to 0; got {total_steps}"
             )
         reduce = global_gradient is not None or max_grad_norm is not None
-        self.settings = replace(settings, max_grad_norm=max_grad_norm, reduce=reduce, anchor=strength)
+        settings = replace(settings, anchor=strength, anchor_every=_checked_count("anchor_every", anchor_every))
+        self.settings = replace(settings, max_grad_norm=max_grad_norm, reduce=reduce)
 
     @property
     def calibration(self) -> float:
@@ -237,6 +242,12 @@ def _on_device(value: Any, device: torch.device) -> torch.Tensor:
 def _checked_total_steps(total_steps: Any) -> int:
     if isinstance(total_steps, str) or (steps := operator.index(total_steps)) < 1:
         raise ValueError(f"total_steps: expected at least 1 optimizer step, got {total_steps!r}")
+    return steps
+
+
+def _checked_count(name: str, count: Any) -> int:
+    if isinstance(count, (bool, str, float)) or (steps := operator.index(count)) < 1:
+        raise ValueError(f"{name}: expected at least 1 step, got {count!r}")
     return steps
 
 

@@ -15,13 +15,14 @@ import torch
 from torch.optim import Optimizer
 
 from . import ops
+from .active_set import ActiveSet
 from .base_model import check_param_names, names_of
 from .formats import PARAM_FORMATS, STATE_FORMATS, check_name
 from .global_gradient import GlobalGradient
 from .method import BoostSchedule, Correction, Method, check_group
 from .metrics import metrics
 from .param_groups import check_hyperparameters
-from .plan import ActiveSet, Plan
+from .plan import Plan
 from .saved_state import check_states, for_torch, restore_uncast, to_saved
 from .state import StateOptions, allocate, only_allocates
 from .stepdata import StepOverrides
@@ -47,8 +48,7 @@ class DBAAdamW(Optimizer):
     follow from the global shape, the global gradient is cut along, state is DTensors of the parameter's layout, and
     rounding does not depend on the number of ranks. With a global gradient or a clip threshold all ranks must call
     ``step()`` together: they share one all-reduce of two float64 per parameter. Without, they share nothing. State
-    dicts that gather whole tensors (``full_state_dict``) cannot hold ``split16``: no backend of torch.distributed
-    sends 16-bit integers.
+    dicts that gather whole tensors (``full_state_dict``) cannot hold ``split16``: torch.distributed sends no int16.
 
     Args:
         params: parameters, or groups, as for ``torch.optim.AdamW``. With a global gradient they must carry names:
@@ -78,18 +78,18 @@ class DBAAdamW(Optimizer):
             where the global gradient was collected with ``curvature``. λ H (θ − θ₀) is added to the clipped gradient;
             similarity and clipping do not see it. ``"auto"``: κ of the file's calibration, so that it weighs as much as
             the domain loss; 0: none.
+        anchor_every: k, to add k λ H (θ − θ₀) in every k-th step instead; the others then cost nothing more.
         shrink: weigh each tensor of ĝ_G by its reliability, s = max(0, 1 − 1/SNR) (eq. 13, ours), from the statistics
             in its file. None: with an anchor.
         state_format: ``"fp32"``, ``"bf16"`` or ``"int8"`` moments. 1-D and small tensors keep fp32.
         param_format: how parameters below fp32 keep what rounding would lose: ``"native"`` (they lose it),
             ``"split16"`` (a 16-bit remainder in the state: together the exact fp32 value), ``"split8"`` (8 bits,
-            stochastically rounded), ``"master"`` (an fp32 copy; weights loaded into the parameter after the first
-            step would be overwritten by it). ``"auto"``: split16. fp32 and fp64 parameters are always native.
+            stochastically rounded), ``"master"`` (an fp32 copy). ``"auto"``: split16. A weight that is written between
+            steps is taken as it is, without what was kept. fp32 and fp64 parameters are always native.
         missing: ``"error"``, or ``"adamw"`` to update parameters that have no global gradient by plain AdamW, with a
             warning that counts them.
         backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``.
-        foreach, fused, capturable: accepted; every step is multi-tensor and fused, and on a GPU its counters live on
-            the device.
+        foreach, fused, capturable: accepted; every step is multi-tensor and fused, its counters on the device.
         maximize: ascend instead of descend; g_D is negated, ĝ_G is not.
         differentiable: refused if True.
 
@@ -124,6 +124,7 @@ class DBAAdamW(Optimizer):
         correction_bounds: tuple[float, float] = (0.0, 2.0),
         max_grad_norm: float | None = None,
         anchor: str | float = "auto",
+        anchor_every: int = 1,
         shrink: bool | None = None,
         state_format: str = "fp32",
         param_format: str = "auto",
@@ -139,7 +140,7 @@ class DBAAdamW(Optimizer):
         self.method = Method(
             *(global_gradient, total_steps, boost, boost_max),
             *(correction, correction_scope, correction_bounds, max_grad_norm),
-            anchor=anchor,
+            *(anchor, anchor_every),
         )
         check_name("state_format", state_format, STATE_FORMATS)
         check_name("param_format", param_format, ("auto", *PARAM_FORMATS))
@@ -246,7 +247,8 @@ class DBAAdamW(Optimizer):
             gamma=self.method.scheduled_boost(plan.counters),
         )
         sums_here = not (settings.reduce and plan.sharding.communicates)
-        one_call = sums_here and self.method.correction is None and not any(active.anchors)
+        anchors = plan.due_anchors(active, settings.anchor_every)
+        one_call = sums_here and self.method.correction is None and not any(anchors)
         if one_call and ops.fuses(batches, self.backend):
             ops.fused_step(batches, scalars, settings, overrides, self.backend)
         else:
@@ -258,11 +260,11 @@ class DBAAdamW(Optimizer):
                 sums = plan.unscaled_sums(active, overrides.loss_scale)
                 overrides = replace(overrides, alpha=self.method.corrections(*sums))
             ops.coefficients(scalars, settings, overrides, self.backend)
-            for (batch, batch_grads), anchor in zip(batches, active.anchors, strict=True):
+            for (batch, batch_grads), anchor in zip(batches, anchors, strict=True):
                 if anchor is None:
                     ops.step(batch, batch_grads, plan.coefficients_on(batch), self.backend)
                 else:
-                    anchor.run(batch_grads, plan.coefficients_on(batch), settings.anchor, self.backend)
+                    anchor.run(batch_grads, plan.coefficients_on(batch), settings.pull, self.backend)
         torch.autograd.graph.increment_version(params)  # kernels write through addresses, which torch does not see
         return loss
 
@@ -296,9 +298,8 @@ class DBAAdamW(Optimizer):
             ``max`` over the parameters that have a global gradient) where there is one; with an anchor
             ``anchor_ratio`` ‖λ H δ‖ / ‖g_D‖ and ``predicted_rise`` κ · ½⟨δ, H δ⟩, the rise of the general loss in nats
             per token that the second order predicts, both of the weights as they are now (of a sharded model, as the
-            last step found them). After a skipped step they
-            describe the gradients that were refused, and need not be finite. Empty before the first step of this
-            object.
+            last step with the anchor found them). After a skipped step they describe the gradients that were refused,
+            and need not be finite. Empty before the first step of this object.
         """
         return {} if self._plan is None else metrics(self._plan, self.method.settings, self.method.calibration)
 
@@ -339,8 +340,8 @@ class DBAAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of ``torch.optim.AdamW``; nothing is cast to the parameter's dtype.
 
-        ``Optimizer.load_state_dict`` casts floating-point state to the parameter's dtype, which would destroy fp32
-        moments of a bf16 parameter. Two hooks around it check what is loaded and restore the values as saved.
+        ``Optimizer.load_state_dict`` casts state to the parameter's dtype, which would destroy fp32 moments of a bf16
+        parameter. Two hooks around it check what is loaded and restore the values as saved.
 
         Raises:
             ValueError: the state belongs to another global gradient, other parameter names or another kind of Adam.

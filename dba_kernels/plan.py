@@ -23,26 +23,32 @@ descriptors) in ``TensorBatch.cache``. The native one runs the last three in one
 
 from __future__ import annotations
 
-import functools
-import operator
 import warnings
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
 
 from . import captured, ops
+from .active_set import ActiveSet, kinds_of
 from .anchored import AnchorStep
 from .base_model import Groups, names_of, normalize_name
-from .checks import addresses_of, check_grad, check_state, check_storage, same_place
+from .checks import addresses_of, check_grad, check_state, check_storage
 from .distributed import Sharding, local
 from .factors import Curvature
 from .formats import matrix_shape
 from .global_gradient import GlobalGradient, shrinkage
-from .state import StateOptions, States, Witness, formats_of, prepare, prepare_origin, same_tensors
+from .state import (
+    StateOptions,
+    States,
+    Witness,
+    formats_of,
+    prepare,
+    prepare_origin,
+    replayed_bias_correction,
+)
 from .stepdata import (
     UPDATED_PARTS,
     Coefficient,
@@ -55,73 +61,6 @@ from .stepdata import (
 
 CACHED_ACTIVE_SETS = 8
 """Sets of parameters with a gradient whose batches are kept; a model whose set changes every step rebuilds them."""
-
-
-@functools.cache
-def _replayed_bias_correction(beta: float, steps: int) -> float:
-    """1 − β^k as the step computes it, c ← βc + (1−β) in float64, so that a resumed run continues bit-exactly."""
-    value = 0.0
-    for _ in range(steps):
-        following = beta * value + (1.0 - beta)
-        if following == value:
-            break
-        value = following
-    return value
-
-
-@dataclass
-class ActiveSet:
-    """The parameters that have a gradient in this step, cut into batches of one dtype and format combination.
-
-    Holds no gradients: they are free as soon as the caller lets go of them.
-
-    Args:
-        index: int64 ``[m]``, where they stand in the plan's scalars.
-        parts: the batches.
-        positions: per batch, where its parameters stand among the active ones.
-        anchors: per batch, the step of its parameters where they are anchored, else None.
-        addresses: of the parameters, in the order of the optimizer's groups.
-        kinds: type, dtype and layout of each gradient.
-        states: each parameter's state as it was: the tensors by key, and their addresses.
-        witness: the same for a check that costs little.
-        plain: whether no parameter is a DTensor.
-        scalars: what :meth:`Plan.scalars` has made of it.
-    """
-
-    index: torch.Tensor
-    parts: list[TensorBatch]
-    positions: list[list[int]]
-    anchors: list[AnchorStep | None]
-    addresses: list[int]
-    kinds: list[tuple[type, torch.dtype, torch.layout]]
-    states: list[tuple[dict[str, torch.Tensor], list[int]]]
-    witness: Witness | None
-    plain: bool
-    scalars: StepScalars | None = None
-
-    def is_current(self, params: list[torch.Tensor], grads: list[torch.Tensor], states: Mapping[Any, Any]) -> bool:
-        """Whether parameters and state still are the tensors that the batches were made of, and gradients alike."""
-        return self.kinds == _kinds(grads) and (
-            (self.witness is not None and self.witness.sees_no_change(params, states))
-            or (
-                self.addresses == addresses_of(params)
-                and (self.plain or all(same_place(p, g) for p, g in zip(params, grads, strict=True)))
-                and all(
-                    same_tensors(known, states.get(p)) and addresses == addresses_of(known.values())
-                    for p, (known, addresses) in zip(params, self.states, strict=True)
-                )
-            )
-        )
-
-    def batches(self, grads: list[torch.Tensor]) -> list[tuple[TensorBatch, list[torch.Tensor]]]:
-        """Each batch with its gradients of this step."""
-        parts = grads if self.plain else [local(g) for g in grads]
-        usable = [g if g.is_contiguous() else g.contiguous() for g in parts]
-        return [(part, [usable[i] for i in at]) for part, at in zip(self.parts, self.positions, strict=True)]
-
-
-def _kinds(grads: list[torch.Tensor]) -> list[tuple[type, torch.dtype, torch.layout]]:
-    return list(map(operator.attrgetter("__class__", "dtype", "layout"), grads))
 
 
 class Plan:
@@ -170,7 +109,7 @@ class Plan:
         self._step_of = [self.steps.select(0, row) for row in range(n)]  # one view each: active sets know state by it
         self.bias_corrections = torch.tensor(
             [
-                [_replayed_bias_correction(float(beta), step) for beta in groups[g]["betas"]]
+                [replayed_bias_correction(float(beta), step) for beta in groups[g]["betas"]]
                 for step, g in zip(steps, owner, strict=True)
             ],
             dtype=torch.float64,
@@ -179,6 +118,7 @@ class Plan:
         done = groups[0]["steps_done"]
         if done is None:  # a fresh start, or a state dict of torch's own
             done = max(steps)
+        self.calls = int(done) + int(groups[0]["steps_skipped"])  # of step(), this plan's and those before it
         self.counters = torch.tensor([done, groups[0]["steps_skipped"]], dtype=torch.int64, device=self.device)
         for param in self.params:
             if "step" in states.get(param, {}):
@@ -259,7 +199,7 @@ class Plan:
             positions=list(by_format.values()),
             anchors=[self._anchors(part, states) if yes else None for part, yes in zip(parts, pulled, strict=True)],
             addresses=addresses_of(params),
-            kinds=_kinds(grads),
+            kinds=kinds_of(grads),
             states=[(tensors, addresses_of(tensors.values())) for tensors in kept],
             witness=Witness.of(params, states),
             plain=self.sharding.mesh is None,
@@ -300,6 +240,19 @@ class Plan:
             seed=zlib.crc32(self.names[index].encode()),
             offset=first_row * matrix_shape(tuple(param.shape))[1],
         )
+
+    def due_anchors(self, active: ActiveSet, every: int) -> list[AnchorStep | None]:
+        """The anchors of this call of ``step()``: those of every ``every``-th one, else none.
+
+        Raises:
+            ValueError: a CUDA graph is being captured, whose replays would all do as this call does.
+        """
+        self.calls += 1
+        if every > 1 and any(active.anchors) and captured.capturing(self.device):
+            raise ValueError(
+                f"anchor_every: expected 1 while a CUDA graph is captured, which repeats a step, got {every}"
+            )
+        return active.anchors if self.calls % every == 0 else [None] * len(active.anchors)
 
     def upload_hyper(self, groups: Groups) -> None:
         """Write the groups' hyperparameters where they changed; tensors are copied on the device.

@@ -8,6 +8,7 @@ saves and loads the same state.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Iterable, Mapping, MutableMapping
@@ -49,6 +50,18 @@ def formats_of(param: torch.Tensor, options: StateOptions) -> tuple[str, str]:
         )
     has_remainder = param.dtype in (torch.bfloat16, torch.float16)
     return param_format if has_remainder else "native", state_format if is_compressible(tuple(param.shape)) else "fp32"
+
+
+@functools.cache
+def replayed_bias_correction(beta: float, steps: int) -> float:
+    """1 − β^k as the step computes it, c ← βc + (1−β) in float64, so that a resumed run continues bit-exactly."""
+    value = 0.0
+    for _ in range(steps):
+        following = beta * value + (1.0 - beta)
+        if following == value:
+            break
+        value = following
+    return value
 
 
 def _convert_moments(state: dict[str, Any], param: torch.Tensor, state_format: str, name: str) -> None:

@@ -76,6 +76,7 @@ class StepSettings:
         reduce: whether the sums exist (there is a global gradient or a clip threshold); without them a non-finite
             gradient is not noticed, as in torch.
         anchor: λ of eq. 10; the kernels never see it, see :mod:`.anchored`.
+        anchor_every: steps from one with the anchor to the next.
     """
 
     boost: float = 0.0
@@ -87,6 +88,12 @@ class StepSettings:
     max_grad_norm: float | None = None
     reduce: bool = False
     anchor: float = 0.0
+    anchor_every: int = 1
+
+    @property
+    def pull(self) -> float:
+        """What λ is in a step with the anchor."""
+        return self.anchor * self.anchor_every
 
 
 @dataclass(frozen=True)

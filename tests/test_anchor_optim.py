@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from dba_kernels import DBAAdamW, GlobalGradient, collect_global_gradient, ops
+from dba_kernels import DBAAdamW, GlobalGradient, captured, collect_global_gradient, ops
 from dba_kernels.formats import STORAGE_FORMATS
 from dba_kernels.reference import anchor
 
@@ -52,6 +54,34 @@ def test_without_an_anchor_nothing_changes() -> None:
     for found in (trained(plain, anchor=0.0), trained(with_curvature, anchor=0.0)):
         assert all(torch.equal(value, expected[name]) for name, value in found.state_dict().items())
     assert not all(torch.equal(v, expected[n]) for n, v in trained(with_curvature).state_dict().items())
+
+
+def test_an_anchor_may_act_in_every_kth_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects anchor_every: k λ H δ in every k-th call of step(), plain DBA in between, a resumed run included."""
+    gg = collected(Tiny())
+    model = Tiny()
+    optimizer = make(model, gg, anchor=2.0, anchor_every=3)
+    twin = Tiny()
+    by_hand = make(twin, gg, anchor=6.0)
+    never = 10**6
+    for step in range(STEPS):
+        every = 1 if step in (2, 5) else never
+        by_hand.method.settings = dataclasses.replace(by_hand.method.settings, anchor=6.0 / every, anchor_every=every)
+        train(model, optimizer, step, step + 1)
+        train(twin, by_hand, step, step + 1)
+        assert all(torch.equal(v, twin.state_dict()[n]) for n, v in model.state_dict().items())
+        if step == 3:  # a new object goes on in the same rhythm
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = make(model, gg, anchor=2.0, anchor_every=3)
+            optimizer.load_state_dict(saved)
+    control = trained(gg, anchor=2.0, anchor_every=4)
+    assert not all(torch.equal(v, control.state_dict()[n]) for n, v in trained(gg, anchor=2.0).state_dict().items())
+    monkeypatch.setattr(captured, "capturing", lambda device: True)
+    with pytest.raises(ValueError, match="anchor_every: expected 1 while a CUDA graph is captured"):
+        train(model, optimizer, STEPS - 1)
+    for wrong in (0, -1, 1.5, "2", True):
+        with pytest.raises(ValueError, match="anchor_every"):
+            make(Tiny(), gg, anchor_every=wrong)
 
 
 def following(count: int, seed: int, factor: int) -> list[Batch]:
