@@ -63,9 +63,8 @@ class DBAAdamW(Optimizer):
             :meth:`set_total_steps` will give it before the first step, as a framework does that counts its steps only
             when it has started.
         boost: ``"auto"`` (k₀ = min(200, 0.003/lr)/T, at most 0.5: ``bench/quality/README.md``; lr is the largest
-            group's at construction), ``"paper"`` (k₀ = 200/T), k₀ as a number, or ``f(step, total_steps) → γ`` where
-            ``step``, an int64 scalar tensor on the parameters' device, counts the steps done without skipped ones. 0
-            switches the boost off, as ``"auto"`` does with an anchor.
+            group's at construction; 0, no boost, with an anchor), ``"paper"`` (k₀ = 200/T), k₀ as a number, or
+            ``f(step, total_steps) → γ``; ``step``, an int64 scalar tensor, counts steps done, skipped ones excluded.
         boost_max: upper clamp of γ, in [0, 1].
         correction: ``"cosine"`` (eq. 5), ``"none"`` (α = 1), ``"agem"`` or ``"pcgrad"`` (projections in place of the
             boost, against the *stored* global gradient, where the originals recompute it at every step), or

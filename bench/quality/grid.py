@@ -87,7 +87,7 @@ SENSITIVITY: dict[str, list[Options]] = {
     "memory: form": [{**MEMORY, "memory_form": f} for f in ("momentum", "implicit")],
     "memory: rank": [{**MEMORY, "memory_rank": r} for r in (4, 16)],
     "memory: no rest": [{**MEMORY, "memory_rank": r, "memory_rest": False} for r in (16, 64)],
-    "memory: every": [{**MEMORY, "memory_every": k} for k in (4, 10)],
+    "memory: every": [{**MEMORY, "memory_every": k} for k in (2, 4, 8)],
     "memory: labels": [{**MEMORY, "labels": "sampled"}],
     "memory: general batches": [{**MEMORY, "batches": 32}],
     "memory: steps": [{**MEMORY, "steps": t} for t in (50, 800)],

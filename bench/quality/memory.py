@@ -239,18 +239,17 @@ def _damped(left: Factor, right: Factor, delta: Tensor, strength: float) -> Tens
 
 
 class Anchor:
-    """λ·H·(θ − θ₀) of one run (eq. 10), computed anew every ``every`` steps; θ₀ is where the run starts."""
+    """λ·H·(θ − θ₀) of one run (eq. 10), every ``every`` steps so many times as strong; θ₀ is where the run starts."""
 
     def __init__(self, terms: dict[str, list[Any]], parameters: Named, weight: float, every: int) -> None:
         self.terms, self.weight, self.every = terms, weight, every
         self.origin = {n: p.detach().clone() for n, p in parameters.items()}
-        self.kept: Named = {}
 
     def gradient(self, name: str, parameter: Tensor, step: int) -> Tensor:
         """The addend of the gradient of ``name`` at ``step``."""
-        if step % self.every == 0:
-            self.kept[name] = product(self.terms[name], parameter - self.origin[name]).mul_(self.weight)
-        return self.kept[name]
+        if (step + 1) % self.every:
+            return parameter.new_zeros(())
+        return product(self.terms[name], parameter - self.origin[name]).mul_(self.weight * self.every)
 
     def pull(self, name: str, parameter: Tensor, strength: float) -> None:
         """The implicit step: the parameter moves to where ``strength``·H·(θ − θ₀) balances the move."""

@@ -43,7 +43,7 @@ class Setting:
     memory_of: str = "kfac"  # or "diagonal": EWC's metric in the same place
     memory_rank: int = 64
     memory_rest: bool = True  # the isotropic rest of each factor (eq. 12)
-    memory_every: int = 1  # steps between two computations of Hδ
+    memory_every: int = 1  # steps from one with the anchor, so many times as strong, to the next
     labels: str = "data"  # of the curvature's collection; "sampled": drawn from the model
     shrink: bool = False  # s of eq. 13 on ĝ_G
     refresh: int = 1  # how many times the global gradient is collected in a run
