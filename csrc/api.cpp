@@ -25,7 +25,7 @@ const Kernels& kernels_of(int64_t isa) {
 
 }  // namespace
 
-int64_t dba_abi(void) { return 1; }
+int64_t dba_abi(void) { return 2; }
 
 int64_t dba_isa_usable(int64_t isa) {
 #if defined(__x86_64__)
@@ -107,6 +107,21 @@ void dba_similarity(int64_t isa, int64_t threads, const Batch* batches, int64_t 
     tasks.parallel(model.units(), 0, model.tensors(), ELEMENTS_PER_TASK, run);
     tasks.execute(static_cast<int>(threads));
     for (int64_t i = 0; i < model.tensors(); ++i) model.write_sums(i, sums);
+}
+
+void dba_displacement(int64_t isa, int64_t threads, int64_t dtype, int64_t param_format, int64_t n, const uint8_t* param,
+                      const uint8_t* remainder, const uint8_t* origin, float* out) {
+    const Units units({Cut(1, n, true)});
+    Kernels::Displacement* displacement = kernels_of(isa).displacement[param_format][dtype];
+    const Tasks::Run run = [&](int64_t, int64_t unit) {
+        const Piece piece = units.cut(0).piece(unit);
+        const int64_t at = piece.col * dtype_bytes(dtype);
+        displacement(param + at, remainder + piece.col * remainder_bytes(param_format), origin + at, out + piece.col,
+                     piece.cols);
+    };
+    Tasks tasks;
+    tasks.parallel(units, 0, 1, ELEMENTS_PER_TASK, run);
+    tasks.execute(static_cast<int>(threads));
 }
 
 void dba_coefficients(const CoefficientArguments* arguments) {

@@ -45,6 +45,9 @@ DBA_EXPORT void dba_decode(int64_t isa, int64_t threads, int64_t dtype, int64_t 
                            const uint8_t* codes, const float* scales, uint8_t* out);
 // sums [n, 2]: rows `index` of every tensor are overwritten.
 DBA_EXPORT void dba_similarity(int64_t isa, int64_t threads, const dba::Batch* batches, int64_t count, double* sums);
+// out = parameter - origin, n elements; origin has the parameter's dtype, out is fp32.
+DBA_EXPORT void dba_displacement(int64_t isa, int64_t threads, int64_t dtype, int64_t param_format, int64_t n,
+                                 const uint8_t* param, const uint8_t* remainder, const uint8_t* origin, float* out);
 DBA_EXPORT void dba_coefficients(const dba::CoefficientArguments* arguments);
 DBA_EXPORT void dba_step(int64_t isa, int64_t threads, const dba::Batch* batches, int64_t count, const double* table);
 // Similarity, coefficients and step of a whole model in one call; the tensors of all batches are the active parameters.

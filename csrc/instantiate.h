@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "accumulate.h"
+#include "displacement.h"
 #include "kernels.h"
 #include "quantize.h"
 #include "similarity.h"
@@ -34,6 +35,7 @@ template <class S, int64_t P, int64_t D> constexpr void add_param(Kernels& k) {
     k.two_stage[P][D][STATE_FP32] = Step<S, P, D, STATE_FP32, Staged<S>>::run;
     k.two_stage[P][D][STATE_BF16] = Step<S, P, D, STATE_BF16, Staged<S>>::run;
     k.two_stage[P][D][STATE_INT8] = Step<S, P, D, STATE_INT8, Staged<S>>::run;
+    k.displacement[P][D] = Displacement<S, P, D>::run;
 }
 
 template <class S, int64_t P, int64_t D, int64_t M> constexpr void add_one_stage(Kernels& k) {

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from . import ops
-from .backends import implementation
 from .distributed import Sharding
 from .factors import Curvature, DiagonalFactor, KroneckerTerm, LowRankFactor
 from .formats import matrix_shape
 from .stepdata import UPDATED_PARTS, Coefficient, Factors, ParamTensors, TensorBatch
+from .threads import map_on_threads
 
 BLOCK = 2**20
 """Elements of a block: 4 MiB of fp32, which a CPU's last cache holds, and few enough calls."""
@@ -89,15 +89,10 @@ class Block:
         batch = TensorBatch(param_format, state_format, global_format, [part])
         return cls(start, stop, batch, origin, whole.curvature.rows(start, stop), low_rank)
 
-    def displacement(self, dtype: torch.dtype) -> torch.Tensor:
+    def displacement(self, backend: str) -> torch.Tensor:
         """δ = θ − θ₀ of the exact parameter, as a matrix (a vector of a vector)."""
         part = self.batch.tensors[0]
-        if self.batch.param_format in ("native", "master"):
-            exact = part.param if self.batch.param_format == "native" else part.remainder
-            delta = exact.to(dtype) - self.origin.to(dtype)
-        else:
-            join = implementation("reference", "remainder").join
-            delta = join(part.param, part.remainder, self.batch.param_format).sub_(self.origin)
+        delta = ops.displacement(part.param, part.remainder, self.origin, self.batch.param_format, backend)
         return delta.flatten(1) if delta.dim() > 1 else delta
 
 
@@ -174,18 +169,22 @@ class AnchorStep:
         """
         unit = coefficients.clone()
         unit[:, Coefficient.GRAD_WEIGHT] = 1.0  # the gradients that are handed on are weighted already
-        sums = self._new_figures() if self.sharding.communicates else None
         ahead = self._project_all(backend)
-        for whole, grad in zip(self.anchored, grads, strict=True):
+
+        def run_one(at: int) -> torch.Tensor:
+            whole, grad, sums = self.anchored[at], grads[at], self._new_figures()
             weights = coefficients[whole.tensors.index].to(whole.dtype)
             for block, delta, pull in self._pulls(whole, ahead.get(id(whole)), anchor, backend):
-                if sums is not None:
+                if self.sharding.communicates:
                     self._count(sums, whole, delta, pull)
                 part = grad[block.start : block.stop] if grad.dim() > 0 else grad
                 boosted = self._boosted(block, part, pull.view_as(part), weights)
                 ops.step(block.batch, [boosted], unit, backend)
-        if sums is not None:
-            self._figures = self.sharding.sum_(sums)
+            return sums
+
+        counted = map_on_threads(run_one, range(len(grads)), grads[0].device)
+        if self.sharding.communicates:
+            self._figures = self.sharding.sum_(torch.stack(counted).sum(0))
 
     @torch.no_grad()
     def figures(self, anchor: float, backend: str = "auto") -> tuple[float, float]:
@@ -193,15 +192,20 @@ class AnchorStep:
         one rank may ask alone."""
         sums = self._figures
         if sums is None:
-            sums = self._new_figures()
-            for whole in self.anchored:
-                for _, delta, pull in self._pulls(whole, None, anchor, backend):
-                    self._count(sums, whole, delta, pull)
+            device = self.anchored[0].tensors.param.device
+            found = map_on_threads(lambda whole: self._counted(whole, anchor, backend), self.anchored, device)
+            sums = torch.stack(found).sum(0)
         square, energy = sums.tolist()
         return square, energy / (2 * anchor)
 
     def _new_figures(self) -> torch.Tensor:
         return torch.zeros(2, dtype=torch.float64, device=self.anchored[0].tensors.param.device)
+
+    def _counted(self, whole: AnchoredTensor, anchor: float, backend: str) -> torch.Tensor:
+        sums = self._new_figures()
+        for _, delta, pull in self._pulls(whole, None, anchor, backend):
+            self._count(sums, whole, delta, pull)
+        return sums
 
     def _count(self, sums: torch.Tensor, whole: AnchoredTensor, delta: torch.Tensor, pull: torch.Tensor) -> None:
         """Add ‖λ H δ‖² and ⟨δ, λ H δ⟩ of a block; what all ranks hold whole, one of them brings in."""
@@ -218,7 +222,7 @@ class AnchorStep:
             if whole.cut:
                 terms = decoded[id(whole)] = _decode(whole, backend)
                 for block in whole.blocks:
-                    _project(terms, block, block.displacement(whole.dtype))
+                    _project(terms, block, block.displacement(backend))
         sums = [term.q for terms in decoded.values() for term in terms if isinstance(term.left, LowRankFactor)]
         if sums:
             flat = self.sharding.sum_(torch.cat([q.reshape(-1) for q in sums]))
@@ -235,11 +239,11 @@ class AnchorStep:
             terms = _decode(whole, backend)
             if terms:
                 for block in whole.blocks:
-                    kept = block.displacement(whole.dtype)
+                    kept = block.displacement(backend)
                     _project(terms, block, kept)
         mixed = [term.mixed() if isinstance(term.left, LowRankFactor) else None for term in terms]
         for block in whole.blocks:
-            delta = kept if kept is not None and len(whole.blocks) == 1 else block.displacement(whole.dtype)
+            delta = kept if kept is not None and len(whole.blocks) == 1 else block.displacement(backend)
             yield block, delta, _pull(block, delta, terms, mixed, anchor)
 
     @staticmethod

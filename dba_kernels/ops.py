@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import operators
-from .backends import BACKENDS, implementation, serving, why_not
+from .backends import BACKENDS, implementation, select, serving, why_not
 from .formats import STORAGE_FORMATS, EncodedTensor, LowRankTensor, StoredTensor, check_name, matrix_shape
 from .stepdata import NO_OVERRIDES, Factors, StepOverrides, StepScalars, StepSettings, TensorBatch
 
@@ -163,6 +163,26 @@ def similarity(batch: TensorBatch, grads: list[torch.Tensor], sums: torch.Tensor
             operators.similarity(part, part_grads, sums, backend)
         else:
             _module(part, backend, "similarity").similarity(part, part_grads, sums)
+
+
+def displacement(
+    param: torch.Tensor,
+    remainder: torch.Tensor | None,
+    origin: torch.Tensor,
+    param_format: str,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """θ − θ₀ of the exact parameter, remainder included: what an anchor pulls at (eq. 10). On a GPU by torch.
+
+    Args:
+        remainder: None where ``param_format`` keeps none.
+        origin: θ₀, dtype and shape of ``param``.
+    """
+    native = select(backend, param.device, param.dtype) == "native"
+    found: torch.Tensor = implementation("native" if native else "reference", "remainder").displacement(
+        param, remainder, origin, param_format
+    )
+    return found
 
 
 # --- coefficients -----------------------------------------------------------------------------------------------------

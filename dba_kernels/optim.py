@@ -77,7 +77,7 @@ class DBAAdamW(Optimizer):
             where the global gradient was collected with ``curvature``. λ H (θ − θ₀) is added to the clipped gradient;
             similarity and clipping do not see it. ``"auto"``: κ of the file's calibration, so that it weighs as much as
             the domain loss; 0: none.
-        anchor_every: k, to add k λ H (θ − θ₀) in every k-th step instead; the others then cost nothing more.
+        anchor_every: k; in every k-th step k λ H (θ − θ₀) is added, and the others cost nothing more.
         shrink: weigh each tensor of ĝ_G by its reliability, s = max(0, 1 − 1/SNR) (eq. 13, ours), from the statistics
             in its file. None: with an anchor.
         state_format: ``"fp32"``, ``"bf16"`` or ``"int8"`` moments. 1-D and small tensors keep fp32.
@@ -123,7 +123,7 @@ class DBAAdamW(Optimizer):
         correction_bounds: tuple[float, float] = (0.0, 2.0),
         max_grad_norm: float | None = None,
         anchor: str | float = "auto",
-        anchor_every: int = 1,
+        anchor_every: int = 4,
         shrink: bool | None = None,
         state_format: str = "fp32",
         param_format: str = "auto",

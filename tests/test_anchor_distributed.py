@@ -54,7 +54,7 @@ def general() -> GlobalGradient:
 
 def result(net: nn.Module, path: Path, config: str, rank: int = 0, world: int = 1) -> tuple[dict, float]:
     """Weights at the end, and the rise predicted where the last step began."""
-    optimizer = make_optimizer(net, global_gradient=GlobalGradient.load(path), **CONFIGS[config])
+    optimizer = make_optimizer(net, global_gradient=GlobalGradient.load(path), anchor_every=1, **CONFIGS[config])
     train(net, optimizer, range(STEPS - 1), rank, world)
     before = optimizer.metrics()["predicted_rise"]
     train(net, optimizer, range(STEPS - 1, STEPS), rank, world)
@@ -86,7 +86,7 @@ def test_without_the_other_ranks_rows_it_ends_elsewhere(general: GlobalGradient)
     """Negative control: another anchor moves the weights by more than ranks may."""
     expected, _ = result(make_net(), general.path, "fp32")
     net = make_net()
-    optimizer = make_optimizer(net, global_gradient=general, anchor=18.0, max_grad_norm=0.5)
+    optimizer = make_optimizer(net, global_gradient=general, anchor=18.0, anchor_every=1, max_grad_norm=0.5)
     train(net, optimizer, range(STEPS))
     assert displacement_error(weights(net), expected) > TOLERANCES["ranks"].bound
 

@@ -28,7 +28,11 @@ def make(model: nn.Module, gg: GlobalGradient | None, **options: object) -> DBAA
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the learning rate is large, to see something in few steps
         return DBAAdamW(
-            model.named_parameters(), lr=1e-2, global_gradient=gg, total_steps=None if gg is None else STEPS, **options
+            model.named_parameters(),
+            lr=1e-2,
+            global_gradient=gg,
+            total_steps=None if gg is None else STEPS,
+            **{"anchor_every": 1, **options},
         )
 
 

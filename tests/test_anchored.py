@@ -9,12 +9,14 @@ import torch
 
 from dba_kernels import anchored, ops
 from dba_kernels.anchored import AnchoredTensor, AnchorStep
+from dba_kernels.backends import select, use_backend
 from dba_kernels.distributed import Sharding
 from dba_kernels.factors import Curvature, DiagonalFactor, KroneckerTerm, LowRankFactor
 from dba_kernels.formats import EncodedTensor, LowRankTensor, matrix_shape
 from dba_kernels.reference import anchor, quantize, remainder
 from dba_kernels.reference import step as reference
 from dba_kernels.stepdata import Coefficient, TensorBatch
+from dba_kernels.threads import map_on_threads
 
 from .support.cases import Case, build, clone, pairwise_matrix
 from .support.step_agreement import assert_same_param, assert_same_state, largest_terms
@@ -199,3 +201,26 @@ def test_same_bits_with_any_number_of_threads(threads: int) -> None:
             torch.set_num_threads(1)
         results.append([t.param for t in batch.tensors] + [t.exp_avg for t in batch.tensors])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_threads_give_what_a_loop_gives() -> None:
+    """Protects map_on_threads: order, the caller's backend, no gradients, one torch thread each, and errors."""
+    weight = torch.ones(3, requires_grad=True)
+
+    def ask(i: int) -> tuple[int, str, bool, int]:
+        return i, select("auto", "cpu", torch.float32), (weight * i).requires_grad, torch.get_num_threads()
+
+    def fail(i: int) -> None:
+        if i == 1:
+            raise ValueError("the second")
+
+    torch.set_num_threads(2)
+    try:
+        with use_backend("reference"):
+            found = map_on_threads(ask, range(5), torch.device("cpu"))
+        with pytest.raises(ValueError, match="the second"):
+            map_on_threads(fail, range(5), torch.device("cpu"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert found == [(i, "reference", False, 1) for i in range(5)]

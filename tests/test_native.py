@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from bench.bench_coefficients import fresh_scalars
-from dba_kernels import DBAAdamW
+from dba_kernels import DBAAdamW, ops
 from dba_kernels.native import coefficients, library, similarity, step
 from dba_kernels.reference import coefficients as reference_coefficients
+from dba_kernels.reference import remainder
 from dba_kernels.reference import similarity as reference_similarity
 from dba_kernels.reference import step as reference_step
 from dba_kernels.stepdata import Coefficient, StepScalars, StepSettings
@@ -399,3 +400,28 @@ def test_nothing_moves_at_learning_rate_zero():
     param.grad = torch.full_like(param, 1e20)
     DBAAdamW([param], lr=0.0, weight_decay=0.1, backend="native").step()
     assert torch.equal(param, torch.ones(64, 64))
+
+
+HALVES = [(d, f) for d in (torch.bfloat16, torch.float16) for f in ("native", "split16", "split8", "master")]
+
+
+@pytest.mark.parametrize("isa", library.usable_isas())
+@pytest.mark.parametrize(("dtype", "param_format"), [(torch.float32, "native"), *HALVES], ids=str)
+def test_displacement_is_the_references(isa: str, dtype: torch.dtype, param_format: str) -> None:
+    """Protects what an anchor pulls at: every bit of θ − θ₀, remainders included, for any length and thread count."""
+    generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    for n, threads in ((0, 1), (1, 1), (63, 2), (64, 1), (129, 1), (3 * 8192 + 5, 2), (600_001, 2)):
+        value = torch.randn(n, generator=generator)
+        param, rest = value.to(dtype), None
+        if param_format != "native":
+            words = torch.randint(0, 256, (n,), generator=generator)
+            param, rest = remainder.split(value, dtype, param_format, words)
+        origin = (value + 1e-3 * torch.randn(n, generator=generator)).to(dtype)
+        wanted = remainder.displacement(param, rest, origin, param_format)
+        torch.set_num_threads(threads)
+        with library.use_isa(isa):
+            got = ops.displacement(param, rest, origin, param_format, "native")
+        torch.set_num_threads(before)
+        assert got.dtype == torch.float32 and torch.equal(got.view(torch.int32), wanted.view(torch.int32))
+        if rest is not None and n:  # negative control: the remainder counts
+            assert not torch.equal(got, param.float() - origin.float())

@@ -91,7 +91,7 @@ def test_opcheck_coefficients() -> None:
         torch.zeros(Summary.COUNT, dtype=torch.float64),
     )
     assert tensors[2].shape[1] == Hyper.COUNT
-    scalars = (0.2, 1000, 0.5, "cosine", "tensor", (0.0, 2.0), 1.0, True, 0.0, "reference")
+    scalars = (0.2, 1000, 0.5, "cosine", "tensor", (0.0, 2.0), 1.0, True, 0.0, 1, "reference")
     args = (*tensors, None, None, None, None, *scalars)
     torch.library.opcheck(torch.ops.dba_kernels.coefficients, args, test_utils=OPCHECK)
 

@@ -18,7 +18,7 @@ import torch
 from ..formats import STORAGE_FORMATS, check_name
 
 LIBRARY = "libdba_native.so"
-ABI = 1  # of csrc/api.cpp
+ABI = 2  # of csrc/api.cpp
 ISAS = ("scalar", "avx2", "avx512")
 ISA_VARIABLE = "DBA_KERNELS_ISA"
 
@@ -58,6 +58,7 @@ def load() -> ctypes.CDLL:
         "dba_encode": [integer] * 6 + [pointer] * 3,
         "dba_decode": [integer] * 6 + [pointer] * 3,
         "dba_similarity": [integer, integer, pointer, integer, pointer],
+        "dba_displacement": [integer] * 5 + [pointer] * 4,
         "dba_coefficients": [pointer],
         "dba_step": [integer, integer, pointer, integer, pointer],
         "dba_fused_step": [integer, integer, pointer, integer, pointer],

@@ -89,6 +89,15 @@ def join(weight: torch.Tensor, remainder: torch.Tensor, format: str) -> torch.Te
     return torch.where(value.isnan(), weight.to(torch.float32), value)
 
 
+def displacement(
+    param: torch.Tensor, remainder: torch.Tensor | None, origin: torch.Tensor, param_format: str
+) -> torch.Tensor:
+    """θ − θ₀ of the exact parameter, in fp32 (fp64 of fp64), in the shape of ``param``."""
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    exact = param.to(dtype) if remainder is None else join(param, remainder, param_format)
+    return exact - origin.to(dtype)
+
+
 def split(
     value: torch.Tensor, dtype: torch.dtype, format: str, random: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
