@@ -79,37 +79,6 @@ def test_modules_of_the_command_line_have_names_of_their_own() -> None:
     assert [stem for stem in stems if stem in sys.stdlib_module_names or names[stem] > 1] == []
 
 
-# --- sizes ------------------------------------------------------------------------------------------------------------
-
-LONGEST_FILE, LONGEST_FUNCTION, LONGEST_KERNEL = 400, 80, 110
-
-
-def too_long(source: str) -> list[str]:
-    """Functions longer than they may be; a Triton kernel cannot be cut everywhere that a function can."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef):
-            kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
-            length = (node.end_lineno or 0) - node.lineno + 1
-            found += [f"{node.name}: {length} lines"] * (length > (LONGEST_KERNEL if kernel else LONGEST_FUNCTION))
-    return found
-
-
-@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
-def test_files_and_functions_are_short(path: Path) -> None:
-    """Protects the reader: what is longer than this is more than one thing."""
-    source = path.read_text(encoding="utf-8")
-    assert source.count("\n") <= LONGEST_FILE
-    assert too_long(source) == []
-
-
-def test_a_long_function_is_noticed() -> None:
-    """Negative control: one line more than allowed is seen, in a kernel later than in a function."""
-    body = "    pass\n" * LONGEST_FUNCTION
-    assert too_long(f"def f():\n{body}") == ["f: 81 lines"]
-    assert too_long(f"@triton.jit\ndef f():\n{body}") == []
-
-
 # --- the documents of contributors ------------------------------------------------------------------------------------
 
 

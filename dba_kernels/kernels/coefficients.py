@@ -77,6 +77,35 @@ def load_params(
 
 
 @triton.jit
+def model_sums(
+    n_active,
+    active_ptr,
+    group_ptr,
+    hyper_ptr,
+    global_sq_ptr,
+    sums_ptr,
+    scale,
+    REDUCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Over the active parameters: ‖g_D‖², how many gradients are unusable; over those of them that have a global
+    gradient: ⟨g_D, ĝ_G⟩, ‖g_D‖², ‖ĝ_G‖²."""
+    zero = tl.zeros((), tl.float64)
+    total_sq, n_unusable, scope_dot, scope_grad_sq, scope_sq = zero, zero, zero, zero, zero
+    for first in range(0, n_active, BLOCK):
+        _, _, _, dot, grad_sq, unusable, stored_sq, _ = load_params(
+            first, n_active, active_ptr, group_ptr, hyper_ptr, global_sq_ptr, sums_ptr, scale, REDUCE, BLOCK
+        )
+        has_global = stored_sq >= 0
+        total_sq += tl.sum(grad_sq)
+        n_unusable += tl.sum(unusable)
+        scope_dot += tl.sum(tl.where(has_global, dot, 0.0))
+        scope_grad_sq += tl.sum(tl.where(has_global, grad_sq, 0.0))
+        scope_sq += tl.sum(tl.where(has_global, stored_sq, 0.0))
+    return total_sq, n_unusable, scope_dot, scope_grad_sq, scope_sq
+
+
+@triton.jit
 def correction_weights(
     dot, grad_sq, stored_sq, gamma, alpha, CORRECTION: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr
 ):
@@ -109,6 +138,27 @@ def count_step(steps_ptr, bias_ptr, hyper, row, inside, skip):
     return k, beta1, beta2, bias1, bias2
 
 
+@triton.jit
+def write_row(table_ptr, steps_ptr, bias_ptr, hyper, row, inside, skip, grad_weight, global_weight, alpha):
+    """The table's entries of these parameters, whose step is counted."""
+    k, beta1, beta2, bias1, bias2 = count_step(steps_ptr, bias_ptr, hyper, row, inside, skip)
+    lr = tl.load(hyper + col.HYPER_LR, mask=inside, other=0.0)
+    weight_decay = tl.load(hyper + col.HYPER_WEIGHT_DECAY, mask=inside, other=0.0)
+    entry = table_ptr + row * col.COEFFICIENTS
+    tl.store(entry + col.GRAD_WEIGHT, grad_weight, mask=inside)
+    tl.store(entry + col.GLOBAL_WEIGHT, global_weight, mask=inside)
+    tl.store(entry + col.BETA1, beta1, mask=inside)
+    tl.store(entry + col.ONE_MINUS_BETA1, 1.0 - beta1, mask=inside)
+    tl.store(entry + col.BETA2, beta2, mask=inside)
+    tl.store(entry + col.ONE_MINUS_BETA2, 1.0 - beta2, mask=inside)
+    tl.store(entry + col.STEP_SIZE, lr * alpha / bias1, mask=inside)
+    tl.store(entry + col.INV_SQRT_BIAS_CORRECTION2, 1.0 / tl.sqrt(bias2), mask=inside)
+    tl.store(entry + col.EPS, tl.load(hyper + col.HYPER_EPS, mask=inside, other=0.0), mask=inside)
+    tl.store(entry + col.LR_WEIGHT_DECAY, lr * weight_decay, mask=inside)
+    tl.store(entry + col.STEP, k.to(tl.float64), mask=inside)
+    tl.store(entry + col.SKIP, tl.where(skip, 1.0, 0.0), mask=inside)
+
+
 @triton.jit(do_not_specialize=["n_active"])
 def coefficients_kernel(
     table_ptr,
@@ -139,30 +189,18 @@ def coefficients_kernel(
     BLOCK: tl.constexpr,
 ):
     """All scalars of a step, in float64, by one program: a first pass over the parameters sums, a second one writes."""
-    zero = tl.zeros((), tl.float64)
     steps_done = tl.load(counters_ptr)  # the reductions below are barriers between this read and the write at the end
     steps_skipped = tl.load(counters_ptr + 1)
     scale = load_scalar(loss_scale_ptr, 1.0)
-    skip = load_scalar(found_inf_ptr, 0.0) != 0
-
-    total_sq, n_unusable, scope_dot, scope_grad_sq, scope_sq = zero, zero, zero, zero, zero
-    for first in range(0, n_active, BLOCK):
-        _, _, _, dot, grad_sq, unusable, stored_sq, _ = load_params(
-            first, n_active, active_ptr, group_ptr, hyper_ptr, global_sq_ptr, sums_ptr, scale, REDUCE, BLOCK
-        )
-        has_global = stored_sq >= 0
-        total_sq += tl.sum(grad_sq)
-        n_unusable += tl.sum(unusable)
-        scope_dot += tl.sum(tl.where(has_global, dot, 0.0))
-        scope_grad_sq += tl.sum(tl.where(has_global, grad_sq, 0.0))
-        scope_sq += tl.sum(tl.where(has_global, stored_sq, 0.0))
-    skip = skip | (n_unusable > 0)
+    total_sq, n_unusable, scope_dot, scope_grad_sq, scope_sq = model_sums(
+        n_active, active_ptr, group_ptr, hyper_ptr, global_sq_ptr, sums_ptr, scale, REDUCE, BLOCK
+    )
+    skip = (load_scalar(found_inf_ptr, 0.0) != 0) | (n_unusable > 0)
     grad_norm = tl.sqrt(total_sq)
-    factor = zero + 1.0
+    factor = tl.full((), 1.0, tl.float64)
     if MAX_GRAD_NORM is not None:
         factor = clamp(MAX_GRAD_NORM / (grad_norm + 1e-6), 0.0, 1.0)
-
-    gamma = zero
+    gamma = tl.full((), 0.0, tl.float64)
     if gamma_ptr is not None:
         gamma = load_scalar(gamma_ptr, 0.0)
     elif TOTAL_STEPS > 0:
@@ -185,26 +223,7 @@ def coefficients_kernel(
         )
         a, alpha = tl.where(has_global, a, 1.0), tl.where(has_global, alpha, 1.0)
         b, cosine = tl.where(has_global, b, 0.0), tl.where(has_global, cosine, 0.0)
-
-        k, beta1, beta2, bias1, bias2 = count_step(steps_ptr, bias_ptr, hyper, row, inside, skip)
-        lr = tl.load(hyper + col.HYPER_LR, mask=inside, other=0.0)
-        entry = table_ptr + row * col.COEFFICIENTS
-        tl.store(entry + col.GRAD_WEIGHT, a * factor * inverse_scale, mask=inside)
-        tl.store(entry + col.GLOBAL_WEIGHT, b, mask=inside)
-        tl.store(entry + col.BETA1, beta1, mask=inside)
-        tl.store(entry + col.ONE_MINUS_BETA1, 1.0 - beta1, mask=inside)
-        tl.store(entry + col.BETA2, beta2, mask=inside)
-        tl.store(entry + col.ONE_MINUS_BETA2, 1.0 - beta2, mask=inside)
-        tl.store(entry + col.STEP_SIZE, lr * alpha / bias1, mask=inside)
-        tl.store(entry + col.INV_SQRT_BIAS_CORRECTION2, 1.0 / tl.sqrt(bias2), mask=inside)
-        tl.store(entry + col.EPS, tl.load(hyper + col.HYPER_EPS, mask=inside, other=0.0), mask=inside)
-        tl.store(
-            entry + col.LR_WEIGHT_DECAY,
-            lr * tl.load(hyper + col.HYPER_WEIGHT_DECAY, mask=inside, other=0.0),
-            mask=inside,
-        )
-        tl.store(entry + col.STEP, k.to(tl.float64), mask=inside)
-        tl.store(entry + col.SKIP, tl.where(skip, 1.0, 0.0), mask=inside)
+        write_row(table_ptr, steps_ptr, bias_ptr, hyper, row, inside, skip, a * factor * inverse_scale, b, alpha)
         tl.store(report_ptr + 2 * row, cosine, mask=inside)
         tl.store(report_ptr + 2 * row + 1, alpha, mask=inside)
 
