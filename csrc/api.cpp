@@ -109,8 +109,8 @@ void dba_similarity(int64_t isa, int64_t threads, const Batch* batches, int64_t 
     for (int64_t i = 0; i < model.tensors(); ++i) model.write_sums(i, sums);
 }
 
-void dba_displacement(int64_t isa, int64_t threads, int64_t dtype, int64_t param_format, int64_t n, const uint8_t* param,
-                      const uint8_t* remainder, const uint8_t* origin, float* out) {
+void dba_displacement(int64_t isa, int64_t threads, int64_t dtype, int64_t param_format, int64_t n,
+                      const uint8_t* param, const uint8_t* remainder, const uint8_t* origin, float* out) {
     const Units units({Cut(1, n, true)});
     Kernels::Displacement* displacement = kernels_of(isa).displacement[param_format][dtype];
     const Tasks::Run run = [&](int64_t, int64_t unit) {

@@ -38,9 +38,9 @@ DBA_EXPORT int64_t dba_isa_usable(int64_t isa);
 // total += weight * grad for every tensor whose gradient is finite; squared_norms [count] is overwritten.
 // A tensor's total is in `param`.
 DBA_EXPORT void dba_accumulate(int64_t isa, int64_t threads, const dba::Tensor* tensors, int64_t count, double weight,
-                    double* squared_norms);
+                               double* squared_norms);
 DBA_EXPORT void dba_encode(int64_t isa, int64_t threads, int64_t dtype, int64_t format, int64_t rows, int64_t cols,
-                const uint8_t* source, uint8_t* codes, float* scales);
+                           const uint8_t* source, uint8_t* codes, float* scales);
 DBA_EXPORT void dba_decode(int64_t isa, int64_t threads, int64_t dtype, int64_t format, int64_t rows, int64_t cols,
                            const uint8_t* codes, const float* scales, uint8_t* out);
 // sums [n, 2]: rows `index` of every tensor are overwritten.
@@ -52,5 +52,5 @@ DBA_EXPORT void dba_coefficients(const dba::CoefficientArguments* arguments);
 DBA_EXPORT void dba_step(int64_t isa, int64_t threads, const dba::Batch* batches, int64_t count, const double* table);
 // Similarity, coefficients and step of a whole model in one call; the tensors of all batches are the active parameters.
 DBA_EXPORT void dba_fused_step(int64_t isa, int64_t threads, const dba::Batch* batches, int64_t count,
-                    const dba::CoefficientArguments* arguments);
+                               const dba::CoefficientArguments* arguments);
 }

@@ -120,7 +120,8 @@ template <class S, class Codec> struct ParamPair {
     static void load_pair(bytes_t weight, bytes_t remainder, int j, typename S::F* out) {
         for (int k = 0; k < 2; ++k) out[k] = Codec::load(weight, remainder, j + k * S::W);
     }
-    static void store_pair(uint8_t* weight, uint8_t* remainder, int j, const typename S::F* x, const typename S::U* random) {
+    static void store_pair(uint8_t* weight, uint8_t* remainder, int j, const typename S::F* x,
+                           const typename S::U* random) {
         for (int k = 0; k < 2; ++k) Codec::store(weight, remainder, j + k * S::W, x[k], random[k]);
     }
 };
@@ -146,7 +147,9 @@ template <class S, int64_t D> struct Param<S, MASTER, D> : ParamPair<S, Param<S,
 };
 
 // The pattern of x with any NaN made the quiet one: others overflow when they are rounded, to 0.
-template <class S> typename S::U number_or_quiet(typename S::F x) { return x == x ? S::bits(x) : S::splat_bits(0x7FC00000); }
+template <class S> typename S::U number_or_quiet(typename S::F x) {
+    return x == x ? S::bits(x) : S::splat_bits(0x7FC00000);
+}
 
 // What a joined pattern stands for. Where that is a NaN (of zero, by a borrow, of infinity, or of a NaN): its high half.
 template <class S> typename S::F number_or_high(typename S::U joined) {

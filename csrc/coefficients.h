@@ -6,8 +6,21 @@
 namespace dba {
 
 // Columns of the tables; the same numbers as in dba_kernels/formats.py.
-enum Column { GRAD_WEIGHT, GLOBAL_WEIGHT, BETA1, ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, STEP_SIZE,
-              INV_SQRT_BIAS_CORRECTION2, EPS, LR_WEIGHT_DECAY, STEP, SKIP, COLUMNS };
+enum Column {
+    GRAD_WEIGHT,
+    GLOBAL_WEIGHT,
+    BETA1,
+    ONE_MINUS_BETA1,
+    BETA2,
+    ONE_MINUS_BETA2,
+    STEP_SIZE,
+    INV_SQRT_BIAS_CORRECTION2,
+    EPS,
+    LR_WEIGHT_DECAY,
+    STEP,
+    SKIP,
+    COLUMNS
+};
 enum HyperColumn { HYPER_LR, HYPER_BETA1, HYPER_BETA2, HYPER_EPS, HYPER_WEIGHT_DECAY, HYPER_SIGN, HYPER_COLUMNS };
 enum SummaryEntry { SUMMARY_GAMMA, SUMMARY_CLIP_FACTOR, SUMMARY_GRAD_NORM, SUMMARY_GLOBAL_NORM };
 enum Correction : int64_t { CORRECTION_COSINE, CORRECTION_NONE, CORRECTION_AGEM, CORRECTION_PCGRAD };
@@ -47,7 +60,9 @@ public:
     bool skips() const { return skip_; }
 
 private:
-    struct Projection { double dot, grad_sq, global_sq; };
+    struct Projection {
+        double dot, grad_sq, global_sq;
+    };
     Projection projection(int64_t index) const;  // unscaled and clipped
     void global_projection();
 

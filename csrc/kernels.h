@@ -42,7 +42,8 @@ struct Kernels {
     using Accumulate = void(const uint8_t* grad, float* total, float weight, int64_t n);
     using Encode = void(const uint8_t* source, uint8_t* codes, float* scales, int64_t n);
     using Decode = void(const uint8_t* codes, const float* scales, uint8_t* out, int64_t n);
-    using Displacement = void(const uint8_t* param, const uint8_t* remainder, const uint8_t* origin, float* out, int64_t n);
+    using Displacement = void(const uint8_t* param, const uint8_t* remainder, const uint8_t* origin, float* out,
+                              int64_t n);
 
     Boost* boost[DTYPES][GLOBAL_FORMATS];
     Step* two_stage[PARAM_FORMATS][DTYPES][STATE_FORMATS];                            // any gradient, through Boost

@@ -16,9 +16,18 @@ std::vector<Cut> cuts_of(const Batch* batches, int64_t count) {
 
 StepScalars scalars_of(const double* row, uint64_t seed) {
     auto narrow = [row](Column column) { return static_cast<float>(row[column]); };
-    return {narrow(GRAD_WEIGHT), narrow(GLOBAL_WEIGHT), narrow(BETA1), narrow(ONE_MINUS_BETA1), narrow(BETA2),
-            narrow(ONE_MINUS_BETA2), narrow(STEP_SIZE), narrow(INV_SQRT_BIAS_CORRECTION2), narrow(EPS),
-            narrow(LR_WEIGHT_DECAY), static_cast<uint32_t>(static_cast<int64_t>(row[STEP])), static_cast<uint32_t>(seed)};
+    return {narrow(GRAD_WEIGHT),
+            narrow(GLOBAL_WEIGHT),
+            narrow(BETA1),
+            narrow(ONE_MINUS_BETA1),
+            narrow(BETA2),
+            narrow(ONE_MINUS_BETA2),
+            narrow(STEP_SIZE),
+            narrow(INV_SQRT_BIAS_CORRECTION2),
+            narrow(EPS),
+            narrow(LR_WEIGHT_DECAY),
+            static_cast<uint32_t>(static_cast<int64_t>(row[STEP])),
+            static_cast<uint32_t>(seed)};
 }
 
 }  // namespace
@@ -41,9 +50,12 @@ StepTarget Model::target(const Entry& entry, const Rows& layout, int64_t row, in
     const Tensor& t = *entry.tensor;
     const Batch& b = *entry.batch;
     const int64_t i = row * layout.cols + col, group = b.state_format == STATE_INT8 ? layout.scale(row, col) : 0;
-    return {t.param + i * dtype_bytes(b.dtype), t.remainder + i * remainder_bytes(b.param_format),
-            t.exp_avg + i * state_bytes(b.state_format), t.exp_avg_sq + i * state_bytes(b.state_format),
-            t.exp_avg_scales + group, t.exp_avg_sq_scales + group};
+    return {t.param + i * dtype_bytes(b.dtype),
+            t.remainder + i * remainder_bytes(b.param_format),
+            t.exp_avg + i * state_bytes(b.state_format),
+            t.exp_avg_sq + i * state_bytes(b.state_format),
+            t.exp_avg_scales + group,
+            t.exp_avg_sq_scales + group};
 }
 
 void Model::reduce(int64_t tensor, int64_t unit) {
@@ -51,9 +63,8 @@ void Model::reduce(int64_t tensor, int64_t unit) {
     const Rows layout{units_.cut(tensor).cols};
     Kernels::Similarity* kernel = kernels_.similarity[entry.tensor->grad_dtype][entry.batch->global_format];
     Sums sums{};
-    layout.each(piece(tensor, unit), [&](int64_t row, int64_t col, int64_t n) {
-        kernel(source(entry, layout, row, col), n, sums);
-    });
+    layout.each(piece(tensor, unit),
+                [&](int64_t row, int64_t col, int64_t n) { kernel(source(entry, layout, row, col), n, sums); });
     sums_[unit] = sums;
 }
 

@@ -41,7 +41,8 @@ public:
     // body(first element, n) for every row of the unit.
     template <class Body> void each_row(int64_t tensor, int64_t unit, Body&& body) const {
         const Rows layout{units_.cut(tensor).cols};
-        layout.each(piece(tensor, unit), [&](int64_t row, int64_t col, int64_t n) { body(row * layout.cols + col, n); });
+        layout.each(piece(tensor, unit),
+                    [&](int64_t row, int64_t col, int64_t n) { body(row * layout.cols + col, n); });
     }
 
     void reduce(int64_t tensor, int64_t unit);  // keeps the unit's sums

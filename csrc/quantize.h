@@ -29,14 +29,16 @@ template <class S, int64_t D, int64_t G> struct Encode {
             S::store_low8(out + j, Global<S, G>::encode(Float<S, D>::load(x, j) * s.inverse));
         }
         if constexpr (G == GLOBAL_INT4)
-            for (int k = 0; k < GROUP / 2; ++k) out[k] = static_cast<uint8_t>((out[2 * k] & 0xF) | (out[2 * k + 1] << 4));
+            for (int k = 0; k < GROUP / 2; ++k)
+                out[k] = static_cast<uint8_t>((out[2 * k] & 0xF) | (out[2 * k + 1] << 4));
     }
 };
 
 template <class S, int64_t G, int64_t D> struct Decode {
     static void run(bytes_t codes, const float* scales, uint8_t* out, int64_t n) {
         int64_t i = 0;
-        for (; i + GROUP <= n; i += GROUP) group(codes + global_bytes(G, i), scale(scales, i), out + i * dtype_bytes(D));
+        for (; i + GROUP <= n; i += GROUP)
+            group(codes + global_bytes(G, i), scale(scales, i), out + i * dtype_bytes(D));
         if (i == n) return;
         alignas(64) uint8_t padded[GROUP * 4] = {}, last[GROUP * 4];
         __builtin_memcpy(padded, codes + global_bytes(G, i), global_bytes(G, n - i));

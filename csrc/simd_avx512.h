@@ -88,8 +88,10 @@ struct Avx512 {
         for (int i = 0; i < 2; ++i)
             four[i] = _mm512_max_ps(_mm512_shuffle_f32x4(two[2 * i], two[2 * i + 1], 0x88),
                                     _mm512_shuffle_f32x4(two[2 * i], two[2 * i + 1], 0xDD));  // a quarter each
-        __m512 eight = _mm512_max_ps(_mm512_shuffle_ps(four[0], four[1], 0x44), _mm512_shuffle_ps(four[0], four[1], 0xEE));
-        eight = _mm512_max_ps(eight, _mm512_shuffle_ps(eight, eight, 0xB1));  // lanes 0 and 2 of each quarter hold results
+        __m512 eight =
+            _mm512_max_ps(_mm512_shuffle_ps(four[0], four[1], 0x44), _mm512_shuffle_ps(four[0], four[1], 0xEE));
+        eight =
+            _mm512_max_ps(eight, _mm512_shuffle_ps(eight, eight, 0xB1));  // lanes 0 and 2 of each quarter hold results
         const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
         _mm256_storeu_ps(out, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, eight)));
     }
@@ -117,7 +119,9 @@ template <> struct PairOps<Avx512> {
         out[1] = (U)_mm512_permutex2var_epi16(low, words<16, 48, 1>(), high);
     }
     // The words of two vectors: those at even places, or those at odd places.
-    static __m512i even(const U* x) { return _mm512_permutex2var_epi16((__m512i)x[0], words<0, 2, 4>(), (__m512i)x[1]); }
+    static __m512i even(const U* x) {
+        return _mm512_permutex2var_epi16((__m512i)x[0], words<0, 2, 4>(), (__m512i)x[1]);
+    }
     static __m512i odd(U x, U y) { return _mm512_permutex2var_epi16((__m512i)x, words<1, 3, 4>(), (__m512i)y); }
 
     static void load_high(const void* p, U* out) {

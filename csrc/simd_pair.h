@@ -9,7 +9,9 @@ namespace {  // internal linkage: no instruction set may lend its code to anothe
 
 template <class S> struct PairOps {
     using U = typename S::U;
-    static const uint8_t* at(const void* p, int k, int bytes) { return static_cast<const uint8_t*>(p) + k * S::W * bytes; }
+    static const uint8_t* at(const void* p, int k, int bytes) {
+        return static_cast<const uint8_t*>(p) + k * S::W * bytes;
+    }
     static uint8_t* at(void* p, int k, int bytes) { return static_cast<uint8_t*>(p) + k * S::W * bytes; }
 
     // out = p << 16, for 16-bit p.

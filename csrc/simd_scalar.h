@@ -20,10 +20,22 @@ struct Scalar {
     static F splat(float x) { return x; }
     static U splat_bits(uint32_t x) { return x; }
     static U iota() { return 0; }
-    static U bits(F x) { U u; std::memcpy(&u, &x, 4); return u; }
-    static F from_bits(U u) { F x; std::memcpy(&x, &u, 4); return x; }
+    static U bits(F x) {
+        U u;
+        std::memcpy(&u, &x, 4);
+        return u;
+    }
+    static F from_bits(U u) {
+        F x;
+        std::memcpy(&x, &u, 4);
+        return x;
+    }
 
-    template <class T> static T read(const void* p) { T x; std::memcpy(&x, p, sizeof x); return x; }
+    template <class T> static T read(const void* p) {
+        T x;
+        std::memcpy(&x, p, sizeof x);
+        return x;
+    }
     template <class T> static void write(void* p, T x) { std::memcpy(p, &x, sizeof x); }
 
     static F load(const void* p) { return read<float>(p); }
@@ -51,13 +63,17 @@ struct Scalar {
     static void store_f16(void* p, F x) {
         uint32_t sign = (bits(x) >> 16) & 0x8000, magnitude = bits(x) & 0x7FFFFFFF, h;
         if (magnitude > 0x7F800000) h = 0x7E00 | ((magnitude >> 13) & 0x3FF);  // NaN keeps its payload
-        else if (magnitude >= 0x477FF000) h = 0x7C00;                          // rounds to 65536 or more
+        else if (magnitude >= 0x477FF000) h = 0x7C00;  // rounds to 65536 or more
         else if (magnitude < 0x38800000) h = bits(from_bits(magnitude) + 0.5f) - bits(0.5f);  // ulp(0.5) = 2^-24
         else h = (magnitude + 0xFFF + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
         write(p, static_cast<uint16_t>(sign | h));
     }
 
-    static F round_f16(F x) { uint16_t h; store_f16(&h, x); return load_f16(&h); }
+    static F round_f16(F x) {
+        uint16_t h;
+        store_f16(&h, x);
+        return load_f16(&h);
+    }
 
     static F to_float(I x) { return static_cast<float>(x); }
     static I to_int(F x) { return static_cast<int32_t>(std::lrintf(x)); }  // nearest, ties to even

@@ -52,7 +52,8 @@ public:
         float scale, a, b;
         void pair(int j, typename S::F* out) const { boosted_pair<S, D, G>(grad, codes, scale, a, b, j, out); }
     };
-    Boosted(const GradSource& in, Kernels::Boost*, const StepScalars& s) : in_(in), a_(s.grad_weight), b_(s.global_weight) {}
+    Boosted(const GradSource& in, Kernels::Boost*, const StepScalars& s)
+        : in_(in), a_(s.grad_weight), b_(s.global_weight) {}
     void prepare(int64_t, int) {}
     Group group(int64_t i) const {
         const GradSource at = advanced<D, G>(in_, i);
@@ -139,7 +140,8 @@ template <class S> struct State<S, STATE_INT8> {
     // root: of v. (v / scale)^(1/4) = sqrt(sqrt(v) * sqrt(1 / scale)); at least 1 where v > 0.
     static void store_exp_avg_sq(uint8_t* p, const float* root, float inverse_root) {
         typename S::U codes[GROUP / S::W];
-        for (int k = 0; k < GROUP / S::W; ++k) codes[k] = S::code_from_one(S::load(root + k * S::W) * S::splat(inverse_root));
+        for (int k = 0; k < GROUP / S::W; ++k)
+            codes[k] = S::code_from_one(S::load(root + k * S::W) * S::splat(inverse_root));
         S::store_group_u8(p, codes);
     }
 };
@@ -195,7 +197,7 @@ template <class S> struct NoNoise {
 // settling them and encoding goes the next block's update, so that nothing waits for them.
 struct Pending {
     static constexpr int GROUPS = BLOCK / GROUP;
-    alignas(64) float exp_avg[BLOCK], root[BLOCK];        // root of exp_avg_sq
+    alignas(64) float exp_avg[BLOCK], root[BLOCK];  // root of exp_avg_sq
     float exp_avg_inverse[GROUPS], root_inverse[GROUPS];  // reciprocals of the scale, of the root of the scale
     StepTarget at;
     int n;
@@ -279,7 +281,8 @@ private:
         alignas(64) float largest[BOTH], scale[BOTH], inverse[BOTH], inverse_root[BOTH];
         S::largest_of_each(most_exp_avg_, largest);
         S::largest_of_each(most_exp_avg_sq_, largest + EACH);
-        for (int g = 0; g < EACH; ++g) {  // a group whose second moment has left fp32 starts anew: an infinite scale is NaN
+        for (int g = 0; g < EACH;
+             ++g) {  // a group whose second moment has left fp32 starts anew: an infinite scale is NaN
             const bool fits = largest[EACH + g] < __builtin_inff();
             largest[g] = fits ? largest[g] : 0.0f;
             largest[EACH + g] = fits ? largest[EACH + g] : 0.0f;
@@ -320,8 +323,9 @@ template <class S, int64_t P, int64_t D, int64_t M, class Grad> struct Step {
 
     static StepTarget advanced(const StepTarget& at, int64_t i) {
         const int64_t group = NewMoments::GROUPED ? i / GROUP : 0;
-        return {at.param + i * dtype_bytes(D),  at.remainder + i * remainder_bytes(P), at.exp_avg + i * state_bytes(M),
-                at.exp_avg_sq + i * state_bytes(M), at.exp_avg_scale + group, at.exp_avg_sq_scale + group};
+        return {at.param + i * dtype_bytes(D),   at.remainder + i * remainder_bytes(P),
+                at.exp_avg + i * state_bytes(M), at.exp_avg_sq + i * state_bytes(M),
+                at.exp_avg_scale + group,        at.exp_avg_sq_scale + group};
     }
 
     static void run(const StepTarget& at, const GradSource& in, Kernels::Boost* boost, const StepScalars& scalars,
@@ -346,8 +350,8 @@ template <class S, int64_t P, int64_t D, int64_t M, class Grad> struct Step {
         });
     }
 
-    static void group(const StepTarget& at, const typename Grad::Group& grad, const Constants<S>& c, const Random& random,
-                      NewMoments& moments, int g_index) {
+    static void group(const StepTarget& at, const typename Grad::Group& grad, const Constants<S>& c,
+                      const Random& random, NewMoments& moments, int g_index) {
         using Format = typename NewMoments::Format;
         F beta1 = c.beta1, beta2 = c.beta2;
         if constexpr (NewMoments::GROUPED) {
@@ -398,8 +402,8 @@ template <class S, int64_t P, int64_t D, int64_t M, class Grad> struct Step {
     }
 
     // The last n < GROUP elements of a row, through zero-padded copies.
-    __attribute__((noinline)) static void ragged(const StepTarget& at, const typename Grad::Group& grad, const Constants<S>& c,
-                                                 const Random& random, int n) {
+    __attribute__((noinline)) static void ragged(const StepTarget& at, const typename Grad::Group& grad,
+                                                 const Constants<S>& c, const Random& random, int n) {
         alignas(64) uint8_t param[GROUP * 4] = {}, remainder[GROUP * 4] = {}, m[GROUP * 4] = {}, v[GROUP * 4] = {};
         StepTarget copy = {param, remainder, m, v, at.exp_avg_scale, at.exp_avg_sq_scale};
         copy_elements(copy, at, n);

@@ -71,12 +71,12 @@ void Tasks::parallel(const Units& units, int64_t begin, int64_t end, int64_t ele
             elements += piece.rows * piece.cols;
         }
         tasks_.push_back({after, [&units, &run, start, stop = unit] {
-            int64_t tensor = units.tensor_of(start);
-            for (int64_t u = start; u < stop; ++u) {
-                while (u >= units.first(tensor + 1)) ++tensor;
-                run(tensor, u);
-            }
-        }});
+                              int64_t tensor = units.tensor_of(start);
+                              for (int64_t u = start; u < stop; ++u) {
+                                  while (u >= units.first(tensor + 1)) ++tensor;
+                                  run(tensor, u);
+                              }
+                          }});
     }
     widest_ = std::max(widest_, static_cast<int64_t>(tasks_.size()) - after);
 }
