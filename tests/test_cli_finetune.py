@@ -241,7 +241,8 @@ def test_every_part_of_a_checkpoint_counts(
 def test_a_collection_killed_under_two_processes_resumes_to_the_same_bytes(inputs: Path, killed: Path) -> None:
     """Protects hours of collection: two processes, killed and resumed, write the same file as two that were not."""
     files = {path.name for path in killed.glob("*.safetensors")}
-    assert files == {"whole.safetensors", "g.safetensors"}  # and no snapshot
+    snapshots = {f"{name}.snapshot-{rank}-of-2.safetensors" for name in ("whole", "g") for rank in (0, 1)}
+    assert files == {"whole.safetensors", "g.safetensors"} | snapshots
     assert (killed / "g.safetensors").read_bytes() == (killed / "whole.safetensors").read_bytes()
     two = GlobalGradient.load(killed / "g.safetensors")
     assert two.provenance.batches == 8
