@@ -270,7 +270,7 @@ class GlobalGradientCollector:
             ValueError: no micro-batch, or none with a finite gradient for some tensor; no ``save_to`` for a sharded
                 model; see :meth:`GlobalGradient.from_tensors` too.
             OSError: the file cannot be written; the error's ``global_gradient`` is the result, in memory.
-            RuntimeError: the weights changed meanwhile, or the rank that writes failed; its error says why.
+            RuntimeError: the weights changed meanwhile, or the rank that writes failed; with its message.
         """
         self._check_usable()
         self._untouched.check_content()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import operator
 import os
 import warnings
@@ -11,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .distributed import answers_of_ranks, world_size
 from .formats import check_name
 from .global_gradient import GlobalGradient
 from .schedule import ANCHORS, AUTO_ANCHOR, AUTO_BOOST_REACH, BOOSTS, initial_boost
@@ -21,6 +25,11 @@ LARGE_LR = 1e-4
 
 SAVED_SETTINGS = ("boost", "total_steps", "boost_max", "correction", "scope", "bounds", "max_grad_norm", "anchor")
 """Settings that a resumed run should share with the one that was saved."""
+
+PATIENCE = 10.0
+"""Seconds that a rank waits, once, for the others to say which global gradient they use."""
+
+_questions = itertools.count()
 
 BoostSchedule = Callable[[torch.Tensor, int], Any]
 Correction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -65,6 +74,7 @@ class Method:
         self.correction: Correction | None = correction if callable(correction) else None
         self.rule: str | None = boost if isinstance(boost, str) else None
         self.initial_lr = 0.0
+        self._compared = False
         settings = _checked(total_steps, boost, boost_max, correction, scope, bounds)
         strength = _checked_anchor(anchor, global_gradient)
         self.anchored: frozenset[str] = frozenset()
@@ -220,11 +230,57 @@ class Method:
         if changed:
             warnings.warn(f"resuming with other settings than were saved (saved, now): {changed}", stacklevel=6)
 
+    def check_ranks(self, names: list[str]) -> None:
+        """Compare with the other ranks, once: replicas with another global gradient would silently drift apart.
+
+        Only ranks that train the same parameters are compared, and paths are not: nodes may have copies of one file.
+
+        Args:
+            names: of the parameters.
+
+        Raises:
+            ValueError: another global gradient or other settings of it on some rank; all ranks that have one say so.
+        """
+        if self._compared or world_size() == 1:
+            return
+        mine = self.identity() or {"digest": None, "settings": {}, "path": None}
+        whose = hashlib.sha256("\n".join(names).encode()).hexdigest()
+        patience = 0.0 if self.global_gradient is None else PATIENCE
+        answers = answers_of_ranks(f"global_gradient/{next(_questions)}", json.dumps([whose, mine]), patience)
+        others = {rank: other for rank, (whom, other) in _decoded(answers) if whom == whose}
+        for what in ("digest", "settings"):
+            for rank, other in others.items():
+                if patience and other[what] != mine[what]:
+                    raise ValueError(
+                        f"global_gradient: expected the same on every rank, got {what} {_told(mine, what)} on this one "
+                        f"and {_told(other, what)} on rank {rank}; give all of them copies of one file and the same "
+                        "settings"
+                    )
+        if patience and len(answers) < world_size():
+            silent = sorted(set(range(world_size())) - set(answers))
+            warnings.warn(
+                f"global_gradient: ranks {silent} have taken no step with this optimizer within {PATIENCE:g} s; "
+                "whether they use the same file is not known",
+                stacklevel=5,
+            )
+        self._compared = True
+
     def take_over(self, saved: dict[str, Any] | None) -> None:
         """T and a named k₀ of the saved run, where this one still awaits them."""
         settings = (saved or {}).get("settings", {})
         if self.awaits_total_steps and settings.get("total_steps"):
             self._settle(settings["total_steps"], settings["boost"] if self.rule else None)
+
+
+def _decoded(answers: dict[int, str]) -> list[tuple[int, Any]]:
+    return [(rank, json.loads(answer)) for rank, answer in answers.items()]
+
+
+def _told(identity: dict[str, Any], what: str) -> str:
+    """One side of a disagreement."""
+    if identity["digest"] is None:
+        return "none"
+    return f"{identity[what]} ({identity['path'] or 'in memory'})"
 
 
 def _on_device(value: Any, device: torch.device) -> torch.Tensor:

@@ -272,6 +272,7 @@ class DBAAdamW(Optimizer):
             if (active := self._plan.activate(params, grads, *where)) is not None:
                 return self._plan, active
             self._drop_plan()
+        self.method.check_ranks(names_of(self.param_groups))
         plan = Plan(*where, self.options, self.global_gradient, self.missing, self.backend, self.shrink)
         self._plan = plan
         return plan, cast("ActiveSet", plan.activate(params, grads, *where))  # a plan just made is current

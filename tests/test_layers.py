@@ -52,7 +52,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "gradient_file",
     },
     "gradient_file": {"base_model", "curvature_records", "descriptions", "records", "tensor_files"},
-    "collect": {"collector", "batches", "calibration", "curvature_records", "global_gradient", "identity", "records"},
+    "collect": {
+        *("collector", "batches", "calibration", "curvature_records", "distributed", "global_gradient", "identity"),
+        "records",
+    },
     "collector": {
         "ops",
         "distributed",
@@ -72,7 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "identity",
         "weights",
     },
-    "method": {"schedule", "formats", "stepdata", "global_gradient"},
+    "method": {"schedule", "formats", "distributed", "stepdata", "global_gradient"},
     "optim": {
         *("ops", "distributed", "global_gradient", "base_model", "formats", "stepdata", "method", "metrics", "plan"),
         *("state", "saved_state", "param_groups"),
