@@ -20,7 +20,7 @@ from .formats import PARAM_FORMATS, STATE_FORMATS, check_name
 from .global_gradient import GlobalGradient
 from .method import BoostSchedule, Correction, Method, check_group
 from .metrics import metrics
-from .param_groups import check_hyperparameters
+from .param_groups import check_hyperparameters, checked_flag, checked_params, checked_state_dict
 from .plan import ActiveSet, Plan
 from .saved_state import check_states, for_torch, restore_uncast, to_saved, unlocked
 from .state import StateOptions, allocate, only_allocates
@@ -143,13 +143,13 @@ class DBAAdamW(Optimizer):
         )
         check_name("state_format", state_format, STATE_FORMATS)
         check_name("param_format", param_format, ("auto", *PARAM_FORMATS))
-        self.shrink = bool(self.method.anchored) if shrink is None else bool(shrink)
+        self.shrink = bool(self.method.anchored) if shrink is None else checked_flag("shrink", shrink)
         self.missing = check_name("missing", missing, ("error", "adamw"))
         kept = "split16" if param_format == "auto" else param_format
         self.options = StateOptions(kept, state_format, self.method.anchored)
         self._plan: Plan | None = None
         super().__init__(
-            params,
+            checked_params(params),
             dict(
                 lr=lr,
                 betas=betas,
@@ -362,7 +362,7 @@ class DBAAdamW(Optimizer):
             ),
         )
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(checked_state_dict(state_dict))
         finally:
             for hook in hooks:
                 hook.remove()

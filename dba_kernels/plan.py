@@ -38,6 +38,7 @@ from . import captured, ops
 from .anchored import AnchorStep
 from .base_model import Groups, names_of, normalize_name
 from .checks import addresses_of, check_grad, check_state, check_storage, same_place
+from .contracts import BY_PLAN, CHECKED
 from .distributed import Sharding, local
 from .factors import Curvature
 from .formats import matrix_shape
@@ -249,7 +250,7 @@ class Plan:
             by_format[param.device, param.dtype, grad.dtype, anchored, formats].append(i)
         kept = [{k: v for k, v in states[p].items() if torch.is_tensor(v)} for p in params]
         parts = [
-            TensorBatch(*formats, [self._tensors_of(params[i], states[params[i]]) for i in at])
+            TensorBatch(*formats, [self._tensors_of(params[i], states[params[i]]) for i in at], {CHECKED: BY_PLAN})
             for (*_, formats), at in by_format.items()
         ]
         pulled = [anchored for (*_, anchored, _) in by_format]

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from .distributed import Sharding
+from .formats import check_integer, check_path
 from .sums import GradientSums
-from .tensor_files import SavedTensors
+from .tensor_files import SavedTensors, check_name_of_file
 
 
 class Snapshots:
@@ -30,8 +31,10 @@ class Snapshots:
     def __init__(
         self, path: str | os.PathLike[str] | None, every: int, identity: dict[str, Any], sharding: Sharding
     ) -> None:
-        if every < 1:
-            raise ValueError(f"snapshot_every: expected at least 1, got {every}")
+        check_integer("snapshot_every", every, 1)
+        if path is not None:
+            check_path("snapshot_path", path)
+            check_name_of_file(path, "snapshot_path")  # not when the first is due
         self.path = None if path is None else Path(path)
         self.every = every
         self.sharding = sharding
