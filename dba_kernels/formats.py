@@ -242,8 +242,10 @@ def check_count(name: str, value: Any) -> int:
         TypeError, ValueError: naming the argument, what was expected and what it got.
     """
     number = check_number(name, value, "a whole number >= 0")
-    if not 0 <= number < 2**63 or number != int(number):
-        raise ValueError(f"{name}: expected at least 0 and a whole number, got {value}")
+    if not 0 <= number < 2**63:
+        raise ValueError(f"{name}: expected at least 0, got {value}")
+    if number != int(number):
+        raise ValueError(f"{name}: expected a whole number, got {value}")
     return int(value)
 
 

@@ -46,9 +46,9 @@ class DBAAdamW(Optimizer):
     Parameters that FSDP2 (``fully_shard``) has cut by rows work as they are, with replication (HSDP) too: formats
     follow from the global shape, the global gradient is cut along, state is DTensors of the parameter's layout, and
     rounding does not depend on the number of ranks. With a global gradient or a clip threshold all ranks must call
-    ``step()`` together: they share one all-reduce of two float64 per parameter. Without, they share nothing. State
-    dicts that gather whole tensors (``full_state_dict``) cannot hold ``split16``: no backend of torch.distributed
-    sends 16-bit integers.
+    ``step()`` together: they share one all-reduce of two float64 per parameter. The first step refuses ranks with
+    another global gradient or other settings of it. State dicts that gather whole tensors (``full_state_dict``) cannot
+    hold ``split16``: no backend of torch.distributed sends 16-bit integers.
 
     Args:
         params: parameters, or groups, as for ``torch.optim.AdamW``. With a global gradient they must carry names:
@@ -83,8 +83,8 @@ class DBAAdamW(Optimizer):
         state_format: ``"fp32"``, ``"bf16"`` or ``"int8"`` moments. 1-D and small tensors keep fp32.
         param_format: how parameters below fp32 keep what rounding would lose: ``"native"`` (they lose it),
             ``"split16"`` (a 16-bit remainder in the state: together the exact fp32 value), ``"split8"`` (8 bits,
-            stochastically rounded), ``"master"`` (an fp32 copy; weights loaded into the parameter after the first
-            step would be overwritten by it). ``"auto"``: split16. fp32 and fp64 parameters are always native.
+            stochastically rounded), ``"master"`` (an fp32 copy). ``"auto"``: split16. fp32 and fp64 parameters are
+            always native. Weights that somebody writes between steps count, whatever is kept beside them.
         missing: ``"error"``, or ``"adamw"`` to update parameters that have no global gradient by plain AdamW, with a
             warning that counts them.
         backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``.

@@ -43,7 +43,7 @@ from .distributed import Sharding, local
 from .factors import Curvature
 from .formats import matrix_shape
 from .global_gradient import GlobalGradient, shrinkage
-from .state import StateOptions, States, Witness, formats_of, prepare, prepare_origin, same_tensors
+from .state import StateOptions, States, Witness, formats_of, prepare, prepare_origin, same_tensors, steps_done
 from .stepdata import (
     UPDATED_PARTS,
     Coefficient,
@@ -166,7 +166,7 @@ class Plan:
         self._sums_elsewhere: dict[torch.device, torch.Tensor] = {}
         self.cut = torch.tensor([[rows is not None] for rows in self.sharding.rows], device=self.device)
 
-        steps = [int(states.get(p, {}).get("step", 0)) for p in self.params]
+        steps = [steps_done(states.get(p, {}), name) for p, name in zip(self.params, self.names, strict=True)]
         self.steps = torch.tensor(steps, dtype=torch.float32, device=self.device)
         self._step_of = [self.steps.select(0, row) for row in range(n)]  # one view each: active sets know state by it
         self.bias_corrections = torch.tensor(
