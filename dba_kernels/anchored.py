@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from . import ops
+from .contracts import BY_PLAN, CHECKED
 from .distributed import Sharding
 from .factors import Curvature, DiagonalFactor, KroneckerTerm, LowRankFactor
 from .formats import matrix_shape
@@ -86,7 +87,7 @@ class Block:
         offset = tensors.offset + start * matrix_shape(tuple(tensors.param.shape))[1]
         part = replace(tensors, **views, global_grad=stored, offset=offset)
         origin = whole.origin[start:stop] if whole.origin.dim() > 0 else whole.origin
-        batch = TensorBatch(param_format, state_format, global_format, [part])
+        batch = TensorBatch(param_format, state_format, global_format, [part], {CHECKED: BY_PLAN})
         return cls(start, stop, batch, origin, whole.curvature.rows(start, stop), low_rank)
 
     def displacement(self, backend: str) -> torch.Tensor:

@@ -36,6 +36,7 @@ from .active_set import ActiveSet, kinds_of
 from .anchored import AnchorStep
 from .base_model import Groups, names_of, normalize_name
 from .checks import addresses_of, check_grad, check_state, check_storage
+from .contracts import BY_PLAN, CHECKED
 from .distributed import Sharding, local
 from .factors import Curvature
 from .formats import matrix_shape
@@ -48,6 +49,7 @@ from .state import (
     prepare,
     prepare_origin,
     replayed_bias_correction,
+    steps_done,
 )
 from .stepdata import (
     UPDATED_PARTS,
@@ -104,7 +106,7 @@ class Plan:
         self._sums_elsewhere: dict[torch.device, torch.Tensor] = {}
         self.cut = torch.tensor([[rows is not None] for rows in self.sharding.rows], device=self.device)
 
-        steps = [int(states.get(p, {}).get("step", 0)) for p in self.params]
+        steps = [steps_done(states.get(p, {}), name) for p, name in zip(self.params, self.names, strict=True)]
         self.steps = torch.tensor(steps, dtype=torch.float32, device=self.device)
         self._step_of = [self.steps.select(0, row) for row in range(n)]  # one view each: active sets know state by it
         self.bias_corrections = torch.tensor(
@@ -189,7 +191,7 @@ class Plan:
             by_format[param.device, param.dtype, grad.dtype, anchored, formats].append(i)
         kept = [{k: v for k, v in states[p].items() if torch.is_tensor(v)} for p in params]
         parts = [
-            TensorBatch(*formats, [self._tensors_of(params[i], states[params[i]]) for i in at])
+            TensorBatch(*formats, [self._tensors_of(params[i], states[params[i]]) for i in at], {CHECKED: BY_PLAN})
             for (*_, formats), at in by_format.items()
         ]
         pulled = [anchored for (*_, anchored, _) in by_format]

@@ -1,4 +1,4 @@
-"""Every kernel of a step against float64 on the device: all formats, sizes, placements, poisoned outputs."""
+"""Every kernel of a step against float64 on the device: all formats, sizes, placements, poisoned memory."""
 
 from __future__ import annotations
 
