@@ -14,10 +14,12 @@ DTYPES = ("auto", "fp32", "mixed", "bf16")
 
 DATA_HELP = f"""\b
 Data (one or more paths):
-  a.jsonl        one record a line: "messages" (a conversation), or text in --field
+  a.jsonl        one record a line (also .ndjson): a conversation in "messages" (or ShareGPT's "conversations"), with
+                 its "tools" where it has any, or text in --field
   a.json         a list, or a mapping, of such records
+  a.csv, a.tsv   a record a row, --field a name of the first row
   folder/        saved by datasets (save_to_disk), or a folder of files
-  anything else  plain text in UTF-8
+  anything else  plain text in UTF-8; each of these also as .gz
   {", ".join(CORPORA)}: the corpora of bench/data-packages.txt
 """
 
