@@ -7,9 +7,10 @@ import click
 import dba_kernels
 
 from . import collect_command, demo, env_command, finetune_command, inspect_command, plan_command
+from .failures import Commands
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(dba_kernels.__version__, prog_name="dba-kernels")
 def main() -> None:
     """Dynamic Boosted Annealing: fine-tune on domain data alone, boosted by one stored gradient of the general data."""

@@ -5,7 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .output import InputError
+
 ADAMW, DBA = "tab:gray", "tab:blue"
+
+
+def require_matplotlib() -> None:
+    """
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"figures are drawn with matplotlib ({error}); run: pip install matplotlib") from error
 
 
 def draw_method(axes: dict[str, Any], metrics: list[dict[str, float]]) -> None:
