@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ class Checkpoints:
             lambda path: self.folder / f"{stem}-{_digest_of(path)}.pt",
         )
         older = [file for file in self.files() if file.name < stem]
-        for file in {*self.files()} - {written, *older[1 - KEPT :]}:  # later ones are damaged: it was gone back behind
-            file.unlink()
+        # Later ones are damaged: it was gone back behind them.
+        remove([file for file in self.files() if file not in (written, *older[1 - KEPT :])])
 
     def load(self) -> tuple[dict[str, Any] | None, list[str]]:
         """The newest checkpoint that is whole, None where there is none; and what was passed over, for the user.
@@ -96,15 +97,17 @@ class Checkpoints:
 
     def remove(self) -> None:
         """The run is finished."""
-        for file in self.files():
-            file.unlink()
+        remove(self.files())
         if self.folder.is_dir():
             remove_partial(self.folder)
-            self.folder.rmdir()
+            with suppress(OSError):  # what is not ours stays
+                self.folder.rmdir()
 
 
 def _read(file: Path) -> dict[str, Any] | str:
     """A checkpoint, or why it is none."""
+    if not file.is_file():
+        return "it is no regular file"
     try:
         digest = _digest_of(file)
         if not file.stem.endswith(f"-{digest}"):
@@ -122,6 +125,13 @@ def _digest_of(file: Path) -> str:
         while block := opened.read(1 << 20):
             sha.update(block)
     return sha.hexdigest()[:16]
+
+
+def remove(files: list[Path]) -> None:
+    """Remove those that can be."""
+    for file in files:
+        with suppress(OSError):
+            file.unlink()
 
 
 def check_settings(saved: dict[str, Any], now: dict[str, Any], where: Path) -> None:

@@ -112,6 +112,8 @@ class Training:
         self._data_digest = found["data_digest"]
         kept = [line for line in self.metrics() if line["step"] <= self.done]
         write_whole(self.metrics_file, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in kept)))
+        if len({line["step"] for line in kept} - {0}) < self.done:
+            self.console.print(f"note     {self.metrics_file} lacks steps that were done", soft_wrap=True)
         self.console.print(f"going on after step {self.done:,} of {self.options.steps:,}")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -122,6 +124,8 @@ class Training:
         """
         if not self.metrics_file.exists():
             return []
+        if not self.metrics_file.is_file():
+            raise InputError(f"{self.metrics_file}: expected a regular file, got none; remove it")
         lines = []
         for number, text in enumerate(self.metrics_file.read_bytes().split(b"\n")[:-1], 1):
             try:
@@ -266,7 +270,8 @@ class Training:
     def finish(self) -> Iterator[str]:
         """Write model, figure and ``run.json``, drop the checkpoints; lines that say what came of it."""
         out, lines = self.options.out, self.metrics()
-        if lines[-1].get("skipped_steps") == self.done:
+        last = lines[-1] if lines else {}
+        if last.get("skipped_steps") == self.done:
             raise self._diverged("the gradients", "none that were")
         self.work.model.config.use_cache = self.work.use_cache
 
@@ -278,14 +283,14 @@ class Training:
         title = f"{self.work.source}: {self.options.steps} steps at η₀ = {self.options.lr:g}"
         figure = self._draw(lines, title)
         evaluated = [line["eval_loss"] for line in lines if "eval_loss" in line]
-        outcome = {"settings": self.settings, "steps": self.done, "last": lines[-1]} | (
+        outcome = {"settings": self.settings, "steps": self.done, "last": last} | (
             {"eval_loss_before": evaluated[0], "eval_loss_after": evaluated[-1]} if evaluated else {}
         )
         write_whole(out / "run.json", lambda path: path.write_text(json.dumps(outcome, indent=1)))
         self.checkpoints.remove()
         if evaluated:
             yield f"held-out loss: {evaluated[0]:.4f} before, {evaluated[-1]:.4f} after"
-        if skipped := lines[-1].get("skipped_steps"):
+        if skipped := last.get("skipped_steps"):
             yield f"{skipped:.0f} steps were skipped: their gradients were not finite"
         yield f"file: {out / 'model.safetensors'}"
         yield f"file: {self.metrics_file}"
@@ -294,6 +299,8 @@ class Training:
     def _draw(self, lines: list[dict[str, Any]], title: str) -> str:
         """Draw the run; the line that says where, or why not."""
         path = self.options.out / "figure.png"
+        if not any(line["step"] for line in lines):
+            return f"no figure: {self.metrics_file} holds no step"
         try:
             require_matplotlib()
         except InputError as error:
