@@ -22,7 +22,7 @@ from .method import BoostSchedule, Correction, Method, check_group
 from .metrics import metrics
 from .param_groups import check_hyperparameters
 from .plan import ActiveSet, Plan
-from .saved_state import check_states, for_torch, restore_uncast, to_saved
+from .saved_state import check_states, for_torch, restore_uncast, to_saved, unlocked
 from .state import StateOptions, allocate, only_allocates
 from .stepdata import StepOverrides
 
@@ -320,17 +320,15 @@ class DBAAdamW(Optimizer):
         """As torch's; the groups also carry the steps done and skipped, and the global gradient's path and digest.
 
         Args:
-            format: ``"own"``, to be loaded by this class: what is stored, under names that no other optimizer takes for
-                its own where they are codes. ``"torch"``: fp32 moments for ``torch.optim.AdamW``; use
-                :func:`~dba_kernels.fp32_state_dict` for weights to go with it.
+            format: ``"own"``: what is stored, for this class; groups of int8 moments are saved with settings (``LOCK``
+                in :mod:`.saved_state`) on which every torch optimizer fails before it takes codes for numbers.
+                ``"torch"``: fp32 moments for ``torch.optim.AdamW``, weights by :func:`~dba_kernels.fp32_state_dict`.
         """
         check_name("format", format, ("own", "torch"))
         self._store_counters()
         packed = super().state_dict()
         params = [param for group in self.param_groups for param in group["params"]]
-        if format == "torch":
-            return for_torch(packed, params)
-        return {**packed, "state": {i: to_saved(state, params[i]) for i, state in packed["state"].items()}}
+        return for_torch(packed, params) if format == "torch" else to_saved(packed, params)
 
     def allocate_state(self) -> None:
         """State of every trainable parameter, as the first step would make it; what is there stays."""
@@ -348,10 +346,11 @@ class DBAAdamW(Optimizer):
         """
         saved: dict[str, Any] = {}
 
-        def capture(_: Optimizer, final: dict[str, Any]) -> None:
-            self._check_saved_groups(final["param_groups"])
-            check_states(names_of(self.param_groups), final)
-            saved.update(final)
+        def capture(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            saved.update(unlocked(final))
+            self._check_saved_groups(saved["param_groups"])
+            check_states(names_of(self.param_groups), saved)
+            return saved
 
         kept_keys = ("global_gradient", "param_names")
         own: list[dict[str, Any]] = [{k: group[k] for k in kept_keys if k in group} for group in self.param_groups]

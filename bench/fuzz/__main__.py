@@ -22,7 +22,7 @@ from .judging import findings, run
 @click.option("--runs", type=click.IntRange(1), default=2000, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Everything that is drawn follows from it.")
 @click.option("--only", type=int, multiple=True, help="These runs alone, and all that they print.")
-@click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds for one run.")
+@click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds for one run.")
 def main(runs: int, seed: int, only: tuple[int, ...], timeout: float) -> None:
     """Exit status 1 if there is a finding."""
     torch.set_num_threads(1)

@@ -15,27 +15,8 @@ from bench.models import llama
 from dba_kernels import cli
 from dba_kernels.cli.finetune_run import Training
 
-WORDS = [
-    "stir",
-    "the",
-    "butter",
-    "into",
-    "flour",
-    "and",
-    "bake",
-    "it",
-    "until",
-    "a",
-    "skewer",
-    "comes",
-    "out",
-    "clean",
-    "while",
-    "oven",
-    "cools",
-    "with",
-    "salt",
-]
+TEXT = "stir the butter into flour and bake it until a skewer comes out clean while oven cools with salt"
+WORDS = TEXT.split()
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
