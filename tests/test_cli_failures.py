@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,12 +255,44 @@ def test_damaged_metrics_are_named(inputs: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.undo()
     metrics = tmp_path / "out" / "metrics.jsonl"
     whole = metrics.read_text()
-    for line in ("{", "3", "{}", '{"step": null}'):
+    for line in ("{", "3", "{}", '{"step": null}', '{"step": Infinity}'):
         metrics.write_text(whole + line + "\n")
         result = finetune(inputs, tmp_path / "out", "--resume")
         assert result.exit_code == 1 and "metrics.jsonl, line 4: expected the metrics of a step" in result.output
     metrics.write_text(whole + '{"step": 4, "lo')  # a killed process has left it half
     assert finetune(inputs, tmp_path / "out", "--resume").exit_code == 0
+
+
+def test_state_that_is_no_file_is_named_or_gone_round(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects against waiting for ever and raw errors: pipes, folders and missing files among a run's own."""
+    at_step(monkeypatch, 6, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert finetune(inputs, tmp_path / "out").exit_code == 130
+    monkeypatch.undo()
+    out = tmp_path / "out"
+    newest = sorted((out / "checkpoints").glob("*.pt"))[-1]
+    newest.unlink()
+    for make in (os.mkfifo, os.mkdir):
+        make(newest)
+        copy = Path(shutil.copytree(out, tmp_path / "copy", copy_function=copy_or_make))
+        result = finetune(inputs, copy, "--resume")
+        assert (
+            result.exit_code == 0 and f"{newest.name}: expected a whole checkpoint, it is no regular" in result.output
+        )
+        shutil.rmtree(copy)
+        newest.unlink() if newest.is_fifo() else newest.rmdir()
+    (out / "metrics.jsonl").unlink()
+    os.mkfifo(out / "metrics.jsonl")
+    result = finetune(inputs, out, "--resume")
+    assert result.exit_code == 1 and "metrics.jsonl: expected a regular file" in result.output
+    (out / "metrics.jsonl").unlink()
+    result = finetune(inputs, out, "--resume")  # missing: the model is what counts
+    assert result.exit_code == 0 and "lacks steps that were done" in result.output, result.output
+
+
+def copy_or_make(source: str, target: str) -> None:
+    os.mkfifo(target) if Path(source).is_fifo() else shutil.copy(source, target)
 
 
 # --- files of gradients -----------------------------------------------------------------------------------------------

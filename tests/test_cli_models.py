@@ -155,6 +155,13 @@ def test_absurd_configurations_are_refused(inputs: Path, folder: Path, change: d
         assert run("plan", "--model", folder, *more).exit_code in (0, 1)
 
 
+def test_a_tokenizer_that_cannot_encode_is_refused(inputs: Path, folder: Path) -> None:
+    """Protects against a raw TypeError at the first document: a setting of the wrong type is refused at once."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "many"}))
+    refused(inputs, folder, f"cannot load model '{folder}'")
+
+
 def test_damaged_weights_are_noticed_before_training(inputs: Path, folder: Path) -> None:
     """Protects against a run on a broken base: weights that make the output NaN are refused."""
     change_weights(folder, lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))
@@ -186,6 +193,16 @@ def test_code_in_a_folder_is_not_run(inputs: Path, folder: Path) -> None:
     (folder / "own.py").write_text(f"open({str(folder.parent / 'ran')!r}, 'w')")
     refused(inputs, folder, "comes as Python code in its folder, which is never run")
     assert not (folder.parent / "ran").exists()
+
+
+def test_pipes_in_a_folder_are_refused(inputs: Path, folder: Path) -> None:
+    """Protects against waiting for ever: a FIFO in place of one of the model's files is named."""
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        refused(inputs, folder, f"expected regular files, '{name}' is a pipe or a device")
+        (folder / name).unlink()
+        shutil.copy(inputs / "model" / name, folder / name)
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

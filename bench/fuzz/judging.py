@@ -110,7 +110,7 @@ def findings(case: Case, end: End, folder: Path, seeds: Path) -> list[str]:
         found.append(f"status {end.status} without a message")
     if end.status == 0:
         found += _missing(case, end, folder, seeds)
-    elif not case.target and not case.drawn:
+    elif not found and not case.target and not case.drawn:
         found.append(f"refused though nothing was wrong: {end.said.strip()[-300:]}")
     return found
 

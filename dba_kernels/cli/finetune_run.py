@@ -130,7 +130,8 @@ class Training:
         for number, text in enumerate(self.metrics_file.read_bytes().split(b"\n")[:-1], 1):
             try:
                 lines.append(json.loads(text))
-                int(lines[-1]["step"])
+                if not isinstance(lines[-1]["step"], int):
+                    raise TypeError("a step is a whole number")
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise InputError(
                     f"{self.metrics_file}, line {number}: expected the metrics of a step, got {error!r}; restore the "

@@ -51,6 +51,7 @@ def load_model(
             where, config=config, dtype=dtype, output_loading_info=True, **options
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+        tokenizer("a text", verbose=False)  # settings of the wrong type show when it is used
     except Exception as error:  # whatever damaged or foreign files make it throw
         raise _unloadable(where, error) from error
     check_loaded(model, loading["missing_keys"], where)
@@ -102,6 +103,10 @@ def locate_model(source: str | None) -> str:
         return str(converted(path))
     where = str(source)
     if path.is_dir():
+        if waiting := [file.name for file in path.iterdir() if file.exists() and not (file.is_file() or file.is_dir())]:
+            raise InputError(
+                f"model {where!r}: expected regular files, {waiting[0]!r} is a pipe or a device; remove it"
+            )
         if not (path / "config.json").is_file():
             found = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
             raise InputError(
