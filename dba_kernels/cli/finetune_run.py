@@ -18,12 +18,16 @@ from dba_kernels import DBAAdamW, GlobalGradient, annealing_schedule
 from dba_kernels.schedule import ANCHORS, BOOSTS
 
 from .checkpoint import Checkpoints, extend_digest
-from .figures import draw_run
+from .figures import run_figure, save, short_name
 from .finetune_options import Options
+from .held_out import KINDS, HeldOut, before_and_after, in_words
 from .output import InputError, write_folder, write_whole
 from .packing import Batch, Batches
-from .progress import progress
+from .progress import Bars, duration, progress
 from .workload import Workload, count_targets
+
+TIMED = 2
+"""The step, of those that this process does, by which the time left is foretold; the first is slower."""
 
 
 class Training:
@@ -108,7 +112,7 @@ class Training:
 
     # --- the steps ----------------------------------------------------------------------------------------------------
 
-    def run(self, batches: Batches, evaluation: list[Batch] | None) -> None:
+    def run(self, batches: Batches, evaluation: HeldOut | None) -> None:
         """The steps that are left.
 
         Raises:
@@ -118,7 +122,8 @@ class Training:
         remaining = self._remaining(batches)
         with open(self.metrics_file, "a") as file, progress(self.console) as bars:
             if evaluation and self.done == 0:
-                self._write(file, {"step": 0, "eval_loss": self.evaluate(evaluation)})
+                self._write(file, {"step": 0, **self.measure(evaluation, bars)})
+            first = self.done
             task = bars.add_task("fine-tuning", total=o.steps, tokens=o.batch * o.length, completed=self.done)
             for batch in islice(remaining, o.steps - self.done):
                 line = self.step(batch)
@@ -126,8 +131,11 @@ class Training:
                 self._data_digest = extend_digest(self._data_digest, batch)
                 last = self.done == o.steps
                 if evaluation and (last or self.done % o.eval_every == 0):
-                    line["eval_loss"] = self.evaluate(evaluation)
+                    line |= self.measure(evaluation, bars)
                 self._write(file, line)
+                if self.done == first + TIMED and not last:
+                    left = line["seconds"] * (o.steps - self.done)
+                    bars.console.print(f"time     about {duration(left)} for the other {o.steps - self.done:,} steps")
                 if last or self.done % o.save_every == 0:
                     self.checkpoints.save(self.done, self.work.model, self.optimizer, self.scheduler, self._data_digest)
                 bars.advance(task)
@@ -160,15 +168,14 @@ class Training:
         line = {"step": self.done + 1, "loss": total, "targets": targets, "lr": lr}
         return line | {"seconds": time.perf_counter() - started} | self.optimizer.metrics()
 
-    @torch.no_grad()
-    def evaluate(self, batches: list[Batch]) -> float:
-        """Mean loss per target token, in nats."""
-        self.work.model.eval()
-        measured = [(loss.item(), count) for loss, count in map(self.work.loss, batches) if count]
-        return math.fsum(loss * count for loss, count in measured) / sum(count for _, count in measured)
+    def measure(self, evaluation: HeldOut, bars: Bars) -> dict[str, Any]:
+        """The held-out losses now, which are also printed."""
+        found = evaluation.measure()
+        bars.console.print(f"step {self.done:,}: held-out loss {in_words(found)}", soft_wrap=True, highlight=False)
+        return found
 
     def _write(self, file: Any, line: dict[str, Any]) -> None:
-        file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in line.items()}) + "\n")
+        file.write(json.dumps({k: _finite(v) for k, v in line.items()}) + "\n")
         file.flush()
 
     # --- the end ------------------------------------------------------------------------------------------------------
@@ -178,23 +185,27 @@ class Training:
         out, lines = self.options.out, self.metrics()
         self.work.model.config.use_cache = self.work.use_cache
 
-        def save(folder: Path) -> None:
+        def save_model(folder: Path) -> None:
             self.work.model.save_pretrained(folder)
             self.work.tokenizer.save_pretrained(folder)
 
-        write_folder(out, save)
-        title = f"{self.work.source}: {self.options.steps} steps at η₀ = {self.options.lr:g}"
-        write_whole(out / "figure.png", lambda path: draw_run(path, lines, title))
-        evaluated = [line["eval_loss"] for line in lines if "eval_loss" in line]
-        outcome = {"settings": self.settings, "steps": self.done, "last": lines[-1]} | (
-            {"eval_loss_before": evaluated[0], "eval_loss_after": evaluated[-1]} if evaluated else {}
-        )
+        write_folder(out, save_model)
+        title = f"{short_name(self.work.source)}: {self.options.steps} steps at η₀ = {self.options.lr:g}"
+        write_whole(out / "figure.png", lambda path: save(run_figure(lines, title), path))
+        evaluated = list(before_and_after(lines))
+        outcome: dict[str, Any] = {"settings": self.settings, "steps": self.done, "last": lines[-1]}
+        for kind, _, before, after in evaluated:
+            outcome |= {f"{KINDS[kind]}_loss_before": before, f"{KINDS[kind]}_loss_after": after}
         write_whole(out / "run.json", lambda path: path.write_text(json.dumps(outcome, indent=1)))
         self.checkpoints.remove()
-        if evaluated:
-            yield f"held-out loss: {evaluated[0]:.4f} before, {evaluated[-1]:.4f} after"
+        yield from (words for _, words, _, _ in evaluated)
         if skipped := lines[-1].get("skipped_steps"):
             yield f"{skipped:.0f} steps were skipped: their gradients were not finite"
         yield f"file: {out / 'model.safetensors'}"
         yield f"file: {self.metrics_file}"
         yield f"file: {out / 'figure.png'}"
+
+
+def _finite(value: Any) -> Any:
+    """What JSON can say: None for NaN and infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

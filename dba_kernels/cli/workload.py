@@ -11,6 +11,7 @@ from rich.console import Console
 
 from .devices import autocast_dtype, choose_device
 from .models import load_config, load_model
+from .output import InputError
 from .packing import IGNORED, Batch, Batches, Encoder
 from .text import Corpus
 
@@ -46,6 +47,17 @@ class Workload:
     def batches(self, corpus: Corpus, *, loss_on: str, length: int, size: int, seed: int, repeat: bool) -> Batches:
         encoder = Encoder(self.tokenizer, loss_on)
         return Batches(corpus, encoder, length=length, size=size, seed=seed, repeat=repeat)
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass in place of keeping them; weights and losses stay as they are.
+
+        Raises:
+            InputError: the model cannot.
+        """
+        if not getattr(self.model, "supports_gradient_checkpointing", False):
+            name = type(self.model).__name__
+            raise InputError(f"--gradient-checkpointing: expected a model that has it, got {name}; leave it out")
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     @torch.no_grad()
     def separates_documents(self) -> bool:
