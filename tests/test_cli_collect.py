@@ -180,12 +180,14 @@ def test_advice_follows_the_estimate() -> None:
     def advised(s: float | None, n: int = 10) -> str:
         from types import SimpleNamespace
 
-        return advice(SimpleNamespace(signal_to_noise=s, provenance=SimpleNamespace(batches=n)))  # type: ignore
+        return advice(SimpleNamespace(signal_to_noise=s, provenance=SimpleNamespace(batches=n, tokens=9 * n)))  # type: ignore
 
     assert "unknown" in advised(None)
-    assert "hides the signal. Collect 40 batches" in advised(-0.1)
-    assert "More batches are worth it: 20 would give 0.82, about 93 give 0.95" in advised(1.0)
-    assert "That is enough: twice as many would give 0.98" in advised(10.0)
+    assert "hides the signal. Collect 40 batches in all" in advised(-0.1)
+    assert "More batches are worth it: 20 in all (--batches 20) would give 0.82, about 93 in all give 0.95" in advised(
+        1.0
+    )
+    assert "That is enough: 20 batches in all would give 0.98" in advised(10.0)
 
 
 def test_batches_for_a_cosine_are_right_where_the_truth_is_known() -> None:

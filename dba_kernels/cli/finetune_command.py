@@ -20,12 +20,14 @@ from .checkpoint import check_settings, has_checkpoints
 from .failures import Stopped
 from .finetune_options import Options, settings_of
 from .finetune_run import Training
+from .held_out import HeldOut
 from .inspect_command import open_gradient
 from .options import COUNT, DATA_HELP, ROWS, FiniteRange, PathsCommand, data_options, model_option, paths_option
 from .output import InputError, new_folder, prepare_folder, remove_partial
-from .packing import Batches
+from .packing import Batch, Batches
 from .progress import wide_console
 from .ranks import Ranks
+from .run_report import beginning
 from .text import Corpus
 from .workload import Workload, load
 
@@ -36,7 +38,7 @@ Full fine-tuning with DBAAdamW and a learning rate that falls linearly to 0. Wit
 \b
 Examples:
   dba-kernels finetune --model ./base --data domain.jsonl --global-gradient general.safetensors \\
-      --steps 1000 --lr 1e-5 --out ./tuned --eval-data held-out.jsonl
+      --steps 1000 --lr 1e-5 --out ./tuned --eval-data held-out.jsonl --general-eval-data general-held-out.jsonl
   dba-kernels finetune … --dtype bf16 --state-format int8 --param-format split16     least memory, exact weights
   dba-kernels finetune … --out ./tuned --resume                                      goes on after an interruption
 
@@ -48,7 +50,8 @@ that are too short are repeated, in another order each time.
 \b
 --out holds, in the end:
   config.json, model.safetensors, tokenizer …   as save_pretrained writes them
-  metrics.jsonl    a line a step: loss (nats per target token), lr, seconds, γ, φ, α …; eval_loss where measured
+  metrics.jsonl    a line a step: loss (nats per target token), lr, seconds, γ, φ, α …; where measured, the held-out
+                   losses (eval_loss, general_eval_loss) and their changes from the start with standard errors
   figure.png       the same, drawn
   run.json         settings and outcome; it is there when all else is
 and meanwhile checkpoints/, the newest two. A run that was killed and goes on with --resume ends with the very weights
@@ -98,7 +101,9 @@ of a run that was not.
     show_default=True,
     help="How bf16 weights keep small updates; auto is split16, the exact fp32 value.",
 )
-@paths_option("--eval-data", False, "Held-out text to measure the loss on; as --data.")
+@click.option("--gradient-checkpointing", is_flag=True, help="Recompute activations: less memory, more time.")
+@paths_option("--eval-data", False, "Held-out domain text to measure the loss on: what is learned; as --data.")
+@paths_option("--general-eval-data", False, "Held-out general text, measured apart: what is forgotten; as --data.")
 @click.option("--eval-every", type=COUNT, default=100, show_default=True, help="Steps; also first and last.")
 @click.option("--eval-batches", type=COUNT, default=16, show_default=True, help="At most so many.")
 @click.option("--save-every", type=COUNT, default=100, show_default=True, help="Steps between checkpoints.")
@@ -148,17 +153,19 @@ def run(options: Options) -> None:
 
 def _train(options: Options, settings: dict[str, Any], gradient: GlobalGradient | None, console: Console) -> None:
     corpus = Corpus(options.data, options.field)
-    held_out = Corpus(options.eval_data, options.field) if options.eval_data else None
+    chosen = {"domain": options.eval_data, "general": options.general_eval_data}
+    held_out = {kind: Corpus(paths, options.field) for kind, paths in chosen.items() if paths}
     torch.manual_seed(options.seed)
     work = load(options.model, options.dtype, options.device, console)
     _check_room(options, work)
+    if options.gradient_checkpointing:
+        work.checkpoint_activations()
     training = Training(options, work, gradient, settings, console)
     batches = _batches(options, work, corpus, options.batch, repeat=True)
-    evaluation = None
-    if held_out is not None:
-        rows = _batches(options, work, held_out, options.micro_batch or options.batch, repeat=False)
-        evaluation = list(islice(rows, options.eval_batches))
+    evaluation = HeldOut(work, _held_out(options, work, held_out), training.metrics()) if held_out else None
     console.print(f"data     {', '.join(corpus.names)} ({len(corpus):,} documents)", soft_wrap=True)
+    for line in beginning(options, work, gradient, batches):
+        console.print(line, soft_wrap=True, highlight=False)
     training.run(batches, evaluation)
     if note := str(batches.counts):
         console.print(note)
@@ -169,6 +176,13 @@ def _train(options: Options, settings: dict[str, Any], gradient: GlobalGradient 
 def _batches(options: Options, work: Workload, corpus: Corpus, size: int, repeat: bool) -> Batches:
     seed = options.seed if repeat else 0  # what is held out stays the same
     return work.batches(corpus, loss_on=options.loss_on, length=options.length, size=size, seed=seed, repeat=repeat)
+
+
+def _held_out(options: Options, work: Workload, corpora: dict[str, Corpus]) -> dict[str, list[Batch]]:
+    """The first ``--eval-batches`` of each kind of held-out text."""
+    size = options.micro_batch or options.batch
+    found = {kind: _batches(options, work, corpus, size, repeat=False) for kind, corpus in corpora.items()}
+    return {kind: list(islice(batches, options.eval_batches)) for kind, batches in found.items()}
 
 
 def _is_number(text: str) -> bool:

@@ -19,12 +19,16 @@ from dba_kernels.schedule import ANCHORS, BOOSTS
 
 from .checkpoint import FOLDER, Checkpoints, extend_digest
 from .failures import Interruption, Stopped
-from .figures import draw_run, require_matplotlib
+from .figures import require_matplotlib, run_figure, save, short_name
 from .finetune_options import Options
+from .held_out import KINDS, HeldOut, before_and_after, in_words
 from .output import InputError, write_folder, write_whole
 from .packing import Batch, Batches
-from .progress import progress
+from .progress import Bars, duration, progress
 from .workload import Workload, count_targets
+
+TIMED = 2
+"""The step, of those that this process does, by which the time left is foretold; the first is slower."""
 
 
 class Diverged(InputError):
@@ -129,9 +133,7 @@ class Training:
         lines = []
         for number, text in enumerate(self.metrics_file.read_bytes().split(b"\n")[:-1], 1):
             try:
-                lines.append(json.loads(text))
-                if not isinstance(lines[-1]["step"], int):
-                    raise TypeError("a step is a whole number")
+                lines.append(_checked(json.loads(text)))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise InputError(
                     f"{self.metrics_file}, line {number}: expected the metrics of a step, got {error!r}; restore the "
@@ -141,7 +143,7 @@ class Training:
 
     # --- the steps ----------------------------------------------------------------------------------------------------
 
-    def run(self, batches: Batches, evaluation: list[Batch] | None) -> None:
+    def run(self, batches: Batches, evaluation: HeldOut | None) -> None:
         """The steps that are left.
 
         Raises:
@@ -156,12 +158,13 @@ class Training:
                 self.metrics_file.unlink(missing_ok=True)
             raise
 
-    def _run(self, batches: Batches, evaluation: list[Batch] | None) -> None:
+    def _run(self, batches: Batches, evaluation: HeldOut | None) -> None:
         o = self.options
         remaining = self._remaining(batches)
         with Interruption() as stop, open(self.metrics_file, "a") as file, progress(self.console) as bars:
             if evaluation and self.done == 0:
-                self._write(file, {"step": 0, "eval_loss": self.evaluate(evaluation)})
+                self._write(file, {"step": 0, **self.measure(evaluation, bars)})
+            first = self.done
             task = bars.add_task("fine-tuning", total=o.steps, tokens=o.batch * o.length, completed=self.done)
             while self.done < o.steps and not stop.asked:
                 batch = self._next(remaining)
@@ -169,8 +172,11 @@ class Training:
                 self._data_digest = extend_digest(self._data_digest, batch)
                 last = self.done == o.steps
                 if evaluation and (last or self.done % o.eval_every == 0):
-                    line["eval_loss"] = self.evaluate(evaluation)
+                    line |= self.measure(evaluation, bars)
                 self._write(file, line)
+                if self.done == first + TIMED and not last:
+                    left = line["seconds"] * (o.steps - self.done)
+                    bars.console.print(f"time     about {duration(left)} for the other {o.steps - self.done:,} steps")
                 if last or self.done % o.save_every == 0:
                     self.save()
                 bars.advance(task)
@@ -245,25 +251,21 @@ class Training:
         line = {"step": self.done, "loss": total, "targets": targets, "lr": lr}
         return line | {"seconds": time.perf_counter() - started} | self.optimizer.metrics()
 
-    @torch.no_grad()
-    def evaluate(self, batches: list[Batch]) -> float:
-        """Mean loss per target token, in nats.
+    def measure(self, evaluation: HeldOut, bars: Bars) -> dict[str, Any]:
+        """The held-out losses now, which are also printed.
 
         Raises:
-            InputError: there is no target in them.
-            Diverged: it is not finite.
+            Diverged: one is not finite.
         """
-        self.work.model.eval()
-        measured = [(loss.item(), count) for loss, count in map(self.work.loss, batches) if count]
-        if not measured:
-            raise InputError("--eval-data: expected targets in the first --eval-batches, found none; give more of them")
-        mean = math.fsum(loss * count for loss, count in measured) / sum(count for _, count in measured)
-        if not math.isfinite(mean):
-            raise self._diverged("the held-out loss", mean)
-        return mean
+        found = evaluation.measure()
+        for prefix in KINDS.values():
+            if not math.isfinite(loss := found.get(f"{prefix}_loss", 0.0)):
+                raise self._diverged("the held-out loss", loss)
+        bars.console.print(f"step {self.done:,}: held-out loss {in_words(found)}", soft_wrap=True, highlight=False)
+        return found
 
     def _write(self, file: Any, line: dict[str, Any]) -> None:
-        file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in line.items()}) + "\n")
+        file.write(json.dumps({k: _finite(v) for k, v in line.items()}) + "\n")
         file.flush()
 
     # --- the end ------------------------------------------------------------------------------------------------------
@@ -276,21 +278,20 @@ class Training:
             raise self._diverged("the gradients", "none that were")
         self.work.model.config.use_cache = self.work.use_cache
 
-        def save(folder: Path) -> None:
+        def save_model(folder: Path) -> None:
             self.work.model.save_pretrained(folder)
             self.work.tokenizer.save_pretrained(folder)
 
-        write_folder(out, save)
-        title = f"{self.work.source}: {self.options.steps} steps at η₀ = {self.options.lr:g}"
+        write_folder(out, save_model)
+        title = f"{short_name(self.work.source)}: {self.options.steps} steps at η₀ = {self.options.lr:g}"
         figure = self._draw(lines, title)
-        evaluated = [line["eval_loss"] for line in lines if "eval_loss" in line]
-        outcome = {"settings": self.settings, "steps": self.done, "last": last} | (
-            {"eval_loss_before": evaluated[0], "eval_loss_after": evaluated[-1]} if evaluated else {}
-        )
+        evaluated = list(before_and_after(lines))
+        outcome: dict[str, Any] = {"settings": self.settings, "steps": self.done, "last": last}
+        for kind, _, before, after in evaluated:
+            outcome |= {f"{KINDS[kind]}_loss_before": before, f"{KINDS[kind]}_loss_after": after}
         write_whole(out / "run.json", lambda path: path.write_text(json.dumps(outcome, indent=1)))
         self.checkpoints.remove()
-        if evaluated:
-            yield f"held-out loss: {evaluated[0]:.4f} before, {evaluated[-1]:.4f} after"
+        yield from (words for _, words, _, _ in evaluated)
         if skipped := last.get("skipped_steps"):
             yield f"{skipped:.0f} steps were skipped: their gradients were not finite"
         yield f"file: {out / 'model.safetensors'}"
@@ -306,5 +307,24 @@ class Training:
             require_matplotlib()
         except InputError as error:
             return f"no figure: {error.message}"
-        write_whole(path, lambda file: draw_run(file, lines, title))
+        write_whole(path, lambda file: save(run_figure(lines, title), file))
         return f"file: {path}"
+
+
+def _finite(value: Any) -> Any:
+    """What JSON can say: None for NaN and infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _checked(line: Any) -> dict[str, Any]:
+    """A line of metrics: numbers, or None where one was not finite, or lists of numbers, under names.
+
+    Raises:
+        KeyError, TypeError: it is none.
+    """
+    if not isinstance(line, dict) or type(line["step"]) is not int:
+        raise TypeError("a line is an object with the number of its step")
+    for name, value in line.items():
+        if not all(isinstance(number, (int, float)) for number in (value if isinstance(value, list) else [value or 0])):
+            raise TypeError(f"{name!r} is {type(value).__name__}")
+    return line

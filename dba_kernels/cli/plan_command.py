@@ -9,12 +9,8 @@ from typing import Any
 
 import click
 import torch
-from rich.table import Table
 
-from dba_kernels.formats import (
-    STATE_FORMATS,
-    is_compressible,
-)
+from dba_kernels.formats import STATE_FORMATS, is_compressible
 
 from .inspect_command import open_gradient
 from .models import import_transformers, load_config
@@ -23,6 +19,7 @@ from .output import InputError
 from .progress import wide_console
 from .signal_to_noise import ENOUGH, batches_for, expected_cosine
 from .sizes import Shapes, Sizes
+from .tables import Grid
 
 HELP = """Count the bytes that fine-tuning a model holds between steps, for every choice of formats.
 
@@ -81,8 +78,8 @@ def command(
         f"one-dimensional ones, which stay fp32",
         soft_wrap=True,
     )
-    console.print(parts_table(sizes))
-    console.print(totals_table(sizes))
+    parts_table(sizes).show(console)
+    totals_table(sizes).show(console)
     if batches is not None:
         console.print(batches["words"], soft_wrap=True)
 
@@ -103,11 +100,9 @@ def model_shapes(source: str) -> tuple[Shapes, str]:
     return {name: tuple(param.shape) for name, param in model.named_parameters()}, where
 
 
-def parts_table(sizes: Sizes) -> Table:
+def parts_table(sizes: Sizes) -> Grid:
     """What each part costs."""
-    table = Table("part", "choice", title="Bytes between steps, part by part", title_justify="left")
-    table.add_column("bytes per parameter", justify="right")
-    table.add_column("MiB", justify="right")
+    table = Grid("Bytes between steps, part by part", ("part", "choice"), ("bytes/parameter", "MiB"))
     rows = [("weights", "", sizes.weights), ("gradients", "until zero_grad()", sizes.weights)]
     rows += [("--param-format", name, sizes.remainder(name)) for name in sizes.param_formats]
     rows += [("--state-format", name, sizes.state(name)) for name in STATE_FORMATS]
@@ -115,22 +110,20 @@ def parts_table(sizes: Sizes) -> Table:
     rows += [("anchor", f"rank {sizes.curvature}, int8, and θ₀", sizes.anchor)] if sizes.curvature else []
     previous = ""
     for part, choice, size in rows:
-        table.add_row(part if part != previous else "", choice, f"{size / sizes.parameters:.3f}", _mib(size))
+        table.add(part if part != previous else "", choice, f"{size / sizes.parameters:.3f}", _mib(size))
         previous = part
     return table
 
 
-def totals_table(sizes: Sizes) -> Table:
+def totals_table(sizes: Sizes) -> Grid:
     """Bytes per parameter and MiB of every combination."""
     title = "All together, bytes per parameter (MiB), by format of the global gradient"
-    table = Table("--param-format", "--state-format", title=title, title_justify="left")
     shown = {name: size for name, size in sizes.globals.items() if name not in ("fp32", "fp16", "fp8_e4m3")}
-    for name in shown:
-        table.add_column(name, justify="right", no_wrap=True)
+    table = Grid(title, ("--param-format", "--state-format"), tuple(shown))
     for p in sizes.param_formats:
         for s in STATE_FORMATS:
             totals = [sizes.total(p, s, size) for size in shown.values()]
-            table.add_row(p, s, *(f"{total / sizes.parameters:.2f} ({_mib(total)})" for total in totals))
+            table.add(p, s, *(f"{total / sizes.parameters:.2f} ({_mib(total)})" for total in totals))
     return table
 
 

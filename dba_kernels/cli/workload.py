@@ -50,6 +50,17 @@ class Workload:
         encoder = Encoder(self.tokenizer, loss_on, self.model.get_input_embeddings().num_embeddings)
         return Batches(corpus, encoder, length=length, size=size, seed=seed, repeat=repeat)
 
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass in place of keeping them; weights and losses stay as they are.
+
+        Raises:
+            InputError: the model cannot.
+        """
+        if not getattr(self.model, "supports_gradient_checkpointing", False):
+            name = type(self.model).__name__
+            raise InputError(f"--gradient-checkpointing: expected a model that has it, got {name}; leave it out")
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
     def separates_documents(self) -> bool:
         """Whether what the model says of a row's second document is the same whatever the first one is.
 

@@ -19,7 +19,7 @@ from dba_kernels.formats import STATE_FORMATS, STORAGE_FORMATS
 
 from ..corpora import CORPORA, load_documents
 from ..devices import autocast_dtype
-from ..figures import require_matplotlib
+from ..figures import require_matplotlib, save, short_name
 from ..inspect_command import open_gradient
 from ..model_checks import check_length
 from ..models import load_model
@@ -29,7 +29,7 @@ from ..progress import Bars, progress, wide_console
 from ..signal_to_noise import advice
 from .blocks import Blocks, token_blocks
 from .demo_options import MAX_STEPS, SECONDS, Options, Plan
-from .report import Outcome, draw, losses_table, verdict
+from .report import Outcome, demo_figure, losses_table, verdict
 from .training import Run, Speed, evaluate, fine_tune, measure_speed
 
 if TYPE_CHECKING:
@@ -257,10 +257,11 @@ def _report(
         "seconds": seconds,
         "outcomes": {name: outcome.as_json() for name, outcome in outcomes.items()},
     }
-    title = f"{options.domain}: {plan.steps} steps at η₀ = {options.lr:g}, γ₀ = {options.boost:g}, seed {options.seed}"
+    settings = f"{plan.steps} steps at η₀ = {options.lr:g}, γ₀ = {options.boost:g}, seed {options.seed}"
+    title = f"{short_name(options.domain)}: {settings}"
     write_whole(options.file("results.json"), lambda path: path.write_text(json.dumps(results, indent=1)))
-    write_whole(options.file("figure.png"), lambda path: draw(path, outcomes, title))
-    console.print(losses_table(outcomes, tokens, title))
+    write_whole(options.file("figure.png"), lambda path: save(demo_figure(outcomes, title), path))
+    losses_table(outcomes, tokens, title).show(console)
     console.print(verdict(*outcomes.values()))
     provenance, parameters = gradient.provenance, sum(math.prod(r.shape) for r in gradient.records.values())
     console.print(
