@@ -201,6 +201,33 @@ def test_signals_are_as_before_afterwards() -> None:
     assert [signal.getsignal(number) for number in failures.SIGNALS] == before
 
 
+def test_an_error_on_one_rank_ends_all_with_its_message(inputs: Path, tmp_path: Path) -> None:
+    """Protects jobs of several processes: one rank's damaged snapshot ends both in seconds, and stderr names it.
+
+    As torchrun does, the harness sends SIGTERM to the others when one ends.
+    """
+    argv = ["collect", "--model", str(inputs / "model"), "--data", str(inputs / "general.jsonl"), "--batch", "2"]
+    argv += [*SMALL, "--out", str(tmp_path / "g.safetensors"), "--batches"]
+
+    def run_ranks(batches: int) -> tuple[list[int], str]:
+        command = [sys.executable, "-m", "tests.support.cli_kill"]
+        jobs = json.dumps([{"ranks": 2, "argv": [*argv, str(batches)]}])
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [*command, jobs], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=True
+        )
+        return json.loads(done.stdout)[0], done.stderr
+
+    assert run_ranks(4)[0] == [0, 0]
+    snapshot = tmp_path / "g.snapshot-1-of-2.safetensors"
+    content = bytearray(snapshot.read_bytes())
+    content[-9] ^= 4
+    snapshot.write_bytes(content)
+    codes, said = run_ranks(8)
+    assert codes[1] == 1 and codes[0] in (130, -signal.SIGTERM), codes
+    assert f"Error: {snapshot}" in said and "corrupt" in said
+
+
 # --- what is left behind ----------------------------------------------------------------------------------------------
 
 

@@ -60,9 +60,10 @@ architecture cannot keep them apart. Neither prompts, padding nor the tokens bet
 same options give the same file.
 
 A collection that was interrupted goes on where its last snapshot (beside --out) stands when the same command is given
-again. One that is finished says so, and goes on from there when it is given more --batches: the snapshot stays, at 4
-bytes per parameter, until you delete it or say --drop-snapshot. Under torchrun each process takes every n-th batch, the
-sums are added up once, and the first process writes. At the end you are told whether more batches are worth it.
+again; Ctrl-C (or SIGTERM) writes one first, status 130. One that is finished says so, and goes on from there when it is
+given more --batches: the snapshot stays, at 4 bytes per parameter, until you delete it or say --drop-snapshot. Under
+torchrun each process takes every n-th batch, the sums are added up once, and the first process writes. At the end you
+are told whether more batches are worth it.
 
 With --curvature (64 is a good rank) the file also holds the second order of the general loss, with which `finetune`
 holds the weights where general ability needs them (--anchor); with --format none it holds that alone.

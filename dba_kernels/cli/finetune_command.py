@@ -54,8 +54,10 @@ that are too short are repeated, in another order each time.
                    losses (eval_loss, general_eval_loss) and their changes from the start with standard errors
   figure.png       the same, drawn
   run.json         settings and outcome; it is there when all else is
-and meanwhile checkpoints/, the newest two. A run that was killed and goes on with --resume ends with the very weights
-of a run that was not.
+and meanwhile checkpoints/, the newest two, each with its digest: a damaged one is named, and the one before it used.
+Ctrl-C (or SIGTERM) ends the step and saves, status 130. A run that was stopped or killed and goes on with --resume ends
+with the very weights of a run that was not. One whose loss or weights become NaN or infinite ends with status 1 and
+keeps its last good checkpoint.
 """
 
 
