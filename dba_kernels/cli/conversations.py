@@ -69,10 +69,11 @@ def as_document(record: Any, field: str) -> Document:
         raise InputError(
             f"expected text in field {field!r}, or 'messages', got {_kind(record)}; give an object for each record"
         )
-    for key in (*KEYS, field):
-        if isinstance(record.get(key), list) and (record[key] or not isinstance(record.get(field), str)):
-            return _conversation_of(record, key)
     text = record.get(field)
+    for key in (*KEYS, field):
+        found = record.get(key)
+        if isinstance(found, list) and (_is_talk(found) or (key == "messages" and found) or not isinstance(text, str)):
+            return _conversation_of(record, key)
     if isinstance(text, str):
         return text
     if field in record:
