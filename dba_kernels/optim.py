@@ -20,7 +20,7 @@ from .formats import PARAM_FORMATS, STATE_FORMATS, check_name
 from .global_gradient import GlobalGradient
 from .method import BoostSchedule, Correction, Method, check_group
 from .metrics import metrics
-from .param_groups import check_hyperparameters
+from .param_groups import check_hyperparameters, checked_flag, checked_params, checked_state_dict
 from .plan import ActiveSet, Plan
 from .saved_state import check_states, for_torch, restore_uncast, to_saved, unlocked
 from .state import StateOptions, allocate, only_allocates
@@ -46,9 +46,9 @@ class DBAAdamW(Optimizer):
     Parameters that FSDP2 (``fully_shard``) has cut by rows work as they are, with replication (HSDP) too: formats
     follow from the global shape, the global gradient is cut along, state is DTensors of the parameter's layout, and
     rounding does not depend on the number of ranks. With a global gradient or a clip threshold all ranks must call
-    ``step()`` together: they share one all-reduce of two float64 per parameter. Without, they share nothing. State
-    dicts that gather whole tensors (``full_state_dict``) cannot hold ``split16``: no backend of torch.distributed
-    sends 16-bit integers.
+    ``step()`` together: they share one all-reduce of two float64 per parameter. The first step refuses ranks with
+    another global gradient or other settings of it. State dicts that gather whole tensors (``full_state_dict``) cannot
+    hold ``split16``: no backend of torch.distributed sends 16-bit integers.
 
     Args:
         params: parameters, or groups, as for ``torch.optim.AdamW``. With a global gradient they must carry names:
@@ -83,8 +83,8 @@ class DBAAdamW(Optimizer):
         state_format: ``"fp32"``, ``"bf16"`` or ``"int8"`` moments. 1-D and small tensors keep fp32.
         param_format: how parameters below fp32 keep what rounding would lose: ``"native"`` (they lose it),
             ``"split16"`` (a 16-bit remainder in the state: together the exact fp32 value), ``"split8"`` (8 bits,
-            stochastically rounded), ``"master"`` (an fp32 copy; weights loaded into the parameter after the first
-            step would be overwritten by it). ``"auto"``: split16. fp32 and fp64 parameters are always native.
+            stochastically rounded), ``"master"`` (an fp32 copy). ``"auto"``: split16. fp32 and fp64 parameters are
+            always native. Weights that somebody writes between steps count, whatever is kept beside them.
         missing: ``"error"``, or ``"adamw"`` to update parameters that have no global gradient by plain AdamW, with a
             warning that counts them.
         backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``.
@@ -143,13 +143,13 @@ class DBAAdamW(Optimizer):
         )
         check_name("state_format", state_format, STATE_FORMATS)
         check_name("param_format", param_format, ("auto", *PARAM_FORMATS))
-        self.shrink = bool(self.method.anchored) if shrink is None else bool(shrink)
+        self.shrink = bool(self.method.anchored) if shrink is None else checked_flag("shrink", shrink)
         self.missing = check_name("missing", missing, ("error", "adamw"))
         kept = "split16" if param_format == "auto" else param_format
         self.options = StateOptions(kept, state_format, self.method.anchored)
         self._plan: Plan | None = None
         super().__init__(
-            params,
+            checked_params(params),
             dict(
                 lr=lr,
                 betas=betas,
@@ -272,6 +272,7 @@ class DBAAdamW(Optimizer):
             if (active := self._plan.activate(params, grads, *where)) is not None:
                 return self._plan, active
             self._drop_plan()
+        self.method.check_ranks(names_of(self.param_groups))
         plan = Plan(*where, self.options, self.global_gradient, self.missing, self.backend, self.shrink)
         self._plan = plan
         return plan, cast("ActiveSet", plan.activate(params, grads, *where))  # a plan just made is current
@@ -361,7 +362,7 @@ class DBAAdamW(Optimizer):
             ),
         )
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(checked_state_dict(state_dict))
         finally:
             for hook in hooks:
                 hook.remove()

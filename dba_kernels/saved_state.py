@@ -15,7 +15,7 @@ from torch import nn
 
 from .backends import implementation
 from .distributed import like, local
-from .formats import PARAM_FORMATS
+from .formats import PARAM_FORMATS, check_type
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -257,6 +257,7 @@ def fp32_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
         torch.float32
     """
     known = _params_of(optimizer)
+    check_type("model", model, nn.Module)
     result: dict[str, Any] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not torch.is_tensor(tensor):
@@ -280,12 +281,16 @@ def load_fp32_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, sta
         TypeError: another kind of optimizer.
         ValueError: names or shapes that differ; nothing was loaded then.
     """
+    check_type("model", model, nn.Module)
+    check_type("state_dict", state_dict, Mapping)
     known, own = _params_of(optimizer), model.state_dict(keep_vars=True)
     for name in own.keys() ^ state_dict.keys():
         raise ValueError(
             f"state_dict: expected the names of model.state_dict(), {name!r} is {'missing' if name in own else 'none'}"
         )
     for name, tensor in own.items():
+        if torch.is_tensor(tensor):
+            check_type(f"state_dict[{name!r}]", state_dict[name], torch.Tensor)
         if torch.is_tensor(tensor) and tuple(tensor.shape) != tuple(state_dict[name].shape):
             raise ValueError(
                 f"state_dict[{name!r}]: expected shape {tuple(tensor.shape)}, got {tuple(state_dict[name].shape)}"

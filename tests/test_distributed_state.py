@@ -112,6 +112,8 @@ def on_ranks(rank: int, world: int, folder: Path) -> dict[str, Any]:
     found["wrong: no offsets"] = without_offsets(world)
     found["wrong: not loaded"] = give(*make("split8, int8", world), SAVED, ALL)
     found["allocated"] = allocation(rank, world)
+    if world == 2:
+        found["mixed"] = mixed(world)
     return found
 
 
@@ -149,6 +151,17 @@ def allocation(rank: int, world: int) -> dict[str, Any]:
         state = optimizer.state[net.embed.weight]
         found[what] = optimizer.metrics().get("steps"), sorted(state), isinstance(state["exp_avg_scale"], DTensor)
     return found
+
+
+def mixed(world: int) -> tuple[Named, dict[str, float], set[str]]:
+    """One group of plain parameters, a large one among them, and sharded ones: result, figures, names of the plain."""
+    dtype, formats = FORMATS["split8, int8"]
+    net = make_net(dtype)
+    sharded(net, world, ignored_params={net.embed.weight, *net.body.norm.parameters()})
+    optimizer = make_optimizer(net, correction="none", **formats)
+    result = give(net, optimizer, 0, ALL)
+    plain = {name for name, param in net.named_parameters() if not isinstance(param, DTensor)}
+    return result, optimizer.metrics(), plain
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +223,26 @@ def test_saved_state_loads_on_any_number_of_ranks(name: str, found: dict, expect
     for result, rank, world in loaded:
         for got, want in zip(result, expected[name], strict=True):
             assert differing(got, want, rank, world) == []
+
+
+def test_plain_and_sharded_parameters_share_a_group(found: dict, expected: dict) -> None:
+    """Protects mixed groups (``ignored_params``): the bits of one process, and norms that count plain tensors once."""
+    net, optimizer = make("split8, int8", None)
+    give(net, optimizer, 0, ALL)
+    whole = optimizer.metrics()
+    for rank, result in enumerate(found[2]):
+        got, metrics, plain = result["mixed"]
+        assert plain == {"embed.weight", "body.norm.weight", "body.norm.bias"}
+        want = {
+            key: value if key.partition("/")[0] in plain else rows_of(value, rank, 2)
+            for key, value in expected["split8, int8"][1].items()
+        }
+        assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
+        assert {k: v for k, v in metrics.items() if "norm" in k or "cosine" in k} == pytest.approx(
+            {k: v for k, v in whole.items() if "norm" in k or "cosine" in k},
+            rel=1e-5,  # reductions in fp32 over other parts
+        )
+    assert whole["grad_norm"] > 0 and whole["cosine_max"] != 0
 
 
 def test_other_bits_are_noticed(found: dict, expected: dict) -> None:
