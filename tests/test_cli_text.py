@@ -13,6 +13,7 @@ from rich.console import Console
 transformers = pytest.importorskip("transformers")
 
 from dba_kernels.cli import workload  # noqa: E402
+from dba_kernels.cli.conversations import Conversation  # noqa: E402
 from dba_kernels.cli.corpora import CORPORA, LONGEST_DOCUMENT  # noqa: E402
 from dba_kernels.cli.output import InputError  # noqa: E402
 from dba_kernels.cli.packing import IGNORED, Batches, Encoder, Rows  # noqa: E402
@@ -53,7 +54,7 @@ def test_every_kind_of_data_is_read(tmp_path: Path) -> None:
     names = [str(tmp_path / name) for name in ("a.jsonl", "b.json", "c.md", "d", "e")]
     corpus = Corpus(names, "body")
     found = [corpus.document(i) for i in range(len(corpus))]
-    assert found == ["one", "two", conversation("q", "a"), "three", "four", "five", "six", "seven"]
+    assert found == ["one", "two", Conversation(conversation("q", "a")), "three", "four", "five", "six", "seven"]
 
 
 def test_a_folder_in_a_folder_is_not_passed_over(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ TRAINER, STEPDATA, FORMATS = (
     "dba_kernels/stepdata.py",
     "dba_kernels/formats.py",
 )
-CLI_COLLECT = "dba_kernels/cli/collect_command.py"
+CLI_COLLECT, CLI_FINETUNE = "dba_kernels/cli/collect_command.py", "dba_kernels/cli/finetune_command.py"
+CLI_OPTIONS = "dba_kernels/cli/options.py"
 
 PROMISES = [
     # README
@@ -233,6 +234,53 @@ PROMISES = [
         "test_cli_collect::test_going_on_gives_the_same_bytes",
     ),
     (CLI_COLLECT, "The same options give the same file", "test_cli_collect::test_going_on_gives_the_same_bytes"),
+    (
+        CLI_COLLECT,
+        "Ctrl-C (or SIGTERM) writes one first, status 130",
+        "test_cli_failures::test_a_stopped_collection_goes_on_to_the_same_bytes",
+    ),
+    (
+        CLI_FINETUNE,
+        "a damaged one is named, and the one before it used",
+        "test_cli_finetune::test_a_flipped_bit_in_a_checkpoint_is_noticed",
+    ),
+    (
+        CLI_FINETUNE,
+        "Ctrl-C (or SIGTERM) ends the step and saves, status 130",
+        "test_cli_failures::test_a_stopped_run_is_saved_and_goes_on_to_the_same_bits",
+    ),
+    (
+        CLI_FINETUNE,
+        "ends with status 1 and keeps its last good checkpoint",
+        "test_cli_failures::test_a_loss_that_becomes_nan_stops_the_run",
+    ),
+    (
+        CLI_FINETUNE,
+        "run.json settings and outcome; it is there when all else is",
+        "test_cli_failures::test_weights_that_become_nan_in_the_last_step_are_noticed",
+    ),
+    (
+        CLI_OPTIONS,
+        'with its "tools" where it has any',
+        "test_cli_records::test_tools_reach_the_template_or_are_refused",
+    ),
+    (CLI_OPTIONS, "each of these also as .gz", "test_cli_records::test_files_are_read_by_their_kind"),
+    (README, "only the assistant's turns are learned", "test_cli_text::test_only_the_assistant_is_learned"),
+    (
+        "dba_kernels/cli/__init__.py",
+        "130 stopped by a signal, 70 an error of this program",
+        "test_cli_failures::test_exceptions_become_messages",
+    ),
+    (
+        "dba_kernels/cli/output.py",
+        "if it fails, the old file stays",
+        "test_cli::test_a_write_that_fails_leaves_the_old_file",
+    ),
+    (
+        "dba_kernels/cli/output.py",
+        "Nobody can have planted a file or a link under the temporary name",
+        "test_cli_failures::test_replaced_files_keep_their_mode_and_temporary_names_cannot_be_guessed",
+    ),
 ]
 """(where it stands, its words, the test that holds it)."""
 

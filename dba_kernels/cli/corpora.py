@@ -7,7 +7,6 @@ where pip put them and read in place, and none of those packages is imported.
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .output import InputError
+from .reading import DELIMITERS, JSON_LINES, check_text, kind_of, read_records, read_text, unreadable
 
 LONGEST_DOCUMENT = 20_000  # characters
 
@@ -62,9 +62,12 @@ def load_documents(source: str) -> tuple[list[str], str]:
         InputError: no such file, an unreadable one, or one that holds no text.
     """
     path = CORPORA[source].locate() if source in CORPORA else Path(source)
-    if not path.exists():
-        raise InputError(f"text {source!r}: expected a file, a folder or one of {', '.join(CORPORA)}; found none")
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    try:
+        if not path.exists():
+            raise InputError(f"text {source!r}: expected a file, a folder or one of {', '.join(CORPORA)}; found none")
+        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    except (OSError, ValueError) as error:  # no right to look, or no name that a file can have
+        raise unreadable(path, error) from error
     documents = [text for file in files for document in _read(file) if (text := document.strip())]
     if not documents:
         raise InputError(f"text {str(path)!r} holds no documents; give a file with text in it")
@@ -72,26 +75,23 @@ def load_documents(source: str) -> tuple[list[str], str]:
 
 
 def _read(path: Path) -> list[str]:
+    suffix = kind_of(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        return list(_READERS.get(path.suffix.lower(), _plain)(text))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"cannot read {str(path)!r} as {path.suffix or 'plain'} text: {error}") from error
+        if suffix in RECORDS:
+            texts: Iterable[str] = map(_prose, read_records(path, lambda _: False, LONGEST_DOCUMENT))
+        else:
+            texts = _READERS.get(suffix, _plain)(read_text(path))
+        return [check_text(text) for text in texts]
+    except RecursionError as error:
+        raise InputError(f"cannot read {str(path)!r}: a record is nested too deep") from error
+    except InputError as error:
+        named = str(path) in error.message
+        raise InputError(error.message if named else f"{path}: {error.message}") from error
 
 
 def _plain(text: str) -> Iterable[str]:
     """A text file is one document: paragraphs belong together, and blocks are cut from it anyway."""
     return [text]
-
-
-def _json(text: str) -> Iterable[str]:
-    data = json.loads(text) if text.strip() else []
-    records = data.values() if isinstance(data, dict) else data if isinstance(data, list) else [data]
-    return map(_prose, records)
-
-
-def _jsonl(text: str) -> Iterable[str]:
-    return (_prose(json.loads(line)) for line in text.splitlines() if line.strip())
 
 
 def _prose(record: Any) -> str:
@@ -123,9 +123,8 @@ def _licence(text: str) -> Iterable[str]:
     return [text.split("\n---\n", 1)[-1]] if text.startswith("---\n") else [text]
 
 
+RECORDS = (".json", *JSON_LINES, *DELIMITERS)
 _READERS: dict[str, Callable[[str], Iterable[str]]] = {
-    ".json": _json,
-    ".jsonl": _jsonl,
     ".obo": _obo,
     ".license": _licence,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,22 @@ import click
 import torch
 from rich.console import Console
 
+from dba_kernels import GlobalGradient
 from dba_kernels.formats import PARAM_FORMATS, STATE_FORMATS
 from dba_kernels.schedule import ANCHORS, BOOSTS
 
-from .checkpoint import check_settings
+from .checkpoint import check_settings, has_checkpoints
+from .failures import Stopped
 from .finetune_options import Options, settings_of
 from .finetune_run import Training
+from .held_out import HeldOut
 from .inspect_command import open_gradient
-from .options import DATA_HELP, PathsCommand, data_options, model_option, paths_option
-from .output import InputError, prepare_folder, remove_partial
-from .packing import Batches
+from .options import COUNT, DATA_HELP, ROWS, FiniteRange, PathsCommand, data_options, model_option, paths_option
+from .output import InputError, new_folder, prepare_folder, remove_partial
+from .packing import Batch, Batches
 from .progress import wide_console
 from .ranks import Ranks
+from .run_report import beginning
 from .text import Corpus
 from .workload import Workload, load
 
@@ -33,7 +38,7 @@ Full fine-tuning with DBAAdamW and a learning rate that falls linearly to 0. Wit
 \b
 Examples:
   dba-kernels finetune --model ./base --data domain.jsonl --global-gradient general.safetensors \\
-      --steps 1000 --lr 1e-5 --out ./tuned --eval-data held-out.jsonl
+      --steps 1000 --lr 1e-5 --out ./tuned --eval-data held-out.jsonl --general-eval-data general-held-out.jsonl
   dba-kernels finetune … --dtype bf16 --state-format int8 --param-format split16     least memory, exact weights
   dba-kernels finetune … --out ./tuned --resume                                      goes on after an interruption
 
@@ -45,11 +50,14 @@ that are too short are repeated, in another order each time.
 \b
 --out holds, in the end:
   config.json, model.safetensors, tokenizer …   as save_pretrained writes them
-  metrics.jsonl    a line a step: loss (nats per target token), lr, seconds, γ, φ, α …; eval_loss where measured
+  metrics.jsonl    a line a step: loss (nats per target token), lr, seconds, γ, φ, α …; where measured, the held-out
+                   losses (eval_loss, general_eval_loss) and their changes from the start with standard errors
   figure.png       the same, drawn
   run.json         settings and outcome; it is there when all else is
-and meanwhile checkpoints/, the newest two. A run that was killed and goes on with --resume ends with the very weights
-of a run that was not.
+and meanwhile checkpoints/, the newest two, each with its digest: a damaged one is named, and the one before it used.
+Ctrl-C (or SIGTERM) ends the step and saves, status 130. A run that was stopped or killed and goes on with --resume ends
+with the very weights of a run that was not. One whose loss or weights become NaN or infinite ends with status 1 and
+keeps its last good checkpoint.
 """
 
 
@@ -58,20 +66,22 @@ of a run that was not.
 @paths_option("--data", True, "Domain text; see above.")
 @click.option("--global-gradient", type=click.Path(path_type=Path), metavar="FILE", help="What `collect` wrote.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder of results.")
-@click.option("--steps", type=click.IntRange(1), required=True, help="T, optimizer steps.")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), default=1e-5, show_default=True, help="η₀; falls to 0.")
-@click.option("--warmup", type=click.IntRange(0), default=0, show_default=True, help="Steps before it falls.")
-@click.option("--weight-decay", type=click.FloatRange(0), default=0.0, show_default=True, help="λ, decoupled.")
-@click.option("--max-grad-norm", type=click.FloatRange(0, min_open=True), help="Clip the domain gradient.")
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Rows per optimizer step.")
-@click.option("--micro-batch", type=click.IntRange(1), help="Rows at once; the rest is accumulated.  [default: all]")
+@click.option("--steps", type=COUNT, required=True, help="T, optimizer steps.")
+@click.option("--lr", type=FiniteRange(0, min_open=True), default=1e-5, show_default=True, help="η₀; falls to 0.")
+@click.option(
+    "--warmup", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Steps before it falls."
+)
+@click.option("--weight-decay", type=FiniteRange(0), default=0.0, show_default=True, help="λ, decoupled.")
+@click.option("--max-grad-norm", type=FiniteRange(0, min_open=True), help="Clip the domain gradient.")
+@click.option("--batch", type=ROWS, default=8, show_default=True, help="Rows per optimizer step.")
+@click.option("--micro-batch", type=ROWS, help="Rows at once; the rest is accumulated.  [default: all]")
 @click.option(
     "--boost",
     default="auto",
     show_default=True,
     help="k₀: paper (200/T), auto (less at a large --lr), a number.",
 )
-@click.option("--boost-max", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Largest γ.")
+@click.option("--boost-max", type=FiniteRange(0, 1), default=0.5, show_default=True, help="Largest γ.")
 @click.option(
     "--correction",
     type=click.Choice(["cosine", "none", "agem", "pcgrad"]),
@@ -93,12 +103,12 @@ of a run that was not.
     show_default=True,
     help="How bf16 weights keep small updates; auto is split16, the exact fp32 value.",
 )
-@paths_option("--eval-data", False, "Held-out text to measure the loss on; as --data.")
-@click.option(
-    "--eval-every", type=click.IntRange(1), default=100, show_default=True, help="Steps; also first and last."
-)
-@click.option("--eval-batches", type=click.IntRange(1), default=16, show_default=True, help="At most so many.")
-@click.option("--save-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between checkpoints.")
+@click.option("--gradient-checkpointing", is_flag=True, help="Recompute activations: less memory, more time.")
+@paths_option("--eval-data", False, "Held-out domain text to measure the loss on: what is learned; as --data.")
+@paths_option("--general-eval-data", False, "Held-out general text, measured apart: what is forgotten; as --data.")
+@click.option("--eval-every", type=COUNT, default=100, show_default=True, help="Steps; also first and last.")
+@click.option("--eval-batches", type=COUNT, default=16, show_default=True, help="At most so many.")
+@click.option("--save-every", type=COUNT, default=100, show_default=True, help="Steps between checkpoints.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, if there is one.")
 @data_options
 def command(**options: Any) -> None:
@@ -127,24 +137,37 @@ def run(options: Options) -> None:
     console = wide_console()
     gradient = None
     if options.global_gradient is not None:
-        gradient = open_gradient(options.global_gradient, "--global-gradient")
+        with console.status("reading the global gradient"):
+            gradient = open_gradient(options.global_gradient, "--global-gradient", verify=True)
     settings = settings_of(options, gradient)
-    prepare_folder(options.out)
-    remove_partial(options.out)
     if _finished(options, settings, console):
         return
+    with new_folder(options.out):
+        remove_partial(options.out)
+        try:
+            _train(options, settings, gradient, console)
+        except KeyboardInterrupt:  # outside the steps, which stop by themselves
+            going_on = (
+                "go on with the same command and --resume" if has_checkpoints(options.out) else "nothing was kept"
+            )
+            raise Stopped(f"stopped; {going_on}") from None
+
+
+def _train(options: Options, settings: dict[str, Any], gradient: GlobalGradient | None, console: Console) -> None:
     corpus = Corpus(options.data, options.field)
-    held_out = Corpus(options.eval_data, options.field) if options.eval_data else None
+    chosen = {"domain": options.eval_data, "general": options.general_eval_data}
+    held_out = {kind: Corpus(paths, options.field) for kind, paths in chosen.items() if paths}
     torch.manual_seed(options.seed)
     work = load(options.model, options.dtype, options.device, console)
     _check_room(options, work)
+    if options.gradient_checkpointing:
+        work.checkpoint_activations()
     training = Training(options, work, gradient, settings, console)
     batches = _batches(options, work, corpus, options.batch, repeat=True)
-    evaluation = None
-    if held_out is not None:
-        rows = _batches(options, work, held_out, options.micro_batch or options.batch, repeat=False)
-        evaluation = list(islice(rows, options.eval_batches))
+    evaluation = HeldOut(work, _held_out(options, work, held_out), training.metrics()) if held_out else None
     console.print(f"data     {', '.join(corpus.names)} ({len(corpus):,} documents)", soft_wrap=True)
+    for line in beginning(options, work, gradient, batches):
+        console.print(line, soft_wrap=True, highlight=False)
     training.run(batches, evaluation)
     if note := str(batches.counts):
         console.print(note)
@@ -157,12 +180,18 @@ def _batches(options: Options, work: Workload, corpus: Corpus, size: int, repeat
     return work.batches(corpus, loss_on=options.loss_on, length=options.length, size=size, seed=seed, repeat=repeat)
 
 
+def _held_out(options: Options, work: Workload, corpora: dict[str, Corpus]) -> dict[str, list[Batch]]:
+    """The first ``--eval-batches`` of each kind of held-out text."""
+    size = options.micro_batch or options.batch
+    found = {kind: _batches(options, work, corpus, size, repeat=False) for kind, corpus in corpora.items()}
+    return {kind: list(islice(batches, options.eval_batches)) for kind, batches in found.items()}
+
+
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
 
 
 def _finished(options: Options, settings: dict[str, Any], console: Console) -> bool:
@@ -172,12 +201,17 @@ def _finished(options: Options, settings: dict[str, Any], console: Console) -> b
         InputError: --out holds another run, or one that --resume was not given for.
     """
     done, started = options.out / "run.json", (options.out / "metrics.jsonl").exists()
-    if not options.resume and (done.exists() or started):
-        state = "a finished run" if done.exists() else "an unfinished run"
-        raise InputError(f"--out: {str(options.out)!r} holds {state}; go on with --resume, or choose another folder")
+    if not options.resume and done.exists():
+        raise InputError(f"--out: {str(options.out)!r} holds a finished run; choose another folder, or delete it")
+    if not options.resume and (started or has_checkpoints(options.out)):
+        raise InputError(f"--out: {str(options.out)!r} holds an unfinished run; go on with --resume, or choose another")
     if not done.exists():
         return False
-    check_settings(json.loads(done.read_text())["settings"], settings, done)
+    try:
+        found = json.loads(done.read_text())["settings"]
+        check_settings(found, settings, done)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{done}: expected what a finished run wrote, got {error!r}; choose another --out") from error
     console.print(f"finished already: {options.out}", soft_wrap=True)
     return True
 

@@ -10,7 +10,10 @@ from dba_kernels import GlobalGradient
 
 from .options import DataOptions
 
-NOT_SETTINGS = ("out", "resume", "eval_data", "eval_every", "eval_batches", "save_every", "device", "global_gradient")
+NOT_SETTINGS = (
+    *("out", "resume", "eval_data", "general_eval_data", "eval_every", "eval_batches", "save_every", "device"),
+    *("global_gradient", "gradient_checkpointing"),
+)
 """Options that do not change the weights; of the global gradient, its digest counts."""
 
 
@@ -35,7 +38,9 @@ class Options(DataOptions):
     anchor: str
     state_format: str
     param_format: str
+    gradient_checkpointing: bool
     eval_data: tuple[str, ...]
+    general_eval_data: tuple[str, ...]
     eval_every: int
     eval_batches: int
     save_every: int

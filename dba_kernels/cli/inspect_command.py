@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table
 
 from dba_kernels import GlobalGradient
 
+from .figures import require_matplotlib, save
+from .gradient_figure import gradient_figure
 from .output import InputError, write_whole
 from .progress import wide_console
-from .signal_to_noise import advice, expected_cosine
+from .signal_to_noise import advice, per_batch
+from .tables import Grid
 
 HELP = """Show what a global gradient holds: every tensor, the totals, and where it comes from.
 
@@ -29,7 +31,9 @@ Columns:
   cosine   between stored and exact
   energy   share of ‖exact‖² that the best matrix of this rank keeps; 1 where the tensor is stored whole
   SNR      estimated ‖μ‖² / E‖ĝ_G − μ‖², μ the gradient over infinitely much such data; below 0: the noise hides it
-Of the curvature, where there is any, energy is the share of each factor's trace that its rank keeps.
+  a batch  SNR per batch: files of different numbers of batches (of as many tokens) compare by it
+Columns that do not fit the terminal are left out and named; --json has them all. Of the curvature, where there is any,
+energy is the share of each factor's trace that its rank keeps.
 
 \b
 Examples:
@@ -42,27 +46,26 @@ Examples:
 @click.command("inspect", help=HELP, short_help="Show what a global gradient holds.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
-    "--plot", type=click.Path(path_type=Path), metavar="PNG", help="Draw norm, error and SNR over the tensors."
+    "--plot", type=click.Path(path_type=Path), metavar="PNG", help="Draw norm, error and SNR, layer by layer."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the table.")
 @click.option("--verify", is_flag=True, help="Read everything and check each tensor's digest.")
 def command(file: Path, plot: Path | None, as_json: bool, verify: bool) -> None:
-    gradient = open_gradient(file, "FILE")
-    if verify:
-        try:
-            gradient.verify()
-        except ValueError as error:
-            raise InputError(str(error)) from error
     if plot is not None:
-        write_whole(plot, lambda path: draw(path, gradient))
+        if plot.suffix.lower() != ".png":
+            raise InputError(f"--plot: expected a name that ends in .png, got {str(plot)!r}; rename it")
+        require_matplotlib()
+    gradient = open_gradient(file, verify=verify)
+    if plot is not None:
+        write_whole(plot, lambda path: save(gradient_figure(gradient), path))
     if as_json:
         click.echo(json.dumps(as_dict(gradient), indent=1, allow_nan=False))
         return
     console = wide_console()
     if len(gradient):
-        console.print(tensor_table(gradient))
+        tensor_table(gradient).show(console)
     if gradient.curvature_records:
-        console.print(curvature_table(gradient))
+        curvature_table(gradient).show(console)
     for line in summary(gradient):
         console.print(line, soft_wrap=True, highlight=False)
     if verify:
@@ -71,22 +74,30 @@ def command(file: Path, plot: Path | None, as_json: bool, verify: bool) -> None:
         console.print(f"file: {plot}", soft_wrap=True)
 
 
-def open_gradient(path: Path, option: str) -> GlobalGradient:
+def open_gradient(path: Path, option: str = "", verify: bool = False) -> GlobalGradient:
     """The stored gradient.
 
+    Args:
+        option: that gave the path, for messages.
+        verify: read every tensor, too.
+
     Raises:
-        InputError: no such file, or not one.
+        InputError: no such file, not one, or damaged.
     """
-    if path.is_dir():
-        raise InputError(f"{option}: expected a file that `collect` wrote, got the folder {str(path)!r}")
+    given = f"{option}: " if option else ""
     try:
+        if path.is_dir():
+            raise InputError(f"{given}expected a file that `collect` wrote, got the folder {str(path)!r}")
+        if verify:
+            GlobalGradient.load(path).verify()  # the one that is returned verifies again what is read of it
         return GlobalGradient.load(path)
     except FileNotFoundError as error:
         raise InputError(
-            f"{option}: expected a file that `collect` wrote, there is no {error.filename or path}"
+            f"{given}expected a file that `collect` wrote, there is no {str(error.filename or path)!r}"
         ) from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{option}: {error}") from error
+        named = "" if str(path) in str(error) else f"{path}: "
+        raise InputError(f"{given}{named}{error}") from error
 
 
 def tensor_bytes(gradient: GlobalGradient) -> dict[str, int]:
@@ -110,6 +121,7 @@ def as_dict(gradient: GlobalGradient) -> dict[str, Any]:
         "parameters": parameters(gradient),
         "bytes": gradient.nbytes,
         "signal_to_noise": gradient.signal_to_noise,
+        "signal_to_noise_per_batch": per_batch(gradient.signal_to_noise, gradient.provenance.batches),
         "provenance": asdict(gradient.provenance),
         "tensors": tensors,
         "calibration": gradient.calibration,
@@ -123,38 +135,38 @@ def parameters(gradient: GlobalGradient) -> int:
     return sum(math.prod(r.shape) for r in gradient.records.values())
 
 
-def tensor_table(gradient: GlobalGradient) -> Table:
-    table = Table(title=str(gradient.path), title_justify="left")
-    table.add_column("tensor", no_wrap=True)
-    for heading in ("shape", "format", "bytes", "norm", "error", "cosine", "energy", "SNR"):
-        table.add_column(heading, justify="right", no_wrap=True)
+def tensor_table(gradient: GlobalGradient) -> Grid:
+    values = ("shape", "format", "bytes", "norm", "error", "cosine", "energy", "SNR", "a batch")
+    least = ("bytes", "energy", "norm", "cosine", "shape", "a batch", "format")
+    table = Grid(str(gradient.path), ("tensor",), values, least, "--json")
     sizes = tensor_bytes(gradient)
     for name, r in gradient.records.items():
-        shape = "×".join(map(str, r.shape)) or "scalar"
         kind = f"rank {r.rank}, {r.format}" if r.rank else r.format
-        snr = "–" if r.signal_to_noise is None else f"{r.signal_to_noise:.3g}"
         norm = f"{math.sqrt(r.squared_norm):.3e}"
         measures = (f"{r.relative_error:.2e}", f"{r.cosine:.6f}", f"{r.energy:.4f}" if r.rank else "1")
-        table.add_row(name, shape, kind, f"{sizes[name]:,}", norm, *measures, snr)
+        snr = (r.signal_to_noise, per_batch(r.signal_to_noise, gradient.provenance.batches - r.dropped))
+        known = ("–" if figure is None else f"{figure:.3g}" for figure in snr)
+        table.add(name, _shape(r.shape), kind, f"{sizes[name]:,}", norm, *measures, *known)
     return table
 
 
-def curvature_table(gradient: GlobalGradient) -> Table:
+def curvature_table(gradient: GlobalGradient) -> Grid:
     """Per parameter: what its curvature is made of, and the share of the trace that the factors' rank keeps."""
-    table = Table(title="curvature of the general loss, H", title_justify="left")
-    table.add_column("tensor", no_wrap=True)
-    for heading in ("shape", "rows", "columns", "bytes", "energy"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    values, least = ("shape", "rows", "columns", "bytes", "energy"), ("bytes", "shape", "columns")
+    table = Grid("curvature of the general loss, H", ("tensor",), values, least, "--json")
     for name, r in gradient.curvature_records.items():
-        shape = "×".join(map(str, r.shape)) or "scalar"
         if not r.terms:
             kind = "diagonal" if r.diagonal else "multiple of 1"
-            table.add_row(name, shape, kind, "", f"{r.nbytes:,}", "")
+            table.add(name, _shape(r.shape), kind, "–", f"{r.nbytes:,}", "–")
         for left, right in r.terms:
             sides = [f"rank {f.rank}, {f.format}" if f.rank else "diagonal" for f in (left, right)]
             kept = " × ".join(f"{f.energy:.3f}" for f in (left, right))
-            table.add_row(name, shape, *sides, f"{r.nbytes:,}", kept)
+            table.add(name, _shape(r.shape), *sides, f"{r.nbytes:,}", kept)
     return table
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
 
 
 def summary(gradient: GlobalGradient) -> list[str]:
@@ -185,33 +197,3 @@ def _origin(gradient: GlobalGradient) -> list[str]:
         f"data: {'; '.join(gradient.provenance.data) or 'not named'}",
         f"digest {gradient.digest[:16]}…, written by dba_kernels {gradient.library_version}",
     ]
-
-
-def draw(path: Path, gradient: GlobalGradient) -> None:
-    """Norm per parameter, relative error, and the cosine that the signal-to-noise promises, over the tensors."""
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(gradient.path.name if gradient.path else "")
-    axes = figure.subplots(3, 1, sharex=True)
-    kinds: dict[str, list[tuple[int, Any]]] = {}
-    for i, (name, r) in enumerate(gradient.records.items()):
-        parts = [part for part in name.split(".") if not part.isdigit()]
-        kinds.setdefault(".".join(parts[-2:]), []).append((i, r))
-    for colour, (kind, members) in enumerate(kinds.items()):
-        at = [i for i, _ in members]
-        rms = [math.sqrt(r.squared_norm / max(math.prod(r.shape), 1)) for _, r in members]
-        cosines = [math.nan if r.signal_to_noise is None else expected_cosine(r.signal_to_noise) for _, r in members]
-        for axis, values in zip(axes, (rms, [r.relative_error for _, r in members], cosines), strict=True):
-            axis.plot(at, values, ".", label=kind, color=colormaps["tab20"](colour % 20))
-    axes[0].set(yscale="log", title="root mean square of the stored gradient")
-    axes[1].set(title="relative error of what is stored", ylim=(0, None))
-    axes[2].set(
-        title="expected cosine with the gradient of endless data, √(s / (1 + s))", ylim=(0, 1.02), xlabel="tensor"
-    )
-    if len(kinds) <= 20:
-        axes[0].legend(fontsize="x-small", ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=120, format="png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,30 @@ DTYPES = ("auto", "fp32", "mixed", "bf16")
 
 DATA_HELP = f"""\b
 Data (one or more paths):
-  a.jsonl        one record a line: "messages" (a conversation), or text in --field
+  a.jsonl        one record a line (also .ndjson): a conversation in "messages" (or ShareGPT's "conversations"), with
+                 its "tools" where it has any, or text in --field
   a.json         a list, or a mapping, of such records
+  a.csv, a.tsv   a record a row, --field a name of the first row
   folder/        saved by datasets (save_to_disk), or a folder of files
-  anything else  plain text in UTF-8
+  anything else  plain text in UTF-8; each of these also as .gz
   {", ".join(CORPORA)}: the corpora of bench/data-packages.txt
 """
+
+
+COUNT = click.IntRange(1, 2**31 - 1)
+ROWS = click.IntRange(1, 2**16)
+TOKENS = click.IntRange(8, 2**20)
+SEED = click.IntRange(0, 2**62)
+
+
+class FiniteRange(click.FloatRange):
+    """A ``FloatRange`` that also refuses infinity and "nan", which is outside of no range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 def model_option(required: bool = True) -> Callable[[Any], Any]:
@@ -52,10 +71,8 @@ def data_options(command: Any) -> Any:
                 show_default=True,
                 help="Of conversations: learn from the assistant's turns, or from every token.",
             ),
-            click.option("--length", type=click.IntRange(8), default=512, show_default=True, help="Tokens per row."),
-            click.option(
-                "--seed", type=click.IntRange(0), default=0, show_default=True, help="Order of the documents."
-            ),
+            click.option("--length", type=TOKENS, default=512, show_default=True, help="Tokens per row."),
+            click.option("--seed", type=SEED, default=0, show_default=True, help="Order of the documents."),
             click.option(
                 "--dtype",
                 type=click.Choice(DTYPES),

@@ -13,14 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .conversations import LEARNED, Conversation, Document, conversation
 from .output import InputError
-from .text import Corpus, Messages
+from .reading import check_text
+from .text import Corpus
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 """The label at which Hugging Face models predict nothing."""
+
+LOOKED_THROUGH = 10_000
+"""Documents in which the first one that cannot be read is looked for, when one was met."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -47,79 +52,124 @@ class Encoder:
     """Documents to :class:`Example`.
 
     Text gets the tokenizer's own special tokens and ends in its end-of-sequence token, which separates it from the next
-    document and is not a target. A conversation goes through the chat template; targets are the assistant's turns, or
-    all tokens. The template's ``{% generation %}`` marks say which turns those are; without marks they are found by
-    rendering the conversation up to each turn, which needs a template that only ever appends.
+    document and is not a target. A conversation goes through the chat template, with its tools; targets are the
+    assistant's turns (but not one of weight 0), or all tokens. The template's ``{% generation %}`` marks say which
+    turns those are; without marks they are found by rendering the conversation up to each turn, which needs a template
+    that only ever appends.
 
     Args:
         tokenizer: a fast one for conversations.
         loss_on: ``"assistant"`` or ``"all"``, for conversations.
+        vocabulary: rows of the model's embedding; None: any token will do.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, loss_on: str = "assistant") -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, loss_on: str = "assistant", vocabulary: int | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.loss_on = loss_on
-        self.conversations = 0
+        self.vocabulary = vocabulary
+        self.roles: set[str] = set()  # of the conversations seen
+        self._prompt: str | None = None
 
     @property
     def padding(self) -> int:
         """Any token: padding is never a target, and comes after all that is."""
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        return next((token for token in known if token is not None), 0)
+        return next((token for token in known if token is not None and token < (self.vocabulary or token + 1)), 0)
 
-    def __call__(self, document: str | Messages) -> Example:
+    def __call__(self, document: Document | list[Any]) -> Example:
         """
+        Args:
+            document: a text, a conversation, or its list of messages.
+
         Raises:
-            InputError: a conversation that the tokenizer has no template for, or in which it cannot find the turns.
+            InputError: a conversation of another form, that the tokenizer has no template for, or in which it cannot
+                find the turns; a token that the model has no embedding for.
         """
         if isinstance(document, str):
-            ids = list(self.tokenizer(document, verbose=False)["input_ids"])
+            ids = list(self.tokenizer(check_text(document), verbose=False)["input_ids"])
             end = self.tokenizer.eos_token_id
             if end is not None and ids[-1:] != [end]:
                 ids.append(end)
             targets = [end is None or i < len(ids) - 1 for i in range(len(ids))]
         else:
-            self.conversations += 1
-            ids, targets = self._conversation(document)
+            talk = document if isinstance(document, Conversation) else conversation(document)
+            self.roles.update(message["role"] for message in talk.messages)
+            ids, targets = self._conversation(talk)
+        self._check_tokens(ids)
         labels = [
             token if i and target else IGNORED for i, (token, target) in enumerate(zip(ids, targets, strict=True))
         ]
         return Example(ids, labels, whole=not isinstance(document, str))
 
-    def _conversation(self, messages: Messages) -> tuple[list[int], list[bool]]:
+    def _check_tokens(self, ids: list[int]) -> None:
+        largest = max(ids, default=0)
+        if self.vocabulary is not None and largest >= self.vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise InputError(
+                f"token {token!r}: expected an id below {self.vocabulary}, the rows of the model's embedding, got "
+                f"{largest}; give the model its own tokenizer, or resize its embedding to the tokenizer"
+            )
+
+    def _conversation(self, talk: Conversation) -> tuple[list[int], list[bool]]:
         """Token ids, and which of them are targets."""
-        template = self.tokenizer.chat_template
-        if not template or not self.tokenizer.is_fast:
-            lacking = "a fast tokenizer" if template else "a tokenizer with a chat template"
-            raise InputError(f"data with 'messages': expected {lacking}, got none; give plain text, or another --model")
-        if self.loss_on == "assistant" and isinstance(template, str) and _GENERATION.search(template):
-            marked = self._template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        template = self._template_of(talk)
+        if self.loss_on == "assistant" and _GENERATION.search(template):
+            if any(message.get("weight") == 0 for message in talk.messages):
+                raise InputError(
+                    "message of weight 0: expected a chat template without {% generation %} marks, which cannot leave "
+                    "a turn out; leave the weights out, or take the marks out of the template"
+                )
+            marked = self._render(talk, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
             return list(marked["input_ids"]), [bool(target) for target in marked["assistant_masks"]]
-        text = self._template(messages)
-        spans = [(0, len(text))] if self.loss_on == "all" else self._assistant_spans(messages, text)
+        text = self._render(talk)
+        spans = [(0, len(text))] if self.loss_on == "all" else self._assistant_spans(talk, text)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         starts = [start for start, _ in encoded["offset_mapping"]]
         return list(encoded["input_ids"]), [any(a <= start < b for a, b in spans) for start in starts]
 
-    def _template(self, messages: Messages, tokenize: bool = False, **more: Any) -> Any:
-        from jinja2.exceptions import TemplateError
-
+    def _template_of(self, talk: Conversation) -> str:
+        """The tokenizer's template for this conversation, which must have a place for all that is to be learned."""
+        if not self.tokenizer.chat_template or not self.tokenizer.is_fast:
+            lacking = "a fast tokenizer" if self.tokenizer.chat_template else "a tokenizer with a chat template"
+            raise InputError(f"data with 'messages': expected {lacking}, got none; give plain text, or another --model")
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=tokenize, **more)
-        except (TemplateError, KeyError, TypeError, ValueError) as error:
-            roles = [m.get("role") if isinstance(m, dict) else m for m in messages]
+            template: str = self.tokenizer.get_chat_template(None, talk.tools)
+        except ValueError as error:
+            raise InputError(f"chat template: {error}") from error
+        used = {key for message in talk.messages for key in LEARNED if message.get(key)} | (
+            {"tools"} if talk.tools else set()
+        )
+        if missing := sorted(key for key in used if key not in template):
             raise InputError(
-                f"conversation with roles {roles}: expected one that the model's chat template takes; it says: {error}"
-            ) from error
+                f"conversation with {', '.join(map(repr, missing))}: expected a chat template that has a place for it, "
+                "got one that leaves it out; take it out of the data, or use a model whose template knows it"
+            )
+        return template
 
-    def _assistant_spans(self, messages: Messages, text: str) -> list[tuple[int, int]]:
+    def _render(self, talk: Conversation, tokenize: bool = False, **more: Any) -> Any:
+        try:
+            made = self.tokenizer.apply_chat_template(talk.messages, tools=talk.tools, tokenize=tokenize, **more)
+        except Exception as error:  # a template is a program: it may throw anything
+            roles = [message["role"] for message in talk.messages]
+            raise InputError(
+                f"conversation with roles {str(roles)[:400]}: expected one that the model's chat template takes; it "
+                f"says: {error}"
+            ) from error
+        return made if tokenize else check_text(made)
+
+    def _assistant_spans(self, talk: Conversation, text: str) -> list[tuple[int, int]]:
         """Where in the rendered conversation the assistant's turns stand, in characters, their end marks included."""
         spans = []
-        for i, message in enumerate(messages):
-            if message.get("role") != "assistant":
+        for i, message in enumerate(talk.messages):
+            if message["role"] != "assistant" or message.get("weight") == 0:
                 continue
-            before = self._template(messages[:i], add_generation_prompt=True)
-            after = self._template(messages[: i + 1]).rstrip()  # white space after the end of a turn is no answer
+            after = self._render(Conversation(talk.messages[: i + 1], talk.tools)).rstrip()  # white space is no answer
+            if i:
+                before = self._render(Conversation(talk.messages[:i], talk.tools), add_generation_prompt=True)
+            else:  # nothing comes before but what the template puts there
+                before = after[: after.find(self._assistant_mark())] + self._assistant_mark()
             if not (text.startswith(after) and after.startswith(before)):
                 raise InputError(
                     "chat template: it has no {% generation %} marks and rewrites earlier turns, so the assistant's "
@@ -127,6 +177,14 @@ class Encoder:
                 )
             spans.append((len(before), len(after)))
         return spans
+
+    def _assistant_mark(self) -> str:
+        """What the template writes before an answer."""
+        if self._prompt is None:
+            question = Conversation([{"role": "user", "content": "?"}])
+            with_mark = self._render(question, add_generation_prompt=True)
+            self._prompt = with_mark.removeprefix(self._render(question))
+        return self._prompt
 
 
 @dataclass
@@ -222,12 +280,45 @@ class Batches:
     def _examples(self) -> Iterator[Example]:
         epoch = 0
         while True:
-            yield from map(self.encoder, self.corpus.in_order(self.seed + epoch))
+            for index in self.corpus.order(self.seed + epoch):
+                yield self._example(index)
             if self.counts.empty == self.counts.documents:
-                raise InputError(f"data {', '.join(self.corpus.names)}: expected targets, found none in any document")
+                raise InputError(
+                    f"data {', '.join(self.corpus.names)}: expected targets, found none: {self._why_none()}"
+                )
             if not self.repeat:
                 return
             epoch += 1
+
+    def _example(self, index: int) -> Example:
+        """One document, encoded.
+
+        Raises:
+            InputError: it cannot be; the first such document of the files is named, in whatever order they are read.
+        """
+        try:
+            return self._encoded(index)
+        except InputError:
+            for earlier in range(min(index, LOOKED_THROUGH)):
+                self._encoded(earlier)
+            raise
+
+    def _encoded(self, index: int) -> Example:
+        document = self.corpus.document(index)
+        try:
+            return self.encoder(document)
+        except InputError as error:
+            raise InputError(f"{self.corpus.where(index)}: {error.message}") from error
+
+    def _why_none(self) -> str:
+        """Why no document has a target."""
+        roles = self.encoder.roles
+        if roles and "assistant" not in roles:
+            got = ", ".join(map(repr, sorted(roles)))
+            return f"no turn is the role 'assistant' (there are {got[:200]}); name it so, or use --loss-on all"
+        if self.counts.truncated:
+            return f"the first {self.length} tokens of each conversation come before an answer; raise --length"
+        return "every document is empty, or a single token; give files with text in them"
 
 
 def _stacked(rows: list[Batch]) -> Batch:

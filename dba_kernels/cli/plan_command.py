@@ -9,20 +9,17 @@ from typing import Any
 
 import click
 import torch
-from rich.table import Table
 
-from dba_kernels.formats import (
-    STATE_FORMATS,
-    is_compressible,
-)
+from dba_kernels.formats import STATE_FORMATS, is_compressible
 
 from .inspect_command import open_gradient
 from .models import import_transformers, load_config
-from .options import model_option
+from .options import COUNT, FiniteRange, model_option
 from .output import InputError
 from .progress import wide_console
 from .signal_to_noise import ENOUGH, batches_for, expected_cosine
 from .sizes import Shapes, Sizes
+from .tables import Grid
 
 HELP = """Count the bytes that fine-tuning a model holds between steps, for every choice of formats.
 
@@ -47,12 +44,12 @@ Examples:
 @click.option(
     "--dtype", type=click.Choice(["fp32", "bf16"]), default="bf16", show_default=True, help="Of weights and gradients."
 )
-@click.option("--rank", type=click.IntRange(1), help="Also count a low-rank global gradient, factors in int8.")
-@click.option("--curvature", type=click.IntRange(1), metavar="R", help="Also count an anchor with factors of rank R.")
+@click.option("--rank", type=COUNT, help="Also count a low-rank global gradient, factors in int8.")
+@click.option("--curvature", type=COUNT, metavar="R", help="Also count an anchor with factors of rank R.")
 @click.option("--global-gradient", type=click.Path(path_type=Path), metavar="FILE", help="What `collect` wrote.")
 @click.option(
     "--cosine",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=FiniteRange(0, 1, min_open=True, max_open=True),
     default=ENOUGH,
     show_default=True,
     help="Cosine of the stored with the true gradient to plan for.",
@@ -81,8 +78,8 @@ def command(
         f"one-dimensional ones, which stay fp32",
         soft_wrap=True,
     )
-    console.print(parts_table(sizes))
-    console.print(totals_table(sizes))
+    parts_table(sizes).show(console)
+    totals_table(sizes).show(console)
     if batches is not None:
         console.print(batches["words"], soft_wrap=True)
 
@@ -97,17 +94,15 @@ def model_shapes(source: str) -> tuple[Shapes, str]:
     with torch.device("meta"):
         try:
             model = import_transformers().AutoModelForCausalLM.from_config(config)
-        except ValueError as error:
+        except Exception as error:  # whatever a configuration with other numbers makes it throw
             reason = str(error).partition("\n")[0]  # what follows lists every class that transformers has
             raise InputError(f"--model: expected a causal language model, got {where!r}: {reason}") from error
     return {name: tuple(param.shape) for name, param in model.named_parameters()}, where
 
 
-def parts_table(sizes: Sizes) -> Table:
+def parts_table(sizes: Sizes) -> Grid:
     """What each part costs."""
-    table = Table("part", "choice", title="Bytes between steps, part by part", title_justify="left")
-    table.add_column("bytes per parameter", justify="right")
-    table.add_column("MiB", justify="right")
+    table = Grid("Bytes between steps, part by part", ("part", "choice"), ("bytes/parameter", "MiB"))
     rows = [("weights", "", sizes.weights), ("gradients", "until zero_grad()", sizes.weights)]
     rows += [("--param-format", name, sizes.remainder(name)) for name in sizes.param_formats]
     rows += [("--state-format", name, sizes.state(name)) for name in STATE_FORMATS]
@@ -115,22 +110,20 @@ def parts_table(sizes: Sizes) -> Table:
     rows += [("anchor", f"rank {sizes.curvature}, int8, and θ₀", sizes.anchor)] if sizes.curvature else []
     previous = ""
     for part, choice, size in rows:
-        table.add_row(part if part != previous else "", choice, f"{size / sizes.parameters:.3f}", _mib(size))
+        table.add(part if part != previous else "", choice, f"{size / sizes.parameters:.3f}", _mib(size))
         previous = part
     return table
 
 
-def totals_table(sizes: Sizes) -> Table:
+def totals_table(sizes: Sizes) -> Grid:
     """Bytes per parameter and MiB of every combination."""
     title = "All together, bytes per parameter (MiB), by format of the global gradient"
-    table = Table("--param-format", "--state-format", title=title, title_justify="left")
     shown = {name: size for name, size in sizes.globals.items() if name not in ("fp32", "fp16", "fp8_e4m3")}
-    for name in shown:
-        table.add_column(name, justify="right", no_wrap=True)
+    table = Grid(title, ("--param-format", "--state-format"), tuple(shown))
     for p in sizes.param_formats:
         for s in STATE_FORMATS:
             totals = [sizes.total(p, s, size) for size in shown.values()]
-            table.add_row(p, s, *(f"{total / sizes.parameters:.2f} ({_mib(total)})" for total in totals))
+            table.add(p, s, *(f"{total / sizes.parameters:.2f} ({_mib(total)})" for total in totals))
     return table
 
 

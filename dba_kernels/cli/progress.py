@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from types import TracebackType
@@ -88,9 +89,10 @@ def progress(console: Console) -> Bars:
 
 
 def wide_console(quiet: bool = False) -> Console:
-    """A console whose tables are not squeezed to 80 columns where there is no terminal to ask for its width."""
+    """A console whose tables are not squeezed to 80 columns where neither a terminal nor ``COLUMNS`` says how wide."""
     console = Console(quiet=quiet)
-    return console if console.is_terminal else Console(quiet=quiet, width=WIDTH)
+    known = console.is_terminal or os.environ.get("COLUMNS", "").isdigit()
+    return console if known else Console(quiet=quiet, width=WIDTH)
 
 
 def duration(seconds: float) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
@@ -12,47 +10,21 @@ from typing import Any
 
 import torch
 
+from .conversations import Document, as_document, is_record
 from .corpora import CORPORA, LONGEST_DOCUMENT, load_documents
 from .output import InputError
-
-Messages = list[dict[str, Any]]
-"""A conversation: ``{"role": …, "content": …}`` per turn, as chat templates take it."""
-
-
-class JsonLines(Sequence[Any]):
-    """The records of a ``.jsonl`` file; lines are found once, and read when they are asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._starts, position = array("q"), 0
-        try:
-            self._file = open(path, "rb")  # noqa: SIM115 - kept open: records are read in any order
-            for line in self._file:
-                if line.strip():
-                    self._starts.append(position)
-                position += len(line)
-        except OSError as error:
-            raise InputError(f"cannot read {str(path)!r}: {error.strerror}") from error
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, index: Any) -> Any:
-        self._file.seek(self._starts[index])
-        try:
-            return json.loads(self._file.readline())
-        except ValueError as error:  # of encoding or of JSON
-            raise InputError(f"{self.path}, record {index + 1}: expected a line of JSON in UTF-8: {error}") from error
+from .reading import read_records, unreadable
 
 
 class Corpus:
-    """Documents from any number of sources, each a string or a conversation (``Messages``).
+    """Documents from any number of sources, each a text or a conversation.
 
     Args:
-        paths: ``.jsonl`` files; ``.json`` files (a list, or a mapping, of records); a folder that ``datasets`` saved; a
+        paths: files of JSON lines (``.jsonl``, ``.ndjson``), JSON (a list, or a mapping, of records) or a table
+            (``.csv``, ``.tsv``, names in the first row), each also with ``.gz``; a folder that ``datasets`` saved; a
             folder of files; a name in :data:`CORPORA`; any other file is plain text, cut at line ends into documents
             of at most :data:`LONGEST_DOCUMENT` characters.
-        field: where a record keeps its text, unless it has ``messages``.
+        field: where a record keeps its text, unless it has ``messages`` (or ShareGPT's ``conversations``).
 
     Raises:
         InputError: nothing there, unreadable, or without a document.
@@ -61,7 +33,7 @@ class Corpus:
     def __init__(self, paths: Iterable[str], field: str = "text") -> None:
         self.names = tuple(paths)
         self.field = field
-        named = [(name, source) for path in self.names for name, source in _open(path)]
+        named = [(name, source) for path in self.names for name, source in self._open(path)]
         self._sources = [source for _, source in named]
         self._source_names = [name for name, _ in named]
         self._ends = list(accumulate(len(source) for source in self._sources))
@@ -71,51 +43,62 @@ class Corpus:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def document(self, index: int) -> str | Messages:
+    def _place(self, index: int) -> tuple[int, int]:
+        """Source, and record in it, from 0."""
+        source = bisect_right(self._ends, index)
+        return source, index - (self._ends[source - 1] if source else 0)
+
+    def where(self, index: int) -> str:
+        """File and record, as messages name them."""
+        source, inner = self._place(index)
+        return f"{self._source_names[source]}, record {inner + 1}"
+
+    def document(self, index: int) -> Document:
         """The text, or the conversation, of one record.
 
         Raises:
             InputError: the record has neither ``messages`` nor the field.
         """
-        source = bisect_right(self._ends, index)
-        inner = index - (self._ends[source - 1] if source else 0)
+        source, inner = self._place(index)
         record = self._sources[source][inner]
-        if isinstance(record, str):
-            return record
-        messages, text = (record.get("messages"), record.get(self.field)) if isinstance(record, dict) else (None, None)
-        if isinstance(messages, list):
-            return messages
-        if isinstance(text, str):
-            return text
-        got = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
-        raise InputError(
-            f"{self._source_names[source]}, record {inner + 1}: expected text in field {self.field!r}, or 'messages', "
-            f"got {got}; name the field with --field"
-        )
+        try:
+            return as_document(record, self.field)
+        except InputError as error:
+            raise InputError(f"{self.where(index)}: {error.message}") from error
 
-    def in_order(self, seed: int) -> Iterator[str | Messages]:
-        """Every document once, in an order that depends on ``seed`` and the number of documents alone."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return map(self.document, order.tolist())
+    def order(self, seed: int) -> list[int]:
+        """Every index once, in an order that depends on ``seed`` and the number of documents alone."""
+        order: list[int] = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        return order
 
+    def in_order(self, seed: int) -> Iterator[Document]:
+        """Every document once, by :meth:`order`."""
+        return map(self.document, self.order(seed))
 
-def _open(name: str) -> Iterator[tuple[str, Sequence[Any]]]:
-    path = Path(name)
-    if not path.exists():
-        if name in CORPORA:
-            yield name, load_documents(name)[0]
+    def _open(self, name: str) -> Iterator[tuple[str, Sequence[Any]]]:
+        path = Path(name)
+        try:
+            if path.is_dir():
+                yield from self._open_folder(path)
+            elif path.exists():
+                yield name, self._records(path)
+            elif name in CORPORA:
+                yield name, load_documents(name)[0]
+            else:
+                known = ", ".join(CORPORA)
+                raise InputError(f"data {name!r}: expected a file, a folder, or one of {known}; there is no such file")
+        except (OSError, ValueError) as error:  # no right to look, or no name that a file can have
+            raise unreadable(path, error) from error
+
+    def _open_folder(self, path: Path) -> Iterator[tuple[str, Sequence[Any]]]:
+        name = str(path)
+        if (path / "dataset_dict.json").exists():
+            splits = sorted(p.name for p in path.iterdir() if p.is_dir())
+            advice = f"give {path / splits[0]}" if splits else "save it again"
+            raise InputError(f"data {name!r}: expected one split, found {', '.join(splits) or 'none'}; {advice}")
+        if (path / "state.json").exists():
+            yield name, _dataset(path)
             return
-        raise InputError(
-            f"data {name!r}: expected a file, a folder, or one of {', '.join(CORPORA)}; there is no such file"
-        )
-    if not path.is_dir():
-        yield name, _records(path)
-    elif (path / "dataset_dict.json").exists():
-        splits = sorted(p.name for p in path.iterdir() if p.is_dir())
-        raise InputError(f"data {name!r}: expected one split, found {', '.join(splits)}; give {path / splits[0]}")
-    elif (path / "state.json").exists():
-        yield name, _dataset(path)
-    else:
         files = sorted(p for p in path.iterdir() if not p.name.startswith("."))
         if folders := [p for p in files if p.is_dir()]:
             raise InputError(
@@ -124,7 +107,10 @@ def _open(name: str) -> Iterator[tuple[str, Sequence[Any]]]:
             )
         if not files:
             raise InputError(f"data {name!r}: expected a folder of files or one that datasets saved; it holds no file")
-        yield from ((str(file), _records(file)) for file in files)
+        yield from ((str(file), self._records(file)) for file in files)
+
+    def _records(self, path: Path) -> Sequence[Any]:
+        return read_records(path, lambda data: is_record(data, self.field), LONGEST_DOCUMENT)
 
 
 def _dataset(path: Path) -> Sequence[Any]:
@@ -135,40 +121,5 @@ def _dataset(path: Path) -> Sequence[Any]:
     try:
         loaded: Sequence[Any] = datasets.load_from_disk(str(path))
         return loaded
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a damaged folder makes it and Arrow throw
         raise InputError(f"cannot read {str(path)!r} with datasets.load_from_disk: {error}") from error
-
-
-def _records(path: Path) -> Sequence[Any]:
-    if path.suffix.lower() == ".jsonl":
-        return JsonLines(path)
-    text = _text(path)
-    if path.suffix.lower() != ".json":
-        return list(_pieces(text))
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"cannot read {str(path)!r} as JSON: {error}") from error
-    return list(data.values()) if isinstance(data, dict) else data if isinstance(data, list) else [data]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"cannot read {str(path)!r}: expected text in UTF-8: {error}") from error
-    except OSError as error:
-        raise InputError(f"cannot read {str(path)!r}: {error.strerror}") from error
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Cut at the last line end, or else the last space, within ``LONGEST_DOCUMENT``."""
-    start = 0
-    while start < len(text):
-        stop = start + LONGEST_DOCUMENT
-        if stop < len(text):
-            cut = next((at for mark in "\n " if (at := text.rfind(mark, start, stop)) > start), stop - 1)
-            stop = cut + 1
-        if piece := text[start:stop].strip():
-            yield piece
-        start = stop

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.table import Table
 
-from ..figures import ADAMW, DBA, draw_method
+from ..figures import ADAMW, DBA, NATS, draw_method, legend_below, new_figure, reference_line
+from ..tables import Grid
 from .training import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,13 @@ class Outcome:
         return losses | (asdict(self.run) if self.run else {})
 
 
-def losses_table(outcomes: dict[str, Outcome], tokens: int, title: str) -> Table:
+def losses_table(outcomes: dict[str, Outcome], tokens: int, title: str) -> Grid:
     """One row per model: losses, their change from the first row (the base), seconds and bytes per parameter."""
-    table = Table(title=f"{title}\nheld-out loss per token, {tokens:,} evaluation tokens per corpus")
-    table.add_column("")
-    for heading in ("domain", "change", "general", "change", "seconds", "of it in step()", "bytes/parameter"):
-        table.add_column(heading, justify="right")
+    title = (
+        f"{title}\nheld-out loss in nats per token, {tokens:,} evaluation tokens per corpus; change from the base model"
+    )
+    values = ("domain", "change", "general", "change", "seconds", "of it in step()", "bytes/parameter")
+    table = Grid(title, ("model",), values)
     base = next(iter(outcomes.values()))
     for name, outcome in outcomes.items():
         cells = []
@@ -40,7 +44,7 @@ def losses_table(outcomes: dict[str, Outcome], tokens: int, title: str) -> Table
             cells += [f"{losses.mean().item():.4f}", f"{change:+.4f}" if outcome is not base else "–"]
         run = outcome.run
         cost = [run.seconds, run.optimizer_seconds, run.bytes_per_parameter] if run else []
-        table.add_row(name, *cells, *(f"{figure:.2f}" for figure in cost))
+        table.add(name, *cells, *(f"{figure:.2f}" for figure in cost), *(["–"] * (3 - len(cost))))
     return table
 
 
@@ -63,30 +67,38 @@ def verdict(base: Outcome, adamw: Outcome, dba: Outcome) -> str:
     return "\n".join(lines)
 
 
-def draw(path: Path, outcomes: dict[str, Outcome], title: str) -> None:
-    """Losses while training, held-out losses, and γ, φ, α over the steps, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    axes = figure.subplot_mosaic([["train", "train", "domain", "general"], ["gamma", "gamma", "cosine", "correction"]])
+def demo_figure(outcomes: dict[str, Outcome], title: str) -> Figure:
+    """Training losses and their difference, changes of the held-out losses, and γ, φ, α over the steps."""
+    figure = new_figure(title, 14, 7)
+    axes = figure.subplot_mosaic(
+        [["train", "difference", "domain", "general"], ["gamma", "gamma", "cosine", "correction"]]
+    )
+    base, adamw, dba = outcomes.values()
     colours = dict(zip(outcomes, ("black", ADAMW, DBA), strict=True))
-
     for name, outcome in outcomes.items():
         if outcome.run:
             losses = outcome.run.losses
             axes["train"].plot(range(1, len(losses) + 1), losses, label=name, color=colours[name])
-        for corpus in ("domain", "general"):
-            loss = getattr(outcome, corpus).mean().item()
-            axes[corpus].plot([name], [loss], "o", color=colours[name])
-            axes[corpus].annotate(f"{loss:.3f}", (name, loss), xytext=(0, 7), textcoords="offset points", ha="center")
-    axes["train"].set(title="training loss (domain)", xlabel="step")
-    axes["train"].legend()
+    axes["train"].set(title="training loss (domain)", xlabel="step", ylabel=f"loss ({NATS})")
+    legend_below(axes["train"])
+    if adamw.run and dba.run:
+        differences = [b - a for a, b in zip(adamw.run.losses, dba.run.losses, strict=True)]
+        axes["difference"].plot(range(1, len(differences) + 1), differences, color=DBA)
+        draw_method(axes, dba.run.metrics)
+    axes["difference"].set(title="DBA − AdamW, same batches", xlabel="step", ylabel=f"difference ({NATS})")
+    reference_line(axes["difference"], 0.0, "equal")
     for corpus in ("domain", "general"):
-        axes[corpus].set_title(f"held-out loss ({corpus})")
-        axes[corpus].margins(0.25)
+        changes = {name: paired(getattr(o, corpus), getattr(base, corpus)) for name, o in outcomes.items() if o.run}
+        draw_changes(axes[corpus], changes, colours)
+        axes[corpus].set_title(f"held-out loss ({corpus})\n(± standard error over blocks)", fontsize="medium")
+    return figure
 
-    draw_method(axes, list(outcomes.values())[-1].run.metrics)  # type: ignore[union-attr]
-    figure.savefig(path, dpi=120, format="png")
+
+def draw_changes(axes: Axes, changes: dict[str, tuple[float, float]], colours: dict[str, Any]) -> None:
+    """Changes from the base model, (mean, ±) by name, with error bars and the line of no change."""
+    for at, (name, (mean, error)) in enumerate(changes.items()):
+        axes.errorbar([at], [mean], yerr=[error], fmt="o", capsize=4, color=colours[name])
+        axes.annotate(f"{mean:+.3f}", (at, mean), xytext=(8, 0), textcoords="offset points", va="center")
+    axes.set_xticks(range(len(changes)), list(changes))
+    axes.set(ylabel=f"change from the base model ({NATS})", xlim=(-0.5, len(changes) - 0.2))
+    reference_line(axes, 0.0, "base")
