@@ -84,7 +84,7 @@ def test_an_anchor_may_act_in_every_kth_step(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ValueError, match="anchor_every: expected 1 while a CUDA graph is captured"):
         train(model, optimizer, STEPS - 1)
     for wrong in (0, -1, 1.5, "2", True):
-        with pytest.raises(ValueError, match="anchor_every"):
+        with pytest.raises((TypeError, ValueError), match="anchor_every"):
             make(Tiny(), gg, anchor_every=wrong)
 
 
@@ -266,7 +266,7 @@ def test_arguments_are_checked() -> None:
         make(Tiny(), without, anchor=-1.0)
     with pytest.raises(ValueError, match="anchor: expected one of"):
         make(Tiny(), without, anchor="strong")
-    with pytest.raises(ValueError, match="curvature: expected a rank of at least 1"):
+    with pytest.raises(ValueError, match="curvature: expected at least 1"):
         collected(Tiny(), curvature=0)
     with pytest.raises(ValueError, match="format: expected a name, got None and no curvature"):
         collected(Tiny(), curvature=None, format=None)

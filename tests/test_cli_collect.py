@@ -43,6 +43,12 @@ def collected(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 # --- collect ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole tables, whatever the terminal of who runs the tests."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+
 def test_the_file_holds_the_mean_gradient_per_token(inputs: Path, collected: tuple[Path, Result]) -> None:
     """Against the gradient of one big batch of the same rows, computed here by autograd alone."""
     from itertools import islice

@@ -15,9 +15,9 @@ transformers = pytest.importorskip("transformers")
 from dba_kernels import GlobalGradient  # noqa: E402
 from dba_kernels.cli import inspect_command, plan_command, progress  # noqa: E402
 from dba_kernels.cli.demo import report, training  # noqa: E402
+from dba_kernels.cli.grids import Grid  # noqa: E402
 from dba_kernels.cli.signal_to_noise import advice, per_batch  # noqa: E402
 from dba_kernels.cli.sizes import Sizes  # noqa: E402
-from dba_kernels.cli.tables import Grid  # noqa: E402
 
 from .support.cli_inputs import SMALL, run, write_inputs  # noqa: E402
 

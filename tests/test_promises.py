@@ -61,7 +61,7 @@ PROMISES = [
     (README, "sparse gradients and `amsgrad` are refused", "test_optim::test_unusable_gradients_name_the_parameter"),
     (
         README,
-        "a gradient element of 1e18 or more counts as non-finite",
+        "a gradient whose norm over one tensor is 1e18 or more counts as non-finite",
         "test_outside_writes::test_huge_gradient_is_skipped_by_every_backend",
     ),
     (README, "compile without spills", "test_aot::test_nothing_spills"),

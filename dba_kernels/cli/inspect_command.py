@@ -14,10 +14,10 @@ from dba_kernels import GlobalGradient
 
 from .figures import require_matplotlib, save
 from .gradient_figure import gradient_figure
+from .grids import Grid
 from .output import InputError, write_whole
 from .progress import wide_console
 from .signal_to_noise import advice, per_batch
-from .tables import Grid
 
 HELP = """Show what a global gradient holds: every tensor, the totals, and where it comes from.
 

@@ -12,6 +12,7 @@ import torch
 
 from dba_kernels.formats import STATE_FORMATS, is_compressible
 
+from .grids import Grid
 from .inspect_command import open_gradient
 from .models import import_transformers, load_config
 from .options import COUNT, FiniteRange, model_option
@@ -19,7 +20,6 @@ from .output import InputError
 from .progress import wide_console
 from .signal_to_noise import ENOUGH, batches_for, expected_cosine
 from .sizes import Shapes, Sizes
-from .tables import Grid
 
 HELP = """Count the bytes that fine-tuning a model holds between steps, for every choice of formats.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..figures import ADAMW, DBA, NATS, draw_method, legend_below, new_figure, reference_line
-from ..tables import Grid
+from ..grids import Grid
 from .training import Run
 
 if TYPE_CHECKING:
