@@ -335,6 +335,17 @@ def test_a_flipped_bit_in_the_gradient_is_noticed_before_training(inputs: Path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_damaged_file_is_not_called_finished(inputs: Path, tmp_path: Path) -> None:
+    """Protects who repeats a command: a file that is there but damaged is refused, not reported as finished."""
+    content = bytearray((inputs / "g.safetensors").read_bytes())
+    (tmp_path / "g.safetensors").write_bytes(content)
+    assert "finished already" in collect(inputs, tmp_path / "g.safetensors").output  # control
+    content[-100] ^= 4
+    (tmp_path / "g.safetensors").write_bytes(content)
+    result = collect(inputs, tmp_path / "g.safetensors")
+    assert result.exit_code == 1 and "it is there already, but damaged" in result.output, result.output
+
+
 def test_a_gradient_that_changes_under_a_run_is_named(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

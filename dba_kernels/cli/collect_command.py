@@ -161,6 +161,12 @@ def _finished(options: Options, ranks: Ranks, work: Workload, batches: Batches, 
         anew = "" if _snapshot(options, ranks).exists() else ", from the first: its snapshot is gone"
         console.print(f"{options.out} holds {consumed:,} batches; collecting {options.batches:,}{anew}", soft_wrap=True)
         return False
+    try:
+        old.verify()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--out: it is there already, but damaged ({error}); move it, and give the command again"
+        ) from error
     console.print("finished already: nothing to do; delete the file to collect again")
     if not options.keep_snapshot:
         _snapshot(options, ranks).unlink(missing_ok=True)
