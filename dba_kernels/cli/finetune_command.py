@@ -14,6 +14,7 @@ from rich.console import Console
 from dba_kernels.formats import PARAM_FORMATS, STATE_FORMATS
 from dba_kernels.schedule import ANCHORS, BOOSTS
 
+from .cache_command import cache_note
 from .checkpoint import check_settings
 from .finetune_options import Options, settings_of
 from .finetune_run import Training
@@ -149,6 +150,8 @@ def run(options: Options) -> None:
     training = Training(options, work, gradient, settings, console)
     batches = _batches(options, work, corpus, options.batch, repeat=True)
     evaluation = HeldOut(work, _held_out(options, work, held_out), training.metrics()) if held_out else None
+    if note := cache_note(work.source):
+        console.print(note, soft_wrap=True)
     console.print(f"data     {', '.join(corpus.names)} ({len(corpus):,} documents)", soft_wrap=True)
     for line in beginning(options, work, gradient, batches):
         console.print(line, soft_wrap=True, highlight=False)
