@@ -1,4 +1,4 @@
-"""The command line: ``dba-kernels collect``, ``inspect``, ``plan``, ``finetune``, ``demo`` and ``env``."""
+"""The command line: ``dba-kernels`` collect, inspect, plan, finetune, try, demo, env, cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import click
 
 import dba_kernels
 
-from . import collect_command, demo, env_command, finetune_command, inspect_command, plan_command
+from . import cache_command, collect_command, demo, env_command, finetune_command, inspect_command, plan_command, trial
 from .failures import Commands
 
 
@@ -20,5 +20,14 @@ def main() -> None:
     """
 
 
-for module in (collect_command, inspect_command, plan_command, finetune_command, demo, env_command):
+for module in (
+    collect_command,
+    inspect_command,
+    plan_command,
+    finetune_command,
+    trial,
+    demo,
+    env_command,
+    cache_command,
+):
     main.add_command(module.command)

@@ -15,6 +15,7 @@ from dba_kernels import GlobalGradient, GlobalGradientCollector
 from dba_kernels.collect import keeping
 from dba_kernels.formats import STORAGE_FORMATS, storage_format
 
+from .cache_command import cache_note
 from .failures import Interruption, Stopped
 from .options import COUNT, DATA_HELP, ROWS, DataOptions, PathsCommand, data_options, model_option, paths_option
 from .output import InputError, new_folder, prepare_folder
@@ -103,6 +104,8 @@ def run(options: Options, ranks: Ranks) -> None:
     with new_folder(options.out.parent):
         corpus = Corpus(options.data, options.field)
         work = load(options.model, options.dtype, options.device, console, ranks.local)
+        if note := cache_note(work.source):
+            console.print(note, soft_wrap=True)
         console.print(f"data     {', '.join(corpus.names)} ({len(corpus):,} documents)", soft_wrap=True)
         batches = work.batches(
             corpus, loss_on=options.loss_on, length=options.length, size=options.batch, seed=options.seed, repeat=False
@@ -297,3 +300,10 @@ def _report(options: Options, gradient: GlobalGradient, console: Console) -> Non
             soft_wrap=True,
         )
     console.print(f"file: {options.out}", soft_wrap=True)
+    if (kept := sorted(options.out.parent.glob(f"{options.out.stem}.snapshot*.safetensors"))) and options.keep_snapshot:
+        size = sum(path.stat().st_size for path in kept) / 2**20
+        console.print(
+            f"kept: {', '.join(map(str, kept))} ({size:,.1f} MiB), for more --batches; the same command with "
+            "--drop-snapshot deletes it",
+            soft_wrap=True,
+        )

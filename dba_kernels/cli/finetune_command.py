@@ -16,6 +16,7 @@ from dba_kernels import GlobalGradient
 from dba_kernels.formats import PARAM_FORMATS, STATE_FORMATS
 from dba_kernels.schedule import ANCHORS, BOOSTS
 
+from .cache_command import cache_note
 from .checkpoint import check_settings, has_checkpoints
 from .failures import Stopped
 from .finetune_options import Options, settings_of
@@ -165,6 +166,8 @@ def _train(options: Options, settings: dict[str, Any], gradient: GlobalGradient 
     training = Training(options, work, gradient, settings, console)
     batches = _batches(options, work, corpus, options.batch, repeat=True)
     evaluation = HeldOut(work, _held_out(options, work, held_out), training.metrics()) if held_out else None
+    if note := cache_note(work.source):
+        console.print(note, soft_wrap=True)
     console.print(f"data     {', '.join(corpus.names)} ({len(corpus):,} documents)", soft_wrap=True)
     for line in beginning(options, work, gradient, batches):
         console.print(line, soft_wrap=True, highlight=False)

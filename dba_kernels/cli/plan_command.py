@@ -12,6 +12,7 @@ import torch
 
 from dba_kernels.formats import STATE_FORMATS, is_compressible
 
+from .cache_command import cache_note
 from .grids import Grid
 from .inspect_command import open_gradient
 from .models import import_transformers, load_config
@@ -78,6 +79,8 @@ def command(
         f"one-dimensional ones, which stay fp32",
         soft_wrap=True,
     )
+    if note := cache_note(where):
+        console.print(note, soft_wrap=True)
     parts_table(sizes).show(console)
     totals_table(sizes).show(console)
     if batches is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,9 @@ class Workload:
         if not getattr(self.model, "supports_gradient_checkpointing", False):
             name = type(self.model).__name__
             raise InputError(f"--gradient-checkpointing: expected a model that has it, got {name}; leave it out")
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the name that transformers 6 has for it
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def separates_documents(self) -> bool:
         """Whether what the model says of a row's second document is the same whatever the first one is.
