@@ -1,4 +1,4 @@
-"""The command line: ``dba-kernels collect``, ``inspect``, ``plan``, ``finetune``, ``try``, ``demo``, ``env``, ``cache``."""
+"""The command line, ``dba-kernels``: each command stands in the module, or the folder, of its name."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def in_words(what: str, difference: Interval, learned: Interval, by_al: Interval
     if not difference.sure:
         return (
             f"{what} makes no difference that this budget can show: general loss {difference} nats/token against AL's "
-            f"at equal domain loss. A difference above {half + size:.3f} is unlikely; more --tokens or --seeds show less."
+            f"at equal domain loss. One above {half + size:.3f} is unlikely; more --tokens or --seeds show smaller."
         )
     if difference.mean < 0:
         return (
