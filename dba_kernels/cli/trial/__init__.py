@@ -1,5 +1,5 @@
 """``dba-kernels try``: whether a global gradient helps this model on this domain."""
 
-from .command import command
+from .try_command import command
 
 __all__ = ["command"]

@@ -89,9 +89,7 @@ def run_trial(options: Options, console: Console) -> None:
     if options.global_gradient is not None:
         gradient = open_gradient(options.global_gradient, "--global-gradient")
         if options.curvature is not None:
-            raise InputError(
-                "--curvature: expected it without --global-gradient, whose curvature is used if it has any"
-            )
+            raise InputError("--curvature: leave it out with --global-gradient, whose curvature is used if it has any")
     has = (True, options.curvature is not None) if gradient is None else (len(gradient) > 0, _remembers(gradient))
     arms = arms_of(*has)
     passes = len(arms) + 1  # replay reads twice as many
