@@ -38,14 +38,14 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=[s.name for s in SECTIONS], help="this section; repeatable")
     parser.add_argument("--budget", type=float, help="seconds for everything (530; simulated 1,800)")
     parser.add_argument("--patience", type=float, help="factor on what each section may take (1; simulated 4)")
-    parser.add_argument("--stall", type=float, help="seconds of silence that mean a hang (60; simulated 30)")
+    parser.add_argument("--stall", type=float, default=60.0, help="seconds of silence that mean a hang (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("dba_kernels_gpu.json"), help="where the report goes")
     arguments = parser.parse_args()
     if not arguments.output.resolve().parent.is_dir():
         parser.error(f"--output: the folder {arguments.output.parent} does not exist")
     sections = [section for section in SECTIONS if not arguments.only or section.name in arguments.only]
     # The interpreter takes as long as the CPU is busy otherwise: what is simulated is not how long a section may take.
-    usual = (1800.0, 30.0, 4.0) if arguments.simulate else (530.0, 60.0, 1.0)
+    usual = (1800.0, 60.0, 4.0) if arguments.simulate else (530.0, 60.0, 1.0)
     given = (arguments.budget, arguments.stall, arguments.patience)
     limits = (default if value is None else value for value, default in zip(given, usual, strict=True))
     options = Options(arguments.simulate, *limits, planted(arguments.plant))

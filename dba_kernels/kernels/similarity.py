@@ -71,7 +71,8 @@ def reduce_kernel(
     first, end = chunk_range(chunk, rows, cols, MASKED)
     for start in range(first, end, tile_of(MASKED)):
         grad, stored = load_pair(grad_ptr, global_ptr, scale_ptr, start, rows, cols, GLOBAL_FORMAT, MASKED)
-        dot += grad * stored
+        if GLOBAL_FORMAT != "none":
+            dot += grad * stored
         square += grad * grad
     partial = partials_ptr + 2 * tl.load(chunk + col.CHUNK_SLOT)
     tl.store(partial, tl.sum(dot))
