@@ -15,6 +15,8 @@ from .batches import LossFunction, loss_and_tokens
 from .calibration import keeping
 from .collector import GlobalGradientCollector
 from .curvature_records import check_kept
+from .distributed import together_in
+from .formats import check_iterable, check_type
 from .global_gradient import GlobalGradient, save_or_hand_over
 from .identity import describe_function
 from .records import check_rank
@@ -75,13 +77,12 @@ def collect_global_gradient(
         >>> sorted(gg), gg.provenance.batches
         (['bias', 'weight'], 3)
     """
-    check_kept(format, curvature)
-    if rank is not None:  # before the long part
-        check_rank(rank, {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad})
+    _check_arguments(model, batches, loss_fn, autocast_dtype, format, curvature, rank)
     settings = {"loss function": describe_function(loss_fn), "autocast dtype": str(autocast_dtype)}
     options: dict[str, Any] = {"snapshot_path": snapshot_path, "snapshot_every": snapshot_every, "settings": settings}
-    collector = GlobalGradientCollector(model, weighting=weighting, data=data, curvature=curvature, **options)
-    collector.check_destination(save_to)
+    options |= {"weighting": weighting, "data": data, "curvature": curvature}
+    device = next((param.device for param in model.parameters()), torch.device("cpu"))
+    collector = together_in(group, device, lambda: _prepared(model, save_to, options))
     kept: list[Any] = []
     loss_of = functools.partial(_loss_of, model, loss_fn, autocast_dtype)
     with collector:
@@ -99,6 +100,30 @@ def collect_global_gradient(
         return found
     save_or_hand_over(found, save_to)
     return GlobalGradient.load(save_to)
+
+
+def _check_arguments(
+    model: Any, batches: Any, loss_fn: Any, autocast_dtype: Any, format: Any, curvature: Any, rank: Any
+) -> None:
+    """Before the long part."""
+    check_kept(format, curvature)
+    check_type("model", model, nn.Module)
+    check_iterable("batches", batches, "micro-batches")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"loss_fn: expected a function of model and batch, got {type(loss_fn).__name__}")
+    if autocast_dtype is not None:
+        check_type("autocast_dtype", autocast_dtype, torch.dtype)
+    if rank is not None:
+        check_rank(rank, {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad})
+
+
+def _prepared(
+    model: nn.Module, save_to: str | os.PathLike[str] | None, options: dict[str, Any]
+) -> GlobalGradientCollector:
+    """Everything that can be refused before the long part has been."""
+    collector = GlobalGradientCollector(model, **options)
+    collector.check_destination(save_to)
+    return collector
 
 
 def _loss_of(

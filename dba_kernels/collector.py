@@ -19,7 +19,7 @@ from .curvature import curvature_sums
 from .curvature_records import check_kept, factor_format
 from .distributed import fsdp_sharding, same_on_ranks
 from .files import try_to_write
-from .formats import check_name
+from .formats import check_count, check_iterable, check_name, check_path, check_tensor_of_one, check_type
 from .global_gradient import GlobalGradient, Provenance, TensorStatistics, save_or_hand_over
 from .identity import announce_unknown, dtypes_of, following
 from .passes import MicroBatch, ShardedModel, Untouched, WholeModel
@@ -90,11 +90,12 @@ class GlobalGradientCollector:
         curvature: int | None = None,
         settings: Mapping[str, str] | None = None,
     ) -> None:
+        check_type("model", model, nn.Module)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise ValueError("model: expected the bare model, got DistributedDataParallel; pass model.module")
         self.model = model
         self.weighting = check_name("weighting", weighting, WEIGHTINGS)
-        self.data = (data,) if isinstance(data, str) else tuple(data)
+        self.data = (data,) if isinstance(data, str) else tuple(map(str, check_iterable("data", data, "names")))
         everything = named_once(model.named_parameters())
         self._params = {name: param for name, param in everything.items() if param.requires_grad}
         if not self._params:
@@ -167,7 +168,10 @@ class GlobalGradientCollector:
             )
         self._check_not_reduced("backward()")
         self._untouched.check(replaced=self._pass.alone)
-        tokens = None if tokens is None else int(tokens)
+        check_tensor_of_one("loss", loss)
+        tokens = None if tokens is None else check_count("tokens", tokens)
+        if tokens != 0 and not loss.requires_grad:
+            raise ValueError("loss: expected one that depends on the model's parameters, got one without a gradient")
         if tokens is None and self._sums.curvature is not None:
             raise ValueError(
                 "tokens: expected the number of target tokens, by which the curvature is scaled, got None; return "
@@ -200,8 +204,6 @@ class GlobalGradientCollector:
             )
 
     def _weight_of(self, tokens: int | None) -> float:
-        if tokens is not None and tokens < 0:
-            raise ValueError(f"tokens: expected at least 0, got {tokens}")
         if self.weighting == "batch":
             return 1.0
         progress = self._sums.progress
@@ -270,7 +272,7 @@ class GlobalGradientCollector:
             ValueError: no micro-batch, or none with a finite gradient for some tensor; no ``save_to`` for a sharded
                 model; see :meth:`GlobalGradient.from_tensors` too.
             OSError: the file cannot be written; the error's ``global_gradient`` is the result, in memory.
-            RuntimeError: the weights changed meanwhile, or the rank that writes failed; its error says why.
+            RuntimeError: the weights changed meanwhile, or the rank that writes failed; with its message.
         """
         self._check_usable()
         self._untouched.check_content()
@@ -313,6 +315,7 @@ class GlobalGradientCollector:
         """
         self._pass.check_destination(save_to)
         if save_to is not None:
+            check_path("save_to", save_to)
             check_name_of_file(save_to, "save_to")
             self._pass.where_written(functools.partial(try_to_write, save_to))
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .factors import Curvature, DiagonalFactor, Factor, KroneckerTerm, LowRankFactor
-from .formats import STORAGE_FORMATS, EncodedTensor, check_name, scales_shape
+from .formats import STORAGE_FORMATS, EncodedTensor, check_integer, check_name, scales_shape
 from .tensor_files import DTYPE_NAMES, as_bytes
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -177,6 +177,8 @@ def check_kept(format: str | None, curvature: int | None) -> None:
     Raises:
         ValueError: as said.
     """
+    if curvature is not None:
+        check_integer("curvature", curvature, 1)
     if format is not None:
         check_name("format", format, STORAGE_FORMATS)
     elif curvature is None:

@@ -60,9 +60,9 @@ def check_fields(what: str, entry: Any, checks: dict[str, Check], optional: Any 
     """
     if not isinstance(entry, dict):
         raise ValueError(f"{what}: expected an object, got {_shown(entry)}")
-    for name in checks.keys() - entry.keys() - set(optional):
+    for name in (name for name in checks if name not in entry and name not in optional):
         raise ValueError(f"{what}: expected a field {name!r}, got none")
-    for name in entry.keys() - checks.keys():
+    for name in (name for name in entry if name not in checks):
         raise ValueError(f"{what}: expected no field {name!r}; a newer version may know it: install that")
     for name, value in entry.items():
         fits, expected = checks[name]

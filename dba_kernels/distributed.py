@@ -7,15 +7,22 @@ here which rows it is, and gives its own tensors the same layout, which is what 
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 """Types that are no DTensor for certain; the common case costs one look-up."""
+
+LONGEST_MESSAGE = 4000
+"""Bytes of an error's message that other ranks are told."""
+
+Result = TypeVar("Result")
 
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
@@ -121,6 +128,24 @@ class Sharding:
             dist.all_reduce(tensor, op, group=self.mesh.get_group(dim))
         return tensor
 
+    def together(self, act: Callable[[], Result]) -> Result:
+        """``act()`` on every rank of the mesh, which all must reach: where it fails on one, no other waits for it.
+
+        Raises:
+            Exception: what ``act`` raised here.
+            RuntimeError: it failed elsewhere; with that rank's message.
+        """
+        if self.mesh is None:
+            return act()
+        return _together(act, self._place(), self.mesh.size(), self.mesh.device_type, self.over_mesh_)
+
+    def _place(self) -> int:
+        """This rank's number within the mesh."""
+        place = 0
+        for dim, at in enumerate(self.mesh.get_coordinate()):
+            place = place * int(self.mesh.size(dim)) + int(at)
+        return place
+
 
 def _rows(name: str, param: Any) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
     """Rows of a DTensor that are here (None: all of them), and the mesh dimensions that it is cut over."""
@@ -213,3 +238,57 @@ def all_reduce_(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) ->
     if world_size(group) > 1:
         dist.all_reduce(tensor, group=group)
     return tensor
+
+
+def together_in(group: dist.ProcessGroup | None, device: torch.device, act: Callable[[], Result]) -> Result:
+    """:meth:`Sharding.together` over a group; None: this process alone."""
+    if group is None or world_size(group) == 1:
+        return act()
+
+    def over_group_(tensor: torch.Tensor, smallest: bool = False) -> torch.Tensor:
+        dist.all_reduce(tensor, dist.ReduceOp.MIN if smallest else dist.ReduceOp.SUM, group=group)
+        return tensor
+
+    return _together(act, dist.get_rank(group), world_size(group), str(device), over_group_)
+
+
+def _together(
+    act: Callable[[], Result], place: int, size: int, device: str, reduce: Callable[..., torch.Tensor]
+) -> Result:
+    """``reduce(tensor, smallest)`` sums in place over ``size`` ranks, of which this is number ``place``."""
+    failed: Exception | None = None
+    try:
+        result = act()
+    except Exception as error:
+        failed = error
+    first = int(reduce(torch.tensor(size if failed is None else place, device=device), True))
+    if first == size:
+        return result
+    text = f"{type(failed).__name__}: {failed}".encode()[:LONGEST_MESSAGE] if first == place else b""
+    told = torch.tensor([*text, *[0] * (LONGEST_MESSAGE - len(text))], dtype=torch.int64, device=device)
+    message = bytes(reduce(told, False).tolist()).rstrip(b"\0").decode(errors="replace")
+    raise failed or RuntimeError(f"rank {first} failed, and all end with it: {message}")
+
+
+def answers_of_ranks(topic: str, answer: str, patience: float) -> dict[int, str]:
+    """What each rank of the default group has said on ``topic``, by rank.
+
+    It goes through the group's store: no rank has to take part, as in a collective, and one that does not holds the
+    others up for ``patience`` at most.
+
+    Args:
+        topic: the same on all ranks for the same question, and used once.
+        answer: this rank's.
+        patience: seconds to wait for the others; 0: only answer.
+    """
+    size = world_size()
+    if size == 1 or dist.get_backend() == "fake":
+        return {0: answer}
+    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    keys = [f"dba_kernels/{topic}/{other}" for other in range(size)]
+    store.set(keys[rank], answer)
+    if patience == 0:
+        return {rank: answer}
+    with contextlib.suppress(RuntimeError):  # those that are there can be compared even so
+        store.wait(keys, datetime.timedelta(seconds=patience))
+    return {other: store.get(key).decode() for other, key in enumerate(keys) if store.check([key])}

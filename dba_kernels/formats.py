@@ -10,6 +10,8 @@ crosses a row, so a tensor sharded by rows is a view of the codes and scales of 
 from __future__ import annotations
 
 import math
+import operator
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,9 +195,102 @@ def check_name(kind: str, name: str, known: Any) -> str:
     Raises:
         ValueError: naming the argument, what was expected and what it got.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"{kind}: expected one of {', '.join(map(repr, known))}; got {type(name).__name__}")
     if name not in known:
         raise ValueError(f"{kind}: expected one of {', '.join(map(repr, known))}; got {name!r}")
     return name
+
+
+def check_type(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
+    """Refuse another kind of object.
+
+    Raises:
+        TypeError: naming the argument, what was expected and what it got.
+    """
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        raise TypeError(f"{name}: expected {' or '.join(k.__name__ for k in kinds)}, got {type(value).__name__}")
+
+
+def check_path(name: str, value: Any) -> None:
+    """Refuse what is no path of a file.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what it got.
+    """
+    check_type(name, value, (str, os.PathLike))
+    if not os.fspath(value) or "\0" in str(value):
+        raise ValueError(f"{name}: expected the path of a file, got {value!r}")
+
+
+def check_iterable(name: str, value: Any, of: str) -> Any:
+    """``value``, if one can iterate over it.
+
+    Raises:
+        TypeError: naming the argument, what was expected and what it got.
+    """
+    if not hasattr(value, "__iter__") or (isinstance(value, torch.Tensor) and value.dim() == 0):
+        raise TypeError(f"{name}: expected {of}, got {type(value).__name__}")
+    return value
+
+
+def check_count(name: str, value: Any) -> int:
+    """``value``, a number or a tensor of one, as an integer of at least 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what it got.
+    """
+    number = check_number(name, value, "a whole number >= 0")
+    if not 0 <= number < 2**63:
+        raise ValueError(f"{name}: expected at least 0, got {value}")
+    if number != int(number):
+        raise ValueError(f"{name}: expected a whole number, got {value}")
+    return int(value)
+
+
+def check_tensor_of_one(name: str, value: Any) -> None:
+    """Refuse what is no real number in a tensor.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what it got.
+    """
+    check_type(name, value, torch.Tensor)
+    if value.numel() != 1 or value.is_complex() or value.device.type == "meta" or value.layout != torch.strided:
+        raise ValueError(f"{name}: expected a tensor of one number, got {value.dtype} of shape {tuple(value.shape)}")
+
+
+def check_integer(name: str, value: Any, least: int) -> int:
+    """``value`` if it is an integer of at least ``least``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what it got.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected an integer >= {least}, got {type(value).__name__}")
+    number = operator.index(value)
+    if not least <= number < 2**63:
+        raise ValueError(f"{name}: expected at least {least} and less than 2**63, got {number}")
+    return number
+
+
+def check_number(name: str, value: Any, what: str = "a number") -> float:
+    """``value`` as a float, if it is a number or a tensor of one.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what it got.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1 or value.is_complex() or value.device.type == "meta":
+            shape = tuple(value.shape)
+            raise ValueError(f"{name}: expected {what} or a tensor of one element, got {value.dtype} of shape {shape}")
+        return float(value)
+    if isinstance(value, (str, bytes, bool, type)) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+        raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
+    try:
+        return float(value)
+    except (OverflowError, TypeError) as error:
+        raise ValueError(f"{name}: expected {what}, got {error}") from error
 
 
 def storage_format(name: str, shape: tuple[int, ...]) -> StorageFormat:

@@ -15,9 +15,19 @@ import torch
 from . import curvature_records, ops
 from .backends import implementation
 from .base_model import Fingerprint, check_names, check_weights, fingerprint, named_once, normalize_name
+from .contracts import check_tensor
 from .curvature_records import CurvatureRecord
 from .factors import Curvature
-from .formats import STORAGE_FORMATS, EncodedTensor, StoredTensor, check_name
+from .formats import (
+    STORAGE_FORMATS,
+    EncodedTensor,
+    StoredTensor,
+    check_integer,
+    check_iterable,
+    check_name,
+    check_path,
+    check_type,
+)
 from .gradient_file import CURVATURE_VERSION, FORMAT_VERSION, KIND, Provenance, described
 from .records import TensorRecord, TensorStatistics, assemble, check_rank, compress, layout, parts, verify
 from .tensor_files import SavedTensors, save_tensors, text_digest, to_json
@@ -257,14 +267,18 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
                 or a rank that no matrix can use.
         """
         check_name("format", format, STORAGE_FORMATS)
+        check_iterable("tensors", tensors, "a mapping, or pairs, of names and tensors")
         if isinstance(tensors, Mapping):
+            for name, tensor in tensors.items():
+                check_type(f"tensors[{name!r}]", tensor, torch.Tensor)
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             tensors = tensors.items()
         if rank is not None:
             check_rank(rank, shapes or {})
         records: dict[str, TensorRecord] = {}
         stored: dict[str, StoredTensor] = {}
-        for full_name, tensor in tensors:
+        for pair in tensors:
+            full_name, tensor = _checked_pair(pair)
             name = normalize_name(full_name)
             if name in records:
                 raise ValueError(f"tensor {full_name!r}: expected unique names, got a second {name!r}; rename one")
@@ -302,6 +316,9 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
             ValueError: the path's ending.
             OSError: it cannot be written; an older file is intact.
         """
+        check_path("path", path)
+        if max_shard_bytes is not None:
+            check_integer("max_shard_bytes", max_shard_bytes, 1)
         tensors = {f"{name}/{part}": tensor for name in self for part, tensor in parts(self.stored(name)).items()}
         for name in self.curvature_records:
             curvature = self.curvature(name)
@@ -320,6 +337,7 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
             FileNotFoundError: no such file, or a shard is missing.
             ValueError: truncated, corrupt, of another kind or of a newer version.
         """
+        check_path("path", path)
         saved = SavedTensors(path)
         description = described(saved)
         expected = {
@@ -351,6 +369,14 @@ class GlobalGradient(Mapping[str, torch.Tensor]):
             "provenance": asdict(self.provenance),
             "tensors": {name: asdict(record) for name, record in self.records.items()},
         } | ({"curvature": curvature, "calibration": self.calibration} if curvature else {})
+
+
+def _checked_pair(pair: Any) -> tuple[str, torch.Tensor]:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
+        raise TypeError(f"tensors: expected pairs of a name and a tensor, got {type(pair).__name__}")
+    check_type(f"tensors[{pair[0]!r}]", pair[1], torch.Tensor)
+    check_tensor(f"tensors[{pair[0]!r}]", pair[1], (pair[1].dtype,), contiguous=False)
+    return pair[0], pair[1]
 
 
 def save_or_hand_over(gg: GlobalGradient, path: str | os.PathLike[str]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .tensor_files import as_bytes
 
@@ -73,8 +74,7 @@ def tells_apart(batch: Any) -> str | None:
 def _digest(item: Any, above: tuple[int, ...], unknown: list[str] | None = None) -> bytes:
     """Of one item; ``above`` holds the ids of what contains it, ``unknown`` receives types that show nothing."""
     if isinstance(item, torch.Tensor):
-        head = f"{item.dtype} {tuple(item.shape)}"
-        return hashlib.sha256(head.encode() + as_bytes(item)).digest()
+        return _digest_tensor(item, above, unknown)
     if id(item) in above:  # it contains itself
         return hashlib.sha256(b"cycle").digest()
 
@@ -101,6 +101,23 @@ def _digest(item: Any, above: tuple[int, ...], unknown: list[str] | None = None)
         if not attributes and unknown is not None:
             unknown.append(f"an object of type {type(item).__name__}")
     return hashlib.sha256(type(item).__name__.encode() + b"".join(children)).digest()
+
+
+def _digest_tensor(item: torch.Tensor, above: tuple[int, ...], unknown: list[str] | None) -> bytes:
+    """Of dtype, shape and elements; of the parts, where a tensor wraps others or is sparse."""
+    head = f"{item.dtype} {tuple(item.shape)}".encode()
+    if item.device.type == "meta":
+        if unknown is not None:
+            unknown.append("a tensor without elements (device meta)")
+        return hashlib.sha256(head).digest()
+    if is_traceable_wrapper_subclass(item):
+        parts = [getattr(item, name) for name in item.__tensor_flatten__()[0]]
+    elif item.layout != torch.strided:
+        sparse = item.to_sparse().coalesce()
+        parts = [sparse.indices(), sparse.values()]
+    else:
+        return hashlib.sha256(head + as_bytes(item.resolve_conj().resolve_neg())).digest()
+    return hashlib.sha256(head + b"".join(_digest(part, above, unknown) for part in parts)).digest()
 
 
 def _attributes(item: Any) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import operator
+import hashlib
+import itertools
+import json
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
-from .formats import check_name
+from .distributed import answers_of_ranks, world_size
+from .formats import check_integer, check_name, check_number, check_path, check_type
 from .global_gradient import GlobalGradient
 from .schedule import ANCHORS, AUTO_ANCHOR, AUTO_BOOST_REACH, BOOSTS, initial_boost
 from .stepdata import CORRECTION_SCOPES, CORRECTIONS, PROJECTIONS, StepSettings
@@ -21,6 +24,11 @@ LARGE_LR = 1e-4
 
 SAVED_SETTINGS = ("boost", "total_steps", "boost_max", "correction", "scope", "bounds", "max_grad_norm", "anchor")
 """Settings that a resumed run should share with the one that was saved."""
+
+PATIENCE = 10.0
+"""Seconds that a rank waits, once, for the others to say which global gradient they use."""
+
+_questions = itertools.count()
 
 BoostSchedule = Callable[[torch.Tensor, int], Any]
 Correction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -56,15 +64,19 @@ class Method:
         max_grad_norm: float | None,
         anchor: str | float = 0.0,
     ):
-        if max_grad_norm is not None and not max_grad_norm > 0:
+        if max_grad_norm is not None and not check_number("max_grad_norm", max_grad_norm, "a positive number") > 0:
             raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
         if isinstance(global_gradient, (str, os.PathLike)):
+            check_path("global_gradient", global_gradient)
             global_gradient = GlobalGradient.load(global_gradient)
+        if global_gradient is not None:
+            check_type("global_gradient", global_gradient, GlobalGradient)
         self.global_gradient = global_gradient
-        self.schedule: BoostSchedule | None = boost if callable(boost) else None
+        self.schedule: BoostSchedule | None = boost if _is_function(boost) else None
         self.correction: Correction | None = correction if callable(correction) else None
         self.rule: str | None = boost if isinstance(boost, str) else None
         self.initial_lr = 0.0
+        self._compared = False
         settings = _checked(total_steps, boost, boost_max, correction, scope, bounds)
         strength = _checked_anchor(anchor, global_gradient)
         self.anchored: frozenset[str] = frozenset()
@@ -220,11 +232,57 @@ class Method:
         if changed:
             warnings.warn(f"resuming with other settings than were saved (saved, now): {changed}", stacklevel=6)
 
+    def check_ranks(self, names: list[str]) -> None:
+        """Compare with the other ranks, once: replicas with another global gradient would silently drift apart.
+
+        Only ranks that train the same parameters are compared, and paths are not: nodes may have copies of one file.
+
+        Args:
+            names: of the parameters.
+
+        Raises:
+            ValueError: another global gradient or other settings of it on some rank; all ranks that have one say so.
+        """
+        if self._compared or world_size() == 1:
+            return
+        mine = self.identity() or {"digest": None, "settings": {}, "path": None}
+        whose = hashlib.sha256("\n".join(names).encode()).hexdigest()
+        patience = 0.0 if self.global_gradient is None else PATIENCE
+        answers = answers_of_ranks(f"global_gradient/{next(_questions)}", json.dumps([whose, mine]), patience)
+        others = {rank: other for rank, (whom, other) in _decoded(answers) if whom == whose}
+        for what in ("digest", "settings"):
+            for rank, other in others.items():
+                if patience and other[what] != mine[what]:
+                    raise ValueError(
+                        f"global_gradient: expected the same on every rank, got {what} {_told(mine, what)} on this one "
+                        f"and {_told(other, what)} on rank {rank}; give all of them copies of one file and the same "
+                        "settings"
+                    )
+        if patience and len(answers) < world_size():
+            silent = sorted(set(range(world_size())) - set(answers))
+            warnings.warn(
+                f"global_gradient: ranks {silent} have taken no step with this optimizer within {PATIENCE:g} s; "
+                "whether they use the same file is not known",
+                stacklevel=5,
+            )
+        self._compared = True
+
     def take_over(self, saved: dict[str, Any] | None) -> None:
         """T and a named k₀ of the saved run, where this one still awaits them."""
         settings = (saved or {}).get("settings", {})
         if self.awaits_total_steps and settings.get("total_steps"):
             self._settle(settings["total_steps"], settings["boost"] if self.rule else None)
+
+
+def _decoded(answers: dict[int, str]) -> list[tuple[int, Any]]:
+    return [(rank, json.loads(answer)) for rank, answer in answers.items()]
+
+
+def _told(identity: dict[str, Any], what: str) -> str:
+    """One side of a disagreement."""
+    if identity["digest"] is None:
+        return "none"
+    return f"{identity[what]} ({identity['path'] or 'in memory'})"
 
 
 def _on_device(value: Any, device: torch.device) -> torch.Tensor:
@@ -234,10 +292,14 @@ def _on_device(value: Any, device: torch.device) -> torch.Tensor:
     return torch.full((), float(value), dtype=torch.float64, device=device)
 
 
+def _is_function(boost: Any) -> TypeGuard[BoostSchedule]:
+    return callable(boost) and not isinstance(boost, type)
+
+
 def _checked_total_steps(total_steps: Any) -> int:
-    if isinstance(total_steps, str) or (steps := operator.index(total_steps)) < 1:
+    if isinstance(total_steps, (str, int)) and not (isinstance(total_steps, int) and total_steps >= 1):
         raise ValueError(f"total_steps: expected at least 1 optimizer step, got {total_steps!r}")
-    return steps
+    return check_integer("total_steps", total_steps, 1)
 
 
 def _checked_anchor(anchor: str | float, global_gradient: GlobalGradient | None) -> float:
@@ -247,7 +309,7 @@ def _checked_anchor(anchor: str | float, global_gradient: GlobalGradient | None)
         if global_gradient is None or not global_gradient.curvature_records:
             return 0.0
         return AUTO_ANCHOR if global_gradient.calibration is None else global_gradient.calibration
-    if not 0.0 <= anchor < float("inf"):
+    if not 0.0 <= check_number("anchor", anchor, "a name or a number >= 0") < float("inf"):
         raise ValueError(f"anchor: expected a name or a number >= 0, got {anchor}")
     if anchor > 0 and (global_gradient is None or not global_gradient.curvature_records):
         raise ValueError(
@@ -267,18 +329,24 @@ def _checked(
 ) -> StepSettings:
     """The settings, each checked; a function in place of a name leaves the neutral value."""
     steps = 0 if total_steps in (None, "later") else _checked_total_steps(total_steps)
-    if not 0.0 <= boost_max <= 1.0:
+    if not 0.0 <= check_number("boost_max", boost_max, "a number in [0, 1]") <= 1.0:
         raise ValueError(f"boost_max: expected a number in [0, 1], got {boost_max}")
     if isinstance(boost, str):
         check_name("boost", boost, BOOSTS)
         k0 = 0.0  # follows from T and the learning rate
     else:
-        k0 = 0.0 if callable(boost) else float(boost)
-        if not k0 >= 0.0:
+        k0 = (
+            0.0
+            if callable(boost) and not isinstance(boost, type)
+            else check_number("boost", boost, "a name, k0 >= 0 or a function")
+        )
+        if not 0.0 <= k0 < float("inf"):
             raise ValueError(f"boost: expected a name, k0 >= 0 or a function of (step, total_steps), got {boost}")
     mode = "none" if callable(correction) else check_name("correction", correction, CORRECTIONS)
     check_name("correction_scope", scope, CORRECTION_SCOPES)
-    if len(bounds) != 2 or not 0.0 <= bounds[0] <= bounds[1]:
+    check_type("correction_bounds", bounds, (tuple, list))
+    ends = [check_number("correction_bounds", bound) for bound in bounds]
+    if len(ends) != 2 or not 0.0 <= ends[0] <= ends[1]:
         raise ValueError(f"correction_bounds: expected 0 <= alpha_min <= alpha_max, got {bounds}")
     if mode in PROJECTIONS:
         steps, k0 = 0, 0.0
@@ -291,10 +359,13 @@ def check_group(group: dict[str, Any]) -> None:
     if torch.is_tensor(lr) and lr.numel() != 1:
         raise ValueError(f"lr: expected a number or a tensor of one element, got shape {tuple(lr.shape)}")
     for name in ("lr", "eps", "weight_decay"):
-        if not group[name] >= 0.0:
+        if not check_number(name, group[name], "a number >= 0") >= 0.0:
             raise ValueError(f"{name}: expected a number >= 0, got {group[name]}")
+    check_type("betas", betas, (tuple, list))
+    if len(betas) != 2:
+        raise ValueError(f"betas: expected two numbers in [0, 1), got {len(betas)}")
     for i, beta in enumerate(betas):
-        if not 0.0 <= beta < 1.0:
+        if not 0.0 <= check_number(f"betas[{i}]", beta, "a number in [0, 1)") < 1.0:
             raise ValueError(f"betas[{i}]: expected a number in [0, 1), got {beta}")
     if group["amsgrad"]:
         raise ValueError("amsgrad: expected False; it needs a third state tensor, which no kernel here updates")

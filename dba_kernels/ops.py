@@ -16,10 +16,25 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import operators
 from .backends import BACKENDS, implementation, serving, why_not
-from .formats import STORAGE_FORMATS, EncodedTensor, LowRankTensor, StoredTensor, check_name, matrix_shape
-from .stepdata import NO_OVERRIDES, Factors, StepOverrides, StepScalars, StepSettings, TensorBatch
-
-GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .contracts import (
+    check_accumulation,
+    check_batch,
+    check_dense,
+    check_encoded,
+    check_list,
+    check_scalars,
+    check_stored,
+)
+from .formats import (
+    STORAGE_FORMATS,
+    EncodedTensor,
+    LowRankTensor,
+    StoredTensor,
+    check_integer,
+    check_name,
+    matrix_shape,
+)
+from .stepdata import NO_OVERRIDES, Coefficient, Factors, StepOverrides, StepScalars, StepSettings, TensorBatch
 
 
 def check_backend(backend: str) -> str:
@@ -63,13 +78,11 @@ def accumulate(
         cache: scratch that a backend keeps for these sums between calls, keyed by the backend.
 
     Raises:
-        ValueError: on differing shapes or on dtypes outside the above.
+        TypeError, ValueError: naming the argument that is not so.
     """
-    for i, (total, grad) in enumerate(zip(totals, grads, strict=True)):
-        if total.shape != grad.shape:
-            raise ValueError(f"grads[{i}]: expected shape {tuple(total.shape)}, got {tuple(grad.shape)}")
-        if total.dtype == torch.float32 and grad.dtype not in GRAD_DTYPES:
-            raise ValueError(f"grads[{i}]: expected float32, bfloat16 or float16, got {grad.dtype}")
+    check_backend(backend)
+    if not torch.compiler.is_compiling():
+        check_accumulation(totals, grads, weight, squared_norms)
     if not totals:
         return
     if _traced(totals[0]):
@@ -99,6 +112,9 @@ def encode_all(tensors: list[torch.Tensor], format: str, backend: str = "auto") 
         ValueError: unknown format.
     """
     check_name("format", format, STORAGE_FORMATS)
+    check_backend(backend)
+    if not torch.compiler.is_compiling():
+        check_dense("tensors", tensors)
     if not tensors:
         return []
     if _traced(tensors[0]):
@@ -113,6 +129,8 @@ def encode_all(tensors: list[torch.Tensor], format: str, backend: str = "auto") 
 
 def decode(stored: StoredTensor, backend: str = "auto") -> torch.Tensor:
     """The fp32 tensor that is stored."""
+    if not torch.compiler.is_compiling():
+        check_stored("stored", stored)
     if isinstance(stored, LowRankTensor):
         u, v = decode_all([stored.u, stored.v], backend)
         return ((u * stored.sigma) @ v.T).reshape(stored.shape)
@@ -121,6 +139,11 @@ def decode(stored: StoredTensor, backend: str = "auto") -> torch.Tensor:
 
 def decode_all(encoded: list[EncodedTensor], backend: str = "auto") -> list[torch.Tensor]:
     """The fp32 tensors that are stored; on GPUs in one launch for every format."""
+    check_backend(backend)
+    if not torch.compiler.is_compiling():
+        check_list("encoded", encoded)
+        for i, stored in enumerate(encoded):
+            check_encoded(f"encoded[{i}]", stored, encoded[0].device if i else None)
     if not encoded:
         return []
     if _traced(encoded[0].codes):
@@ -139,6 +162,8 @@ def factorize(tensor: torch.Tensor, rank: int, format: str) -> LowRankTensor:
         ValueError: fewer than two dimensions, or a rank outside 1 … min(rows, cols).
     """
     check_name("format", format, STORAGE_FORMATS)
+    check_dense("tensor", [tensor])
+    check_integer("rank", rank, 1)
     rows, cols = matrix_shape(tuple(tensor.shape))
     if tensor.dim() < 2 or not 1 <= rank <= min(rows, cols):
         raise ValueError(f"rank: expected 1 <= rank <= {min(rows, cols)} for shape {tuple(tensor.shape)}, got {rank}")
@@ -158,6 +183,9 @@ def similarity(batch: TensorBatch, grads: list[torch.Tensor], sums: torch.Tensor
         sums: float64 ``[n_params, 2]``; the batch's rows are overwritten. A non-finite gradient makes its ‖g_D‖²
             non-finite.
     """
+    check_backend(backend)
+    if not torch.compiler.is_compiling():
+        check_batch(batch, grads, "sums", sums, 2, steps=False)
     for part, part_grads in _dense_parts(batch, grads, backend):
         if _traced(sums):
             operators.similarity(part, part_grads, sums, backend)
@@ -172,6 +200,9 @@ def coefficients(
     scalars: StepScalars, settings: StepSettings, overrides: StepOverrides = NO_OVERRIDES, backend: str = "auto"
 ) -> None:
     """Sums → coefficients, skip flag and counters (eqs. 2, 4, 5); see ``reference.coefficients``."""
+    check_backend(backend)
+    if not torch.compiler.is_compiling():
+        check_scalars(scalars, settings, overrides)
     if _traced(scalars.coefficients):
         operators.coefficients(scalars, settings, overrides, backend)
     else:
@@ -189,6 +220,9 @@ def step(batch: TensorBatch, grads: list[torch.Tensor], coefficients: torch.Tens
         grads: as for :func:`similarity`.
         coefficients: float64 ``[n_params, Coefficient.COUNT]``.
     """
+    check_backend(backend)
+    if not torch.compiler.is_compiling():
+        check_batch(batch, grads, "coefficients", coefficients, Coefficient.COUNT, steps=True)
     for part, part_grads in _dense_parts(batch, grads, backend):
         if _traced(coefficients):
             operators.step(part, part_grads, coefficients, backend)
@@ -219,6 +253,11 @@ def fused_step(
         batches: all active parameters with their gradients; :func:`fuses` said yes to them.
         scalars, settings, overrides: those of :func:`coefficients`.
     """
+    check_backend(backend)
+    check_list("batches", batches)
+    check_scalars(scalars, settings, overrides)
+    for batch, batch_grads in batches:
+        check_batch(batch, batch_grads, "scalars.coefficients", scalars.coefficients, Coefficient.COUNT, steps=True)
     parts, grads = [batch for batch, _ in batches], [batch_grads for _, batch_grads in batches]
     _module(parts[0], backend, "step").fused_step(parts, grads, scalars, settings, overrides)
 

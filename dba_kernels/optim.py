@@ -20,9 +20,9 @@ from .formats import PARAM_FORMATS, STATE_FORMATS, check_name
 from .global_gradient import GlobalGradient
 from .method import BoostSchedule, Correction, Method, check_group
 from .metrics import metrics
-from .param_groups import check_hyperparameters
+from .param_groups import check_hyperparameters, checked_flag, checked_params, checked_state_dict
 from .plan import ActiveSet, Plan
-from .saved_state import check_states, for_torch, restore_uncast, to_saved
+from .saved_state import check_states, for_torch, restore_uncast, to_saved, unlocked
 from .state import StateOptions, allocate, only_allocates
 from .stepdata import StepOverrides
 
@@ -46,9 +46,9 @@ class DBAAdamW(Optimizer):
     Parameters that FSDP2 (``fully_shard``) has cut by rows work as they are, with replication (HSDP) too: formats
     follow from the global shape, the global gradient is cut along, state is DTensors of the parameter's layout, and
     rounding does not depend on the number of ranks. With a global gradient or a clip threshold all ranks must call
-    ``step()`` together: they share one all-reduce of two float64 per parameter. Without, they share nothing. State
-    dicts that gather whole tensors (``full_state_dict``) cannot hold ``split16``: no backend of torch.distributed
-    sends 16-bit integers.
+    ``step()`` together: they share one all-reduce of two float64 per parameter. The first step refuses ranks with
+    another global gradient or other settings of it. State dicts that gather whole tensors (``full_state_dict``) cannot
+    hold ``split16``: no backend of torch.distributed sends 16-bit integers.
 
     Args:
         params: parameters, or groups, as for ``torch.optim.AdamW``. With a global gradient they must carry names:
@@ -83,8 +83,8 @@ class DBAAdamW(Optimizer):
         state_format: ``"fp32"``, ``"bf16"`` or ``"int8"`` moments. 1-D and small tensors keep fp32.
         param_format: how parameters below fp32 keep what rounding would lose: ``"native"`` (they lose it),
             ``"split16"`` (a 16-bit remainder in the state: together the exact fp32 value), ``"split8"`` (8 bits,
-            stochastically rounded), ``"master"`` (an fp32 copy; weights loaded into the parameter after the first
-            step would be overwritten by it). ``"auto"``: split16. fp32 and fp64 parameters are always native.
+            stochastically rounded), ``"master"`` (an fp32 copy). ``"auto"``: split16. fp32 and fp64 parameters are
+            always native. Weights that somebody writes between steps count, whatever is kept beside them.
         missing: ``"error"``, or ``"adamw"`` to update parameters that have no global gradient by plain AdamW, with a
             warning that counts them.
         backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``.
@@ -143,13 +143,13 @@ class DBAAdamW(Optimizer):
         )
         check_name("state_format", state_format, STATE_FORMATS)
         check_name("param_format", param_format, ("auto", *PARAM_FORMATS))
-        self.shrink = bool(self.method.anchored) if shrink is None else bool(shrink)
+        self.shrink = bool(self.method.anchored) if shrink is None else checked_flag("shrink", shrink)
         self.missing = check_name("missing", missing, ("error", "adamw"))
         kept = "split16" if param_format == "auto" else param_format
         self.options = StateOptions(kept, state_format, self.method.anchored)
         self._plan: Plan | None = None
         super().__init__(
-            params,
+            checked_params(params),
             dict(
                 lr=lr,
                 betas=betas,
@@ -272,6 +272,7 @@ class DBAAdamW(Optimizer):
             if (active := self._plan.activate(params, grads, *where)) is not None:
                 return self._plan, active
             self._drop_plan()
+        self.method.check_ranks(names_of(self.param_groups))
         plan = Plan(*where, self.options, self.global_gradient, self.missing, self.backend, self.shrink)
         self._plan = plan
         return plan, cast("ActiveSet", plan.activate(params, grads, *where))  # a plan just made is current
@@ -320,17 +321,15 @@ class DBAAdamW(Optimizer):
         """As torch's; the groups also carry the steps done and skipped, and the global gradient's path and digest.
 
         Args:
-            format: ``"own"``, to be loaded by this class: what is stored, under names that no other optimizer takes for
-                its own where they are codes. ``"torch"``: fp32 moments for ``torch.optim.AdamW``; use
-                :func:`~dba_kernels.fp32_state_dict` for weights to go with it.
+            format: ``"own"``: what is stored, for this class; groups of int8 moments are saved with settings (``LOCK``
+                in :mod:`.saved_state`) on which every torch optimizer fails before it takes codes for numbers.
+                ``"torch"``: fp32 moments for ``torch.optim.AdamW``, weights by :func:`~dba_kernels.fp32_state_dict`.
         """
         check_name("format", format, ("own", "torch"))
         self._store_counters()
         packed = super().state_dict()
         params = [param for group in self.param_groups for param in group["params"]]
-        if format == "torch":
-            return for_torch(packed, params)
-        return {**packed, "state": {i: to_saved(state, params[i]) for i, state in packed["state"].items()}}
+        return for_torch(packed, params) if format == "torch" else to_saved(packed, params)
 
     def allocate_state(self) -> None:
         """State of every trainable parameter, as the first step would make it; what is there stays."""
@@ -348,10 +347,11 @@ class DBAAdamW(Optimizer):
         """
         saved: dict[str, Any] = {}
 
-        def capture(_: Optimizer, final: dict[str, Any]) -> None:
-            self._check_saved_groups(final["param_groups"])
-            check_states(names_of(self.param_groups), final)
-            saved.update(final)
+        def capture(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            saved.update(unlocked(final))
+            self._check_saved_groups(saved["param_groups"])
+            check_states(names_of(self.param_groups), saved)
+            return saved
 
         kept_keys = ("global_gradient", "param_names")
         own: list[dict[str, Any]] = [{k: group[k] for k in kept_keys if k in group} for group in self.param_groups]
@@ -362,7 +362,7 @@ class DBAAdamW(Optimizer):
             ),
         )
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(checked_state_dict(state_dict))
         finally:
             for hook in hooks:
                 hook.remove()

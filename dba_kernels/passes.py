@@ -197,14 +197,13 @@ class ShardedModel(WholeModel):
 
     def where_written(self, act: Callable[[], object], means: Iterable[object] = ()) -> None:
         """``act`` on the mesh's first rank; all go on together, or end together, whatever became of it."""
-        failed: Exception | None = None
-        try:
-            if self.sharding.first:
-                act()
-        except Exception as error:
-            failed = error
-        for _ in means:  # gathering takes all ranks to the end
-            pass
-        vote = torch.tensor(float(failed is not None), device=self.sharding.mesh.device_type)
-        if self.sharding.over_mesh_(vote):
-            raise failed or RuntimeError("save_to: the rank that writes the file failed; its error says why")
+
+        def attempt() -> None:
+            try:
+                if self.sharding.first:
+                    act()
+            finally:
+                for _ in means:  # gathering takes all ranks to the end
+                    pass
+
+        self.sharding.together(attempt)

@@ -38,11 +38,12 @@ from . import captured, ops
 from .anchored import AnchorStep
 from .base_model import Groups, names_of, normalize_name
 from .checks import addresses_of, check_grad, check_state, check_storage, same_place
+from .contracts import BY_PLAN, CHECKED
 from .distributed import Sharding, local
 from .factors import Curvature
 from .formats import matrix_shape
 from .global_gradient import GlobalGradient, shrinkage
-from .state import StateOptions, States, Witness, formats_of, prepare, prepare_origin, same_tensors
+from .state import StateOptions, States, Witness, formats_of, prepare, prepare_origin, same_tensors, steps_done
 from .stepdata import (
     UPDATED_PARTS,
     Coefficient,
@@ -165,7 +166,7 @@ class Plan:
         self._sums_elsewhere: dict[torch.device, torch.Tensor] = {}
         self.cut = torch.tensor([[rows is not None] for rows in self.sharding.rows], device=self.device)
 
-        steps = [int(states.get(p, {}).get("step", 0)) for p in self.params]
+        steps = [steps_done(states.get(p, {}), name) for p, name in zip(self.params, self.names, strict=True)]
         self.steps = torch.tensor(steps, dtype=torch.float32, device=self.device)
         self._step_of = [self.steps.select(0, row) for row in range(n)]  # one view each: active sets know state by it
         self.bias_corrections = torch.tensor(
@@ -249,7 +250,7 @@ class Plan:
             by_format[param.device, param.dtype, grad.dtype, anchored, formats].append(i)
         kept = [{k: v for k, v in states[p].items() if torch.is_tensor(v)} for p in params]
         parts = [
-            TensorBatch(*formats, [self._tensors_of(params[i], states[params[i]]) for i in at])
+            TensorBatch(*formats, [self._tensors_of(params[i], states[params[i]]) for i in at], {CHECKED: BY_PLAN})
             for (*_, formats), at in by_format.items()
         ]
         pulled = [anchored for (*_, anchored, _) in by_format]

@@ -18,6 +18,7 @@ from .formats import (
     EncodedTensor,
     LowRankTensor,
     StoredTensor,
+    check_integer,
     is_compressible,
     matrix_shape,
     scales_shape,
@@ -177,7 +178,7 @@ def check_rank(rank: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
     Raises:
         ValueError: naming the largest useful rank.
     """
-    if rank >= 1 and any(takes_rank(shape, rank) for shape in shapes.values()):
+    if check_integer("rank", rank, 0) >= 1 and any(takes_rank(shape, rank) for shape in shapes.values()):
         return
     best, name = 0, ""
     for candidate, shape in shapes.items():

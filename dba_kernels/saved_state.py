@@ -1,9 +1,8 @@
-"""Optimizer state as state dicts hold it: names that say what is stored, other optimizers' states refused, exports.
+"""Optimizer state as state dicts hold it: locked where it holds codes, other optimizers' states refused, exports.
 
-In ``optimizer.state`` keys are torch's. In a state dict int8 moments are ``exp_avg_codes`` and ``exp_avg_sq_codes``, so
-that no other optimizer takes codes for numbers (torch's AdamW misses ``exp_avg`` at its first step), and a remainder
-carries the dtype of the weight that it completes: ``remainder_bf16``, ``remainder_fp16``. In a run of several processes
-the names stay torch's: torch.distributed.checkpoint looks for the keys of ``optimizer.state``.
+Keys are torch's, in ``optimizer.state`` and in state dicts alike: torch.distributed.checkpoint looks for the same ones
+in both. Two things that torch's names do not say stand elsewhere: saved groups that belong to int8 moments hold
+:data:`LOCK`, and ``remainder_dtypes``, beside ``state`` and ``param_groups``, tells which dtype a remainder completes.
 """
 
 from __future__ import annotations
@@ -12,51 +11,61 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from .backends import implementation
 from .distributed import like, local
-from .formats import PARAM_FORMATS
+from .formats import PARAM_FORMATS, check_type
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-CODES = {"exp_avg": "exp_avg_codes", "exp_avg_sq": "exp_avg_sq_codes"}
 MOMENTS = ("exp_avg", "exp_avg_sq")
-KNOWN = {"step", "anchor", *MOMENTS, *CODES.values(), "exp_avg_scale", "exp_avg_sq_scale", "remainder"} | {
-    f"remainder_{half}" for half in HALVES
-}
+KNOWN = {"step", "anchor", *MOMENTS, "exp_avg_scale", "exp_avg_sq_scale", "remainder"}
 OWN_SETTINGS = ("global_gradient", "steps_done", "steps_skipped")
+LOCK = {"amsgrad": True, "foreach": True, "differentiable": True}
+"""Settings of a saved group with which no optimizer of torch takes codes for numbers: its AdamW and Adam miss
+``max_exp_avg_sq`` at their first step, the others cannot differentiate through ``foreach``. None has moved anything
+then. :func:`unlocked` takes them away again; nothing here depends on them."""
 
 
-def to_saved(state: Mapping[str, Any], param: torch.Tensor) -> dict[str, Any]:
-    """One parameter's state under the names of state dicts; the tensors are the same."""
-    names: dict[str, str] = {}
-    if dist.is_available() and dist.is_initialized():
-        return dict(state)
-    if torch.is_tensor(state.get("exp_avg")) and state["exp_avg"].dtype == torch.int8:
-        names |= CODES
-    for half, dtype in HALVES.items():
-        if param.dtype == dtype:
-            names["remainder"] = f"remainder_{half}"
-    return {names.get(key, key): value for key, value in state.items()}
+def to_saved(packed: dict[str, Any], params: list[torch.Tensor]) -> dict[str, Any]:
+    """``Optimizer.state_dict()`` with what its names do not say; the tensors are the same."""
+    states: dict[Any, dict[str, Any]] = {}
+    halves: dict[Any, str] = {}
+    for i, state in packed["state"].items():
+        states[i] = dict(state)
+        for half, dtype in HALVES.items():
+            if f"remainder_{half}" in state:  # loaded for another dtype, and not adopted yet
+                states[i]["remainder"], halves[i] = states[i].pop(f"remainder_{half}"), half
+            elif "remainder" in state and params[i].dtype == dtype:
+                halves[i] = half
+    groups = packed["param_groups"]
+    if any("exp_avg_scale" in state for state in states.values()):
+        groups = [{**group, **LOCK} for group in groups]
+    saved = {**packed, "state": states, "param_groups": groups}
+    return saved | {"remainder_dtypes": halves} if halves else saved
 
 
-def from_saved(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The codes under torch's names again; remainders are left to :func:`adopt_remainder`, who knows the parameter."""
-    names = {saved: key for key, saved in CODES.items()}
-    return {names.get(key, key): value for key, value in state.items()}
+def unlocked(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """``saved`` without :data:`LOCK`, where it holds codes; elsewhere ``amsgrad`` means what it says."""
+    groups = saved["param_groups"]
+    if any(isinstance(state, Mapping) and "exp_avg_scale" in state for state in saved["state"].values()):
+        groups = [{**group, "amsgrad": False, "foreach": None, "differentiable": False} for group in groups]
+    return {**saved, "param_groups": groups}
 
 
 def restore_uncast(states: Any, groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
     """Put saved state into ``optimizer.state`` as it was saved, where torch has cast it to the parameters' dtypes."""
     saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
     params = [p for group in groups for p in group["params"]]
+    halves = saved.get("remainder_dtypes", {})
     for i, param in zip(saved_ids, params, strict=True):
         if i in saved["state"]:
-            states[param] = {
+            state = states[param] = {
                 key: value.detach().to(param.device, copy=True) if torch.is_tensor(value) else value
-                for key, value in from_saved(saved["state"][i]).items()
+                for key, value in saved["state"][i].items()
             }
+            if "remainder" in state and HALVES.get(halves.get(i), param.dtype) != param.dtype:
+                state[f"remainder_{halves[i]}"] = state.pop("remainder")  # for adopt_remainder
 
 
 def check_states(names: list[str], saved: Mapping[str, Any]) -> None:
@@ -85,18 +94,17 @@ def check_saved(name: str, state: Any) -> None:
         )
     if not state:
         return
-    moments = from_saved(state)
     for key in ("step", *MOMENTS):
-        if key not in moments and (key != "step" or any(m in moments for m in MOMENTS)):
+        if key not in state and (key != "step" or any(m in state for m in MOMENTS)):
             raise ValueError(
                 f"{what}: expected {key!r}, got only {sorted(state)}; it is not the whole state of an AdamW"
             )
-    step = float(moments["step"])
+    step = float(state["step"])
     if not 0 <= step < 2**53 or step != int(step):
         raise ValueError(f"{what}: expected a number of steps, got step = {step:g}")
-    compressed = "exp_avg_codes" in state or "exp_avg_scale" in state
+    compressed = "exp_avg_scale" in state
     for key, codes in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
-        got, scale = moments[key], moments.get(f"{key}_scale")
+        got, scale = state[key], state.get(f"{key}_scale")
         if not torch.is_tensor(got) or not (got.dtype == codes if compressed else got.dtype.is_floating_point):
             kind = got.dtype if torch.is_tensor(got) else type(got).__name__
             wanted = f"{codes} codes with scales" if compressed else "floating-point numbers"
@@ -106,7 +114,7 @@ def check_saved(name: str, state: Any) -> None:
             )
         if compressed and (scale is None or scale.dtype != torch.float32):
             raise ValueError(f"{what}: expected float32 scales beside the codes of {key}, got none")
-    least = moments["exp_avg_sq_scale"] if compressed else moments["exp_avg_sq"]
+    least = state["exp_avg_sq_scale"] if compressed else state["exp_avg_sq"]
     if local(least).numel() and bool((local(least) < 0).any()):
         raise ValueError(
             f"{what}: expected second moments >= 0, got negative ones; it was saved by another kind of optimizer: "
@@ -212,8 +220,8 @@ def for_torch(state_dict: dict[str, Any], params: list[torch.Tensor]) -> dict[st
     """A state dict that ``torch.optim.AdamW`` continues from: fp32 moments, nothing else."""
     codec = implementation("reference", "quantize")
     states = {}
-    for i, saved in state_dict["state"].items():
-        state, param = from_saved(saved), params[i]
+    for i, state in state_dict["state"].items():
+        param = params[i]
         shape = tuple(local(param).shape)
         moments = {key: local(state[key]) for key in MOMENTS if key in state}
         if "exp_avg_scale" in state:
@@ -249,6 +257,7 @@ def fp32_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
         torch.float32
     """
     known = _params_of(optimizer)
+    check_type("model", model, nn.Module)
     result: dict[str, Any] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not torch.is_tensor(tensor):
@@ -272,12 +281,16 @@ def load_fp32_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, sta
         TypeError: another kind of optimizer.
         ValueError: names or shapes that differ; nothing was loaded then.
     """
+    check_type("model", model, nn.Module)
+    check_type("state_dict", state_dict, Mapping)
     known, own = _params_of(optimizer), model.state_dict(keep_vars=True)
     for name in own.keys() ^ state_dict.keys():
         raise ValueError(
             f"state_dict: expected the names of model.state_dict(), {name!r} is {'missing' if name in own else 'none'}"
         )
     for name, tensor in own.items():
+        if torch.is_tensor(tensor):
+            check_type(f"state_dict[{name!r}]", state_dict[name], torch.Tensor)
         if torch.is_tensor(tensor) and tuple(tensor.shape) != tuple(state_dict[name].shape):
             raise ValueError(
                 f"state_dict[{name!r}]: expected shape {tuple(tensor.shape)}, got {tuple(state_dict[name].shape)}"

@@ -7,7 +7,7 @@ import math
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from .formats import check_name
+from .formats import check_name, check_number, check_type
 
 TOTAL_BOOST = 200.0
 """Numerator of the paper's k₀ = 200/T: Σγ_t ≈ 100 whatever T is."""
@@ -55,7 +55,7 @@ def gamma(step: int, total_steps: int, boost: float, boost_max: float = 1.0) -> 
     return min(max(boost * (1.0 - step / total_steps), 0.0), boost_max)
 
 
-def annealing_factor(step: int, total_steps: int, warmup_steps: int = 0, shape: str = "linear") -> float:
+def annealing_factor(step: int, total_steps: float, warmup_steps: float = 0, shape: str = "linear") -> float:
     """η_t/η_0: (t+1)/(W+1) during W warm-up steps, then decay over the remaining steps to 0 at t = T (eq. 6: linear).
 
     Args:
@@ -101,8 +101,10 @@ def annealing_schedule(
         [0.0]
     """
     check_name("shape", shape, SHAPES)
-    if total_steps < 1:
+    check_type("optimizer", optimizer, torch.optim.Optimizer)
+    if not check_number("total_steps", total_steps) >= 1:
         raise ValueError(f"total_steps: expected at least 1 optimizer step, got {total_steps}")
-    if not 0 <= warmup_steps < total_steps:
+    if not 0 <= check_number("warmup_steps", warmup_steps) < float(total_steps):
         raise ValueError(f"warmup_steps: expected 0 <= warmup_steps < total_steps={total_steps}, got {warmup_steps}")
-    return LambdaLR(optimizer, lambda step: annealing_factor(step, total_steps, warmup_steps, shape))
+    length, warmup = float(total_steps), float(warmup_steps)
+    return LambdaLR(optimizer, lambda step: annealing_factor(step, length, warmup, shape))

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from .distributed import Sharding
+from .formats import check_integer, check_path
 from .sums import GradientSums
-from .tensor_files import SavedTensors
+from .tensor_files import SavedTensors, check_name_of_file
 
 
 class Snapshots:
@@ -30,8 +31,10 @@ class Snapshots:
     def __init__(
         self, path: str | os.PathLike[str] | None, every: int, identity: dict[str, Any], sharding: Sharding
     ) -> None:
-        if every < 1:
-            raise ValueError(f"snapshot_every: expected at least 1, got {every}")
+        check_integer("snapshot_every", every, 1)
+        if path is not None:
+            check_path("snapshot_path", path)
+            check_name_of_file(path, "snapshot_path")  # not when the first is due
         self.path = None if path is None else Path(path)
         self.every = every
         self.sharding = sharding
@@ -65,6 +68,7 @@ class Snapshots:
 
         Raises:
             ValueError: corrupt, or of another collection.
+            RuntimeError: that of another rank is; with its message.
         """
         there = [file for file in self.files if file.exists()]
         if self.sharding.mesh is None or not self.files:
@@ -72,11 +76,14 @@ class Snapshots:
                 sums.load(file, self.identity)
             self._consumed = sums.progress.consumed
             return
-        found = {SavedTensors(file).content.get("progress", {}).get("consumed", 0): file for file in there}
+        found = self.sharding.together(lambda: {_consumed_in(file): file for file in there})
         mine = torch.tensor(max(found, default=0), device=self.sharding.mesh.device_type)
         newest = int(self.sharding.over_mesh_(mine, smallest=True))
-        if newest == 0:
-            return
+        if newest > 0:
+            self.sharding.together(lambda: self._load(sums, newest, found))
+
+    def _load(self, sums: GradientSums, newest: int, found: dict[int, Path]) -> None:
+        """The snapshot of this rank that all others have, too."""
         if newest not in found:
             raise ValueError(
                 f"{self.files[0]}: expected a snapshot of {newest} micro-batches, which is the newest of another rank, "
@@ -85,3 +92,9 @@ class Snapshots:
         self._kept = found[newest]
         sums.load(self._kept, self.identity)
         self._consumed = newest
+
+
+def _consumed_in(file: Path) -> int:
+    """Micro-batches in a snapshot."""
+    progress = SavedTensors(file).content.get("progress")
+    return int(progress.get("consumed", 0)) if isinstance(progress, dict) else 0

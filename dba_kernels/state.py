@@ -79,6 +79,18 @@ def _convert_moments(state: dict[str, Any], param: torch.Tensor, state_format: s
         state[key] = like(param, part.to(dtype).contiguous(), whole)
 
 
+def steps_done(state: Mapping[str, Any], name: str) -> int:
+    """k of a parameter; 0 without state.
+
+    Raises:
+        ValueError: somebody has written something else there.
+    """
+    step = float(state.get("step", 0))
+    if not 0 <= step < 2**53:
+        raise ValueError(f"step of {name!r}: expected a number of steps, got {step:g}; load the state again")
+    return int(step)
+
+
 def prepare(state: dict[str, Any], param: torch.Tensor, param_format: str, state_format: str, name: str) -> None:
     """Allocate the state of ``param`` in these formats, or bring what was loaded into them.
 

@@ -216,8 +216,8 @@ class GradientSums:
         for key, want in self._header(identity).items():
             if key != "settings" and saved.content.get(key) != want:
                 raise ValueError(
-                    f"{path}: expected a snapshot of this collection, got another {key.replace('_', ' ')}; delete it, "
-                    "or choose another snapshot_path"
+                    f"{path}: expected a snapshot of this collection, got another {key.replace('_', ' ')}"
+                    f"{_difference(saved.content.get(key), want)}; delete it, or choose another snapshot_path"
                 )
         known = saved.content.get("settings")
         for name, want in identity.get("settings", {}).items():
@@ -243,6 +243,16 @@ class GradientSums:
     def _tensors(self) -> dict[str, torch.Tensor]:
         own = {f"{n}/total": t for n, t in zip(self.names, self.totals, strict=True)} | {"/scalars": self.scalars}
         return own | ({} if self.curvature is None else self.curvature.tensors())
+
+
+def _difference(got: Any, want: Any) -> str:
+    """What differs between two lists of names, of data and how they were read."""
+    if not isinstance(got, list) or not isinstance(want, list):
+        return ""
+    ours, theirs = ([str(name) for name in a if name not in b] for a, b in ((want, got), (got, want)))
+    if len(ours) + len(theirs) not in range(1, 20):  # their order, or thousands of parameters
+        return ""
+    return f" ({', '.join(theirs) or 'nothing'} in place of {', '.join(ours) or 'nothing'})"
 
 
 def _digest_of(numbers: list[int]) -> str:

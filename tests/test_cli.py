@@ -262,7 +262,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ("empty.json", "", "holds no documents"),
         ("numbers.json", "[1, 2]", "holds no documents"),
         ("broken.json", '{"a": ', "cannot read"),
-        ("broken.jsonl", '{"text": "a"}\n{', "cannot read"),
+        ("broken.jsonl", '{"text": "a"}\n{', "record 2: expected a line of JSON"),
         ("binary.txt", b"\xff\xfe\x00", "cannot read"),
         ("missing.txt", None, "expected a file, a folder or one of wikipedia"),
     ],

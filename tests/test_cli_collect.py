@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from dba_kernels import DBAAdamW, GlobalGradient, GlobalGradientCollector  # noqa: E402
-from dba_kernels.cli import collect_command, plan_command  # noqa: E402
+from dba_kernels.cli import collect_command, models, plan_command  # noqa: E402
 from dba_kernels.cli.signal_to_noise import advice, batches_for, expected_cosine  # noqa: E402
 from dba_kernels.cli.sizes import Sizes  # noqa: E402
 from dba_kernels.formats import STATE_FORMATS, STORAGE_FORMATS  # noqa: E402
@@ -152,8 +152,11 @@ def test_bad_input_is_refused(inputs: Path, tmp_path: Path, arguments: tuple[str
 def test_a_model_that_is_neither_here_nor_on_the_hub(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects the message for a model that is nowhere: both places are named, without the library's long story."""
     monkeypatch.setattr(
-        transformers.AutoConfig, "from_pretrained", lambda *_: (_ for _ in ()).throw(OSError("not found\nlong story"))
+        transformers.AutoConfig,
+        "from_pretrained",
+        lambda *_, **__: (_ for _ in ()).throw(OSError("not found\nlong story")),
     )
+    monkeypatch.setattr(models, "hub_options", lambda _: {})  # the hub answers
     result = run("plan", "--model", "org/no-such-model")
     assert result.exit_code == 1
     assert "there is no such folder here, and the Hugging Face hub did not give a model of that name" in result.output

@@ -192,7 +192,7 @@ def test_a_killed_run_resumes_to_the_same_bits(inputs: Path, finished: tuple[Pat
     out = killed / "tuned"
     left = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert len([name for name in left if name.endswith(".partial")]) == 1
-    assert [name for name in left if name.endswith(".pt")] == ["step-00000002.pt", "step-00000004.pt"]
+    assert [name[:13] for name in left if name.endswith(".pt")] == ["step-00000002", "step-00000004"]
     assert "holds an unfinished run; go on with --resume" in run_finetune(inputs, out).output
     result = run_finetune(inputs, out, "--resume")
     assert result.exit_code == 0, result.output
@@ -218,7 +218,8 @@ def test_every_part_of_a_checkpoint_counts(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint.Checkpoints, "save", interrupt)
-    assert run_finetune(inputs, tmp_path).exit_code == 1
+    stopped = run_finetune(inputs, tmp_path)
+    assert stopped.exit_code == 130 and "go on with the same command and --resume" in stopped.output
     monkeypatch.undo()
     if forgotten == "moments":
         load = DBAAdamW.load_state_dict
@@ -241,7 +242,8 @@ def test_every_part_of_a_checkpoint_counts(
 def test_a_collection_killed_under_two_processes_resumes_to_the_same_bytes(inputs: Path, killed: Path) -> None:
     """Protects hours of collection: two processes, killed and resumed, write the same file as two that were not."""
     files = {path.name for path in killed.glob("*.safetensors")}
-    assert files == {"whole.safetensors", "g.safetensors"}  # and no snapshot
+    kept = {f"{stem}.snapshot-{rank}-of-2.safetensors" for stem in ("whole", "g") for rank in range(2)}
+    assert files == {"whole.safetensors", "g.safetensors"} | kept
     assert (killed / "g.safetensors").read_bytes() == (killed / "whole.safetensors").read_bytes()
     two = GlobalGradient.load(killed / "g.safetensors")
     assert two.provenance.batches == 8
@@ -259,17 +261,44 @@ def test_the_newest_two_checkpoints_are_kept_and_a_broken_one_is_passed_over(tmp
     optimizer = torch.optim.AdamW(model.parameters())
     scheduler = annealing_schedule(optimizer, 10)
     kept = checkpoint.Checkpoints(tmp_path / "c", {"seed": 0})
-    assert kept.load() is None
+    assert kept.load() == (None, [])
     for step in (1, 2, 3):
         kept.save(step, model, optimizer, scheduler, "")
-    assert [file.name for file in kept.files()] == ["step-00000002.pt", "step-00000003.pt"]
-    kept.files()[-1].write_bytes(b"broken")
-    assert (found := kept.load()) is not None and found["step"] == 2
+    assert [file.name[:13] for file in kept.files()] == ["step-00000002", "step-00000003"]
+    newest = kept.files()[-1]
+    newest.write_bytes(b"broken")
+    found, damaged = kept.load()
+    assert found is not None and found["step"] == 2 and [note.split(":")[0] for note in damaged] == [str(newest)]
     with pytest.raises(InputError, match="expected --seed 0, got 1"):
         checkpoint.Checkpoints(tmp_path / "c", {"seed": 1}).load()
-    kept.files()[0].write_bytes(b"")
-    with pytest.raises(InputError, match="none can be read"):
+    kept.save(3, model, optimizer, scheduler, "")  # gone on from step 2: the broken one does not count as one of two
+    assert [file.name[:13] for file in kept.files()] == ["step-00000002", "step-00000003"]
+    assert kept.load()[1] == []
+    for file in kept.files():
+        file.write_bytes(b"")
+    with pytest.raises(InputError, match="no other is left: start anew"):
         kept.load()
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    """Protects against training on from damaged state: any bit of the file is noticed, and the one before is used."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    kept = checkpoint.Checkpoints(tmp_path / "c", {"seed": 0})
+    for step in (1, 2):
+        kept.save(step, model, optimizer, annealing_schedule(optimizer, 10), "")
+    newest = kept.files()[-1]
+    whole = newest.read_bytes()
+    for position in range(0, 8 * len(whole), 8 * len(whole) // 60):
+        damaged = bytearray(whole)
+        damaged[position // 8] ^= 1 << position % 8
+        newest.write_bytes(damaged)
+        found, notes = kept.load()
+        assert found is not None and found["step"] == 1
+        assert notes[0].startswith(f"{newest}: expected a whole checkpoint, it is damaged")
+    newest.write_bytes(whole)  # control
+    found, notes = kept.load()
+    assert found is not None and found["step"] == 2 and notes == []
 
 
 # --- what it refuses --------------------------------------------------------------------------------------------------

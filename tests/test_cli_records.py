@@ -181,6 +181,12 @@ def test_data_without_targets_say_why(tmp_path: Path, records: list[Any], messag
         next(iter(Batches(corpus, Encoder(make_tokenizer()), length=32, size=1, seed=0)))
 
 
+def test_a_text_beside_another_list_is_the_text() -> None:
+    """Protects records of several columns: a list that is no conversation does not hide the text in --field."""
+    assert as_document({"text": "stir", "conversation": [3, 4], "messages": []}, "text") == "stir"
+    assert as_document({"text": "stir", "conversations": [USER, ANSWER]}, "text") == Conversation([USER, ANSWER])
+
+
 # --- records ----------------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +197,9 @@ def test_data_without_targets_say_why(tmp_path: Path, records: list[Any], messag
         ({"text": 3.5}, "expected text in field 'text', got float"),
         ({"text": True}, "expected text in field 'text', got true"),
         ({"text": {"a": 1}}, "expected text in field 'text', got an object"),
+        ({"text": ["a", "b"]}, "expected text in field 'text', got a list"),
+        ({"conversations": ["a"]}, "conversations[0]: expected an object with 'role' and 'content', got str"),
+        ({"prompt": "a", "completion": "b"}, "name the field with --field, or write conversations as 'messages'"),
         ({"messages": None, "id": 1}, "expected a list of messages in field 'messages', got null"),
         ({"conversations": "hello"}, "expected a list of messages in field 'conversations', got str"),
         ({"body": "x"}, "expected text in field 'text', or 'messages', got 'body'; name the field with --field"),
@@ -242,6 +251,12 @@ def test_files_are_read_by_their_kind(tmp_path: Path, name: str, content: str | 
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert list(Corpus([str(tmp_path / name)]).in_order(0)) in (["one", "two"], ["two", "one"])
     assert sorted(corpora.load_documents(str(tmp_path / name))[0], key=lambda t: t.find("two"))[0].find("one") >= 0
+
+
+def test_long_texts_in_a_table_are_read(tmp_path: Path) -> None:
+    """Protects tables of long texts: a value above 128 KiB, the csv module's own limit, is read whole."""
+    (tmp_path / "a.csv").write_text(f'text\n"{"long " * 40_000}"\n')
+    assert Corpus([str(tmp_path / "a.csv")]).document(0) == "long " * 40_000
 
 
 def test_plain_text_loses_its_mark_and_may_be_packed(tmp_path: Path) -> None:

@@ -105,13 +105,15 @@ def on_ranks(rank: int, world: int, folder: Path) -> dict[str, Any]:
             if "split16" not in name:  # its 16-bit integers are what neither gloo nor NCCL sends
                 found[f"{name}, gathered"] = through(name, net, optimizer, full_state_dict=True)
         found[name] = before, give(net, optimizer, SAVED, ALL)
-        if world != 2:
+        for kind, saved in (("loaded", name), ("plain", f"{name}, plain")):
             net, optimizer = make(name, world)
-            load(net, optimizer, folder / name)
-            found[f"{name}, loaded"] = give(net, optimizer, 0, 0), give(net, optimizer, SAVED, ALL)
+            load(net, optimizer, folder / saved)
+            found[f"{name}, {kind}"] = give(net, optimizer, 0, 0), give(net, optimizer, SAVED, ALL)
     found["wrong: no offsets"] = without_offsets(world)
     found["wrong: not loaded"] = give(*make("split8, int8", world), SAVED, ALL)
     found["allocated"] = allocation(rank, world)
+    if world == 2:
+        found["mixed"] = mixed(world)
     return found
 
 
@@ -151,9 +153,26 @@ def allocation(rank: int, world: int) -> dict[str, Any]:
     return found
 
 
+def mixed(world: int) -> tuple[Named, dict[str, float], set[str]]:
+    """One group of plain parameters, a large one among them, and sharded ones: result, figures, names of the plain."""
+    dtype, formats = FORMATS["split8, int8"]
+    net = make_net(dtype)
+    sharded(net, world, ignored_params={net.embed.weight, *net.body.norm.parameters()})
+    optimizer = make_optimizer(net, correction="none", **formats)
+    result = give(net, optimizer, 0, ALL)
+    plain = {name for name, param in net.named_parameters() if not isinstance(param, DTensor)}
+    return result, optimizer.metrics(), plain
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("checkpoints")
+    """Holds what one process without a group has saved."""
+    made = tmp_path_factory.mktemp("checkpoints")
+    for name in FORMATS:
+        net, optimizer = make(name, None)
+        give(net, optimizer, 0, SAVED)
+        save(net, optimizer, made / f"{name}, plain")
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -183,20 +202,47 @@ def test_given_gradients_give_the_same_bits_on_any_number_of_ranks(name: str, fo
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_state_saved_on_two_ranks_loads_on_any_number(name: str, found: dict, expected: dict, folder: Path) -> None:
-    """Protects checkpoints: the very codes, and the same bits after going on; on plain tensors and whole ones too."""
-    loaded = [(found[world][rank][f"{name}, loaded"], rank, world) for world in (1, 3, 4) for rank in range(world)]
+def test_saved_state_loads_on_any_number_of_ranks(name: str, found: dict, expected: dict, folder: Path) -> None:
+    """Protects checkpoints of two ranks and of one process: the very codes, and the same bits after going on; on plain
+    tensors and whole ones too."""
+    loaded = [
+        (ranks[rank][f"{name}, {kind}"], rank, world)
+        for kind in ("loaded", "plain")
+        for world, ranks in found.items()
+        for rank in range(world)
+    ]
     for kind in ("flattened", "gathered"):
         loaded += [
             (result[f"{name}, {kind}"], i, 2) for i, result in enumerate(found[2]) if f"{name}, {kind}" in result
         ]
-    net, optimizer = make(name, None)
-    load(net, optimizer, folder / name)
-    loaded.append(((give(net, optimizer, 0, 0), give(net, optimizer, SAVED, ALL)), 0, 1))
-    assert len(loaded) == 1 + 3 + 4 + 2 + 2 * ("split16" not in name) + 1
+    for saved in (name, f"{name}, plain"):
+        net, optimizer = make(name, None)
+        load(net, optimizer, folder / saved)
+        loaded.append(((give(net, optimizer, 0, 0), give(net, optimizer, SAVED, ALL)), 0, 1))
+    assert len(loaded) == 2 * (1 + 2 + 3 + 4) + 2 + 2 * ("split16" not in name) + 2
     for result, rank, world in loaded:
         for got, want in zip(result, expected[name], strict=True):
             assert differing(got, want, rank, world) == []
+
+
+def test_plain_and_sharded_parameters_share_a_group(found: dict, expected: dict) -> None:
+    """Protects mixed groups (``ignored_params``): the bits of one process, and norms that count plain tensors once."""
+    net, optimizer = make("split8, int8", None)
+    give(net, optimizer, 0, ALL)
+    whole = optimizer.metrics()
+    for rank, result in enumerate(found[2]):
+        got, metrics, plain = result["mixed"]
+        assert plain == {"embed.weight", "body.norm.weight", "body.norm.bias"}
+        want = {
+            key: value if key.partition("/")[0] in plain else rows_of(value, rank, 2)
+            for key, value in expected["split8, int8"][1].items()
+        }
+        assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
+        assert {k: v for k, v in metrics.items() if "norm" in k or "cosine" in k} == pytest.approx(
+            {k: v for k, v in whole.items() if "norm" in k or "cosine" in k},
+            rel=1e-5,  # reductions in fp32 over other parts
+        )
+    assert whole["grad_norm"] > 0 and whole["cosine_max"] != 0
 
 
 def test_other_bits_are_noticed(found: dict, expected: dict) -> None:

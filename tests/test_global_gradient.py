@@ -356,7 +356,7 @@ def test_bad_paths(tmp_path: Path) -> None:
     """Protects load and save from names and files of another kind."""
     with pytest.raises(ValueError, match=r"expected a name that ends in '.safetensors', got .*gg.bin"):
         small().save(tmp_path / "gg.bin")
-    with pytest.raises(ValueError, match="max_shard_bytes: expected at least 1 or None, got 0"):
+    with pytest.raises(ValueError, match="max_shard_bytes: expected at least 1"):
         small().save(tmp_path / "gg.safetensors", 0)
     with pytest.raises(FileNotFoundError, match=r"no such file: .*gg.safetensors"):
         GlobalGradient.load(tmp_path / "gg.safetensors")

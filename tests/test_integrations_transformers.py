@@ -13,7 +13,7 @@ from dba_kernels import DBAAdamW, GlobalGradient
 from dba_kernels.integrations.transformers import DBAAdamWFactory, DBACallback, dba_adamw
 
 from .support.tiny_llama import difference, examples, make_model, weights
-from .support.trainer import BATCH, LR, STEPS, arguments, by_hand, train
+from .support.trainer import BATCH, LR, STEPS, arguments, by_hand, make_trainer, train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -202,3 +202,19 @@ def test_frozen_parameters_come_along_and_stay(stored: Path, tmp_path: Path) -> 
             param.grad = torch.ones_like(param)
     with pytest.raises(ValueError, match=r"'pooler.weight': expected a parameter of that name"):
         optimizer.step()
+
+
+def test_a_search_trains_every_trial_with_its_own_arguments(stored: Path, tmp_path: Path) -> None:
+    """Protects a hyper-parameter search: rate, betas, eps and decay are read when the optimizer is made, not before."""
+    trainer = make_trainer(tmp_path, stored, max_steps=1)
+    for lr, beta, eps, decay in ((1e-6, 0.8, 1e-7, 0.0), (3e-6, 0.95, 1e-6, 0.2)):
+        args = trainer.args
+        args.learning_rate, args.adam_beta1, args.adam_epsilon, args.weight_decay = lr, beta, eps, decay
+        trainer.optimizer = None
+        trainer.train()
+        optimizer = trainer.optimizer
+        while not isinstance(optimizer, DBAAdamW):
+            optimizer = optimizer.optimizer
+        for group in optimizer.param_groups:
+            assert (group["initial_lr"], group["betas"][0], group["eps"]) == (lr, beta, eps)
+        assert max(group["weight_decay"] for group in optimizer.param_groups) == decay

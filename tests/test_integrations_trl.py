@@ -8,15 +8,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from dba_kernels import DBAAdamW
 from dba_kernels.integrations.transformers import DBACallback, dba_adamw
 
 from .support.tiny_llama import TEXT, decay_groups, difference, make_model, plain_loop
-from .support.trainer import BATCH, LR, STEPS, arguments
+from .support.trainer import BATCH, LR, STEPS, arguments, byte_tokenizer
 
 ACCUMULATION = 2
 
@@ -24,15 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:boost. gamma starts at:UserWarning"),
     pytest.mark.usefixtures("fresh_accelerator"),
 ]
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte; byte 0, which no text has, ends and pads."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=alphabet[-1], pad_token=alphabet[-1])
 
 
 def make_trainer(folder: Path, stored: Path) -> SFTTrainer:

@@ -52,20 +52,54 @@ def exact(model: nn.Module, optimizer: DBAAdamW) -> dict[str, torch.Tensor]:
 # --- torch's AdamW ----------------------------------------------------------------------------------------------------
 
 
-def test_compressed_state_is_refused_by_torch() -> None:
-    """Protects from codes taken for numbers: torch's AdamW does not step on int8 state, and nothing has moved."""
+TORCH: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "AdamW": (torch.optim.AdamW, {}),
+    "AdamW, one by one": (torch.optim.AdamW, {"foreach": False}),
+    "AdamW, fused": (torch.optim.AdamW, {"fused": True}),
+    "Adam": (torch.optim.Adam, {}),
+    "NAdam": (torch.optim.NAdam, {}),
+    "RAdam": (torch.optim.RAdam, {}),
+    "RAdam, one by one": (torch.optim.RAdam, {"foreach": False}),
+}
+
+
+@pytest.mark.parametrize("mine", [{}, {"foreach": False}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("kind", TORCH)
+def test_compressed_state_is_refused_by_torch(kind: str, mine: dict[str, Any]) -> None:
+    """Protects from codes taken for numbers: no torch optimizer steps on int8 state, and nothing has moved."""
+    make, options = TORCH[kind]
     model = model_of()
-    state = trained(model, state_format="int8").state_dict()
-    assert {"exp_avg_codes", "exp_avg_sq_codes"} <= set(state["state"][0]) and "exp_avg" not in state["state"][0]
+    state = trained(model, state_format="int8", **mine).state_dict()
+    assert "exp_avg_scale" in state["state"][0] and "exp_avg_scale" not in state["state"][1]  # the others are fp32
     before = values(model)
-    theirs = torch.optim.AdamW(model.parameters())
-    with pytest.raises(KeyError, match="exp_avg"):
+    theirs = make([list(model.parameters())[i] for i in (3, 1, 2, 0)], **options)  # uncompressed ones come first
+    order = {"params": state["param_groups"][0]["params"]}
+    state["state"] = {i: state["state"][j] for i, j in enumerate((3, 1, 2, 0))}
+    state["param_groups"][0] |= order
+    with pytest.raises((KeyError, AssertionError), match=r"max_exp_avg_sq|mu_product|don't support autograd"):
         theirs.load_state_dict(state)
         go_on(model, theirs, range(4, 5))
     assert all(torch.equal(values(model)[name], before[name]) for name in before)
-    control = torch.optim.AdamW(model.parameters())  # negative control: uncompressed state is torch's own
-    control.load_state_dict(trained(model_of()).state_dict())
-    go_on(model, control, range(4, 5))
+    if kind.startswith("Adam"):
+        control = make(model.parameters(), **options)  # negative control: uncompressed state is torch's own
+        control.load_state_dict(trained(model_of(), **mine).state_dict())
+        go_on(model, control, range(4, 5))
+
+
+def test_the_lock_is_only_in_what_is_saved() -> None:
+    """Protects the user's settings: no live group holds the lock, before or after loading; real amsgrad is refused."""
+    model = model_of()
+    optimizer = trained(model, state_format="int8")
+    for made in (optimizer, DBAAdamW(model.named_parameters()), DBAAdamW(model.named_parameters(), fused=True)):
+        made.load_state_dict(optimizer.state_dict())
+        go_on(model, made, range(4, 5))
+        group = made.param_groups[0]
+        assert (group["amsgrad"], group["foreach"], group["differentiable"]) == (False, None, False)
+    saved = trained(model_of()).state_dict()
+    assert not saved["param_groups"][0]["amsgrad"] and set(saved) == {"state", "param_groups"}
+    saved["param_groups"][0]["amsgrad"] = True
+    with pytest.raises(ValueError, match="amsgrad"):
+        optimizer.load_state_dict(saved)
 
 
 @pytest.mark.parametrize("state_format", ["fp32", "bf16", "int8"])
@@ -93,13 +127,13 @@ def test_exported_state_continues_in_torch(state_format: str) -> None:
 
 
 def test_state_of_an_older_version_is_loaded() -> None:
-    """Protects old checkpoints: int8 codes and remainders under the names that they had."""
+    """Protects old checkpoints: without lock, and without the dtypes that remainders complete."""
     model = model_of(torch.bfloat16)
     optimizer = trained(model, state_format="int8")
     new = copy.deepcopy(optimizer.state_dict())
-    names = {"exp_avg_codes": "exp_avg", "exp_avg_sq_codes": "exp_avg_sq", "remainder_bf16": "remainder"}
-    old = new | {"state": {i: {names.get(k, k): v for k, v in s.items()} for i, s in new["state"].items()}}
-    assert set(old["state"][0]) != set(new["state"][0])
+    unlocked = {"amsgrad": False, "foreach": None, "differentiable": False}
+    old = {"state": new["state"], "param_groups": [group | unlocked for group in new["param_groups"]]}
+    assert new["remainder_dtypes"] == dict.fromkeys(range(4), "bf16") and new["param_groups"][0]["amsgrad"]
     results = []
     for state in (old, new):
         copied = copy.deepcopy(model)
@@ -110,6 +144,19 @@ def test_state_of_an_older_version_is_loaded() -> None:
     go_on(model, optimizer, range(4, 7))
     for name, value in exact(model, optimizer).items():
         assert torch.equal(results[0][name], value) and torch.equal(results[1][name], value)
+
+
+def test_a_state_on_its_way_between_dtypes_can_be_saved_again() -> None:
+    """Protects a checkpoint right after a load: what waits for the first step still says which dtype it completes."""
+    model = model_of(torch.bfloat16)
+    optimizer = trained(model)
+    wide = copy.deepcopy(model).float()
+    waiting = DBAAdamW(wide.named_parameters())
+    waiting.load_state_dict(optimizer.state_dict())
+    saved, first = waiting.state_dict(), optimizer.state_dict()
+    assert saved["remainder_dtypes"] == first["remainder_dtypes"] == dict.fromkeys(range(4), "bf16")
+    for i, state in first["state"].items():
+        assert set(state) == set(saved["state"][i]) and torch.equal(state["remainder"], saved["state"][i]["remainder"])
 
 
 # --- dtypes -----------------------------------------------------------------------------------------------------------

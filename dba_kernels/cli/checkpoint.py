@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .output import InputError, remove_partial, write_whole
+from .output import InputError, reason_of, remove_partial, replace_by
 from .packing import Batch
 
 KEPT = 2
+FOLDER = "checkpoints"
+PARTS = frozenset(("settings", "step", "model", "optimizer", "scheduler", "random", "random_cuda", "data_digest"))
+
+
+def has_checkpoints(out: Path) -> bool:
+    """Whether a run in this folder can be gone on with."""
+    return any((out / FOLDER).glob("step-*.pt"))
 
 
 class Checkpoints:
-    """The newest two of a run, as ``step-00000100.pt`` in one folder.
+    """The newest two of a run, as ``step-00000100-DIGEST.pt`` in one folder, DIGEST the start of the file's SHA-256.
 
     Args:
         folder: made when the first is saved.
@@ -42,7 +50,10 @@ class Checkpoints:
         Raises:
             InputError: it cannot be written; older ones are intact.
         """
-        self.folder.mkdir(exist_ok=True)
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write {str(self.folder)!r}: {reason_of(error)}") from error
         content = {
             "settings": self.settings,
             "step": step,
@@ -53,41 +64,74 @@ class Checkpoints:
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "data_digest": data_digest,
         }
-        write_whole(self.folder / f"step-{step:08}.pt", lambda path: torch.save(content, path))
-        for file in self.files()[:-KEPT]:
-            file.unlink()
+        stem = f"step-{step:08}"
+        written = replace_by(
+            self.folder / f"{stem}.pt",
+            lambda path: torch.save(content, path),
+            lambda path: self.folder / f"{stem}-{_digest_of(path)}.pt",
+        )
+        older = [file for file in self.files() if file.name < stem]
+        # Later ones are damaged: it was gone back behind them.
+        remove([file for file in self.files() if file not in (written, *older[1 - KEPT :])])
 
-    def load(self) -> dict[str, Any] | None:
-        """The newest checkpoint that can be read; None where there is none.
+    def load(self) -> tuple[dict[str, Any] | None, list[str]]:
+        """The newest checkpoint that is whole, None where there is none; and what was passed over, for the user.
 
         Raises:
             InputError: it belongs to a run with other settings, or none of those there can be read.
         """
         if not self.folder.is_dir():
-            return None
+            return None, []
         remove_partial(self.folder)
-        problem: Exception | None = None
+        damaged: list[str] = []
         for file in reversed(self.files()):
-            try:
-                found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-            except Exception as error:  # whatever a damaged file makes the unpickler throw
-                problem = problem or error
+            found = _read(file)
+            if isinstance(found, str):
+                damaged.append(f"{file}: expected a whole checkpoint, {found}")
                 continue
             check_settings(found["settings"], self.settings, file)
-            return found
-        if problem is not None:
-            raise InputError(
-                f"{self.folder}: expected a checkpoint, none can be read ({problem}); start anew elsewhere"
-            )
-        return None
+            return found, damaged
+        if damaged:
+            raise InputError(f"{'; '.join(damaged)}; no other is left: start anew with another --out")
+        return None, []
 
     def remove(self) -> None:
         """The run is finished."""
-        for file in self.files():
-            file.unlink()
+        remove(self.files())
         if self.folder.is_dir():
             remove_partial(self.folder)
-            self.folder.rmdir()
+            with suppress(OSError):  # what is not ours stays
+                self.folder.rmdir()
+
+
+def _read(file: Path) -> dict[str, Any] | str:
+    """A checkpoint, or why it is none."""
+    if not file.is_file():
+        return "it is no regular file"
+    try:
+        digest = _digest_of(file)
+        if not file.stem.endswith(f"-{digest}"):
+            return f"it is damaged: its digest is {digest}, not that of its name"
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a file of another kind makes the unpickler throw
+        return f"it cannot be read ({error})"
+    return found if isinstance(found, dict) and found.keys() == PARTS else "it is of another kind"
+
+
+def _digest_of(file: Path) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a file's bytes."""
+    sha = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()[:16]
+
+
+def remove(files: list[Path]) -> None:
+    """Remove those that can be."""
+    for file in files:
+        with suppress(OSError):
+            file.unlink()
 
 
 def check_settings(saved: dict[str, Any], now: dict[str, Any], where: Path) -> None:

@@ -16,8 +16,9 @@ from dba_kernels.collect import keeping
 from dba_kernels.formats import STORAGE_FORMATS, storage_format
 
 from .cache_command import cache_note
-from .options import DATA_HELP, DataOptions, PathsCommand, data_options, model_option, paths_option
-from .output import InputError, prepare_folder
+from .failures import Interruption, Stopped
+from .options import COUNT, DATA_HELP, ROWS, DataOptions, PathsCommand, data_options, model_option, paths_option
+from .output import InputError, new_folder, prepare_folder
 from .packing import Batch, Batches
 from .progress import progress, wide_console
 from .ranks import Ranks
@@ -60,9 +61,10 @@ architecture cannot keep them apart. Neither prompts, padding nor the tokens bet
 same options give the same file.
 
 A collection that was interrupted goes on where its last snapshot (beside --out) stands when the same command is given
-again. One that is finished says so, and goes on from there when it is given more --batches: the snapshot stays, at 4
-bytes per parameter, until you delete it or say --drop-snapshot. Under torchrun each process takes every n-th batch, the
-sums are added up once, and the first process writes. At the end you are told whether more batches are worth it.
+again; Ctrl-C (or SIGTERM) writes one first, status 130. One that is finished says so, and goes on from there when it is
+given more --batches: the snapshot stays, at 4 bytes per parameter, until you delete it or say --drop-snapshot. Under
+torchrun each process takes every n-th batch, the sums are added up once, and the first process writes. At the end you
+are told whether more batches are worth it.
 
 With --curvature (64 is a good rank) the file also holds the second order of the general loss, with which `finetune`
 holds the weights where general ability needs them (--anchor); with --format none it holds that alone.
@@ -72,13 +74,13 @@ holds the weights where general ability needs them (--anchor); with --format non
 @click.command("collect", cls=PathsCommand, help=HELP, short_help="Average the gradient of general text into one file.")
 @model_option()
 @paths_option("--data", True, "General text; see above.")
-@click.option("--batches", type=click.IntRange(1), required=True, help="Micro-batches to average, of all processes.")
+@click.option("--batches", type=COUNT, required=True, help="Micro-batches to average, of all processes.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write, *.safetensors.")
 @click.option("--format", "storage", type=click.Choice([*STORAGE_FORMATS, "none"]), default="int8", show_default=True)
-@click.option("--rank", type=click.IntRange(1), help="Store matrices as U, σ, V of this rank where that is smaller.")
-@click.option("--curvature", type=click.IntRange(1), metavar="R", help="Also the second order, factors of rank R.")
-@click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Rows per micro-batch.")
-@click.option("--snapshot-every", type=click.IntRange(1), default=50, show_default=True, help="Micro-batches.")
+@click.option("--rank", type=COUNT, help="Store matrices as U, σ, V of this rank where that is smaller.")
+@click.option("--curvature", type=COUNT, metavar="R", help="Also the second order, factors of rank R.")
+@click.option("--batch", type=ROWS, default=4, show_default=True, help="Rows per micro-batch.")
+@click.option("--snapshot-every", type=COUNT, default=50, show_default=True, help="Micro-batches.")
 @click.option(
     "--keep-snapshot/--drop-snapshot",
     default=True,
@@ -99,28 +101,28 @@ def run(options: Options, ranks: Ranks) -> None:
     console = wide_console(quiet=not ranks.first)
     if options.out.suffix != ".safetensors":
         raise InputError(f"--out: expected a name that ends in .safetensors, got {str(options.out)!r}; rename it")
-    prepare_folder(options.out.parent)
-    corpus = Corpus(options.data, options.field)
-    work = load(options.model, options.dtype, options.device, console, ranks.local)
-    if note := cache_note(work.source):
-        console.print(note, soft_wrap=True)
-    console.print(f"data     {', '.join(corpus.names)} ({len(corpus):,} documents)", soft_wrap=True)
-    batches = work.batches(
-        corpus, loss_on=options.loss_on, length=options.length, size=options.batch, seed=options.seed, repeat=False
-    )
-    if _finished(options, ranks, work, batches, console):
-        return
-    _check_room(options, ranks, work)
-    with ranks.group(work.device):
-        gradient = _collect(options, ranks, work, batches, console)
-        if ranks.first:
-            try:
-                gradient.save(options.out)
-            except OSError as error:
-                raise InputError(f"--out: {error}") from error
-        ranks.wait()  # no snapshot goes before the file is there
-        if not options.keep_snapshot:
-            _snapshot(options, ranks).unlink(missing_ok=True)
+    with new_folder(options.out.parent):
+        corpus = Corpus(options.data, options.field)
+        work = load(options.model, options.dtype, options.device, console, ranks.local)
+        if note := cache_note(work.source):
+            console.print(note, soft_wrap=True)
+        console.print(f"data     {', '.join(corpus.names)} ({len(corpus):,} documents)", soft_wrap=True)
+        batches = work.batches(
+            corpus, loss_on=options.loss_on, length=options.length, size=options.batch, seed=options.seed, repeat=False
+        )
+        if _finished(options, ranks, work, batches, console):
+            return
+        _check_room(options, ranks, work)
+        with ranks.group(work.device):
+            gradient = _collect(options, ranks, work, batches, console)
+            if ranks.first:
+                try:
+                    gradient.save(options.out)
+                except OSError as error:
+                    raise InputError(f"--out: {error}") from error
+            ranks.wait()  # no snapshot goes before the file is there
+            if not options.keep_snapshot:
+                _snapshot(options, ranks).unlink(missing_ok=True)
     if note := str(batches.counts):
         console.print(note)
     _report(options, gradient, console)
@@ -128,11 +130,15 @@ def run(options: Options, ranks: Ranks) -> None:
 
 def _names(options: Options, ranks: Ranks, work: Workload) -> tuple[str, ...]:
     """What the file says of its data: equal exactly where the same text becomes the same batches and gradients."""
-    settings = (
-        f"field {options.field}, loss on {options.loss_on}, {options.batch} x {options.length} tokens per batch, "
-        f"seed {options.seed}, {work.dtype}, {ranks.world} processes"
+    return (
+        *options.data,
+        f"field {options.field}",
+        f"loss on {options.loss_on}",
+        f"{options.batch} x {options.length} tokens per batch",
+        f"seed {options.seed}",
+        work.dtype,
+        f"{ranks.world} processes",
     )
-    return (*options.data, settings)
 
 
 def _finished(options: Options, ranks: Ranks, work: Workload, batches: Batches, console: Console) -> bool:
@@ -158,6 +164,12 @@ def _finished(options: Options, ranks: Ranks, work: Workload, batches: Batches, 
         anew = "" if _snapshot(options, ranks).exists() else ", from the first: its snapshot is gone"
         console.print(f"{options.out} holds {consumed:,} batches; collecting {options.batches:,}{anew}", soft_wrap=True)
         return False
+    try:
+        old.verify()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--out: it is there already, but damaged ({error}); move it, and give the command again"
+        ) from error
     console.print("finished already: nothing to do; delete the file to collect again")
     if not options.keep_snapshot:
         _snapshot(options, ranks).unlink(missing_ok=True)
@@ -168,7 +180,10 @@ def _finished(options: Options, ranks: Ranks, work: Workload, batches: Batches, 
 def _changed(options: Options, old: GlobalGradient, names: tuple[str, ...]) -> str:
     """How the options differ from those that ``old`` was collected with."""
     if old.provenance.data != names:
-        return f"expected {', '.join(names)!r}, got {', '.join(old.provenance.data)!r}"
+        ours, theirs = (
+            [n for n in a if n not in b] for a, b in ((names, old.provenance.data), (old.provenance.data, names))
+        )
+        return f"expected {', '.join(ours)!r}, got {', '.join(theirs)!r}"
     ranks = {r.rank for r in old.records.values() if r.rank}
     if ranks != ({options.rank} if options.rank else set()):
         return f"expected --rank {options.rank}, got {', '.join(map(str, ranks)) or None}"
@@ -239,12 +254,19 @@ def _collect(options: Options, ranks: Ranks, work: Workload, batches: Batches, c
             console.print(
                 f"going on from {snapshot}: {collector.consumed:,} of {share:,} batches are done", soft_wrap=True
             )
-        with collector, progress(console) as bars:
+        with Interruption() as stop, collector, progress(console) as bars:
             tokens = options.batch * options.length * ranks.world
             task = bars.add_task("global gradient", total=share, tokens=tokens, completed=collector.consumed)
             for batch in collector.remaining(keeping(mine, kept)):
                 collector.backward(*work.loss(batch))
                 bars.advance(task)
+                if stop.asked:
+                    break
+        if stop.asked:
+            raise Stopped(
+                f"stopped after {collector.consumed:,} of {share:,} batches, which {snapshot} holds; the same command "
+                "goes on from there"
+            )
         collector.reduce()  # from here on, consumed counts the batches of all processes
         if collector.consumed < options.batches:
             console.print(f"the data end after {collector.consumed:,} of {options.batches:,} batches")
@@ -256,7 +278,7 @@ def _collect(options: Options, ranks: Ranks, work: Workload, batches: Batches, c
             collector.calibrate(gradient, kept, work.loss, ranks.everyone)
         return gradient
     except (OSError, ValueError) as error:
-        raise InputError(str(error)) from error
+        raise InputError(str(error).replace("choose another snapshot_path", "choose another --out")) from error
 
 
 def _report(options: Options, gradient: GlobalGradient, console: Console) -> None:

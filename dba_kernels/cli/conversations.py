@@ -69,10 +69,13 @@ def as_document(record: Any, field: str) -> Document:
         raise InputError(
             f"expected text in field {field!r}, or 'messages', got {_kind(record)}; give an object for each record"
         )
-    for key in (*KEYS, field):
-        if isinstance(record.get(key), list) and (record[key] or not isinstance(record.get(field), str)):
-            return _conversation_of(record, key)
     text = record.get(field)
+    for key in KEYS:
+        found = record.get(key)
+        if isinstance(found, list) and (_is_talk(found) or (key == "messages" and found) or not isinstance(text, str)):
+            return _conversation_of(record, key)
+    if _is_talk(text):
+        return _conversation_of(record, field)
     if isinstance(text, str):
         return text
     if field in record:
@@ -83,7 +86,10 @@ def as_document(record: Any, field: str) -> Document:
     if unfit := [key for key in KEYS if key in record]:
         raise InputError(f"expected a list of messages in field {unfit[0]!r}, got {_kind(record[unfit[0]])}")
     got = ", ".join(repr(key)[:80] for key in list(record)[:12]) or "an empty object"
-    raise InputError(f"expected text in field {field!r}, or 'messages', got {got}; name the field with --field")
+    raise InputError(
+        f"expected text in field {field!r}, or 'messages', got {got}; name the field with --field, or write "
+        "conversations as 'messages'"
+    )
 
 
 def _conversation_of(record: dict[str, Any], key: str) -> Conversation:
@@ -97,19 +103,22 @@ def _conversation_of(record: dict[str, Any], key: str) -> Conversation:
     system = record.get("system")
     if isinstance(system, str) and system and not (_is_talk(messages) and _role(messages[0]) == "system"):
         messages = [{"role": "system", "content": system}, *messages]
-    return conversation(messages, tools or None)
+    return conversation(messages, tools or None, key)
 
 
-def conversation(messages: Any, tools: list[Any] | None = None) -> Conversation:
+def conversation(messages: Any, tools: list[Any] | None = None, name: str = "messages") -> Conversation:
     """Messages in OpenAI's or ShareGPT's form, as chat templates take them: content parts joined to one text, arguments
     of tool calls as objects.
+
+    Args:
+        name: of the field that they come from.
 
     Raises:
         InputError: naming the message that has another form, or a part that is no text.
     """
     if not isinstance(messages, list) or not messages:
-        raise InputError(f"expected a list of messages, got {_kind(messages)}")
-    return Conversation([_message(f"messages[{i}]", message) for i, message in enumerate(messages)], tools)
+        raise InputError(f"{name}: expected a list of messages, got {_kind(messages)}")
+    return Conversation([_message(f"{name}[{i}]", message) for i, message in enumerate(messages)], tools)
 
 
 def _message(where: str, message: Any) -> dict[str, Any]:

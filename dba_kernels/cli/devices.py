@@ -19,8 +19,10 @@ def choose_device(name: str | None, local_rank: int) -> torch.device:
         device = torch.device(name or default)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local_rank)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device: expected a device that torch can use, got {name!r}: {reason}") from error
     return device

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .held_out import KINDS
+from .output import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,6 +54,17 @@ def reference_line(axes: Axes, value: float, label: str) -> None:
     axes.axhline(value, color="black", linewidth=0.8, linestyle=":", label=label)
     place = axes.get_yaxis_transform()
     axes.text(0.99, value, label, transform=place, ha="right", va="bottom", fontsize="x-small")
+
+
+def require_matplotlib() -> None:
+    """
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"figures are drawn with matplotlib ({error}); run: pip install matplotlib") from error
 
 
 def draw_method(axes: dict[str, Any], metrics: list[dict[str, float]]) -> None:

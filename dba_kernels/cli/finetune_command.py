@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,19 @@ import click
 import torch
 from rich.console import Console
 
+from dba_kernels import GlobalGradient
 from dba_kernels.formats import PARAM_FORMATS, STATE_FORMATS
 from dba_kernels.schedule import ANCHORS, BOOSTS
 
 from .cache_command import cache_note
-from .checkpoint import check_settings
+from .checkpoint import check_settings, has_checkpoints
+from .failures import Stopped
 from .finetune_options import Options, settings_of
 from .finetune_run import Training
 from .held_out import HeldOut
 from .inspect_command import open_gradient
-from .options import DATA_HELP, PathsCommand, data_options, model_option, paths_option
-from .output import InputError, prepare_folder, remove_partial
+from .options import COUNT, DATA_HELP, ROWS, FiniteRange, PathsCommand, data_options, model_option, paths_option
+from .output import InputError, new_folder, prepare_folder, remove_partial
 from .packing import Batch, Batches
 from .progress import wide_console
 from .ranks import Ranks
@@ -52,8 +55,10 @@ that are too short are repeated, in another order each time.
                    losses (eval_loss, general_eval_loss) and their changes from the start with standard errors
   figure.png       the same, drawn
   run.json         settings and outcome; it is there when all else is
-and meanwhile checkpoints/, the newest two. A run that was killed and goes on with --resume ends with the very weights
-of a run that was not.
+and meanwhile checkpoints/, the newest two, each with its digest: a damaged one is named, and the one before it used.
+Ctrl-C (or SIGTERM) ends the step and saves, status 130. A run that was stopped or killed and goes on with --resume ends
+with the very weights of a run that was not. One whose loss or weights become NaN or infinite ends with status 1 and
+keeps its last good checkpoint.
 """
 
 
@@ -62,20 +67,22 @@ of a run that was not.
 @paths_option("--data", True, "Domain text; see above.")
 @click.option("--global-gradient", type=click.Path(path_type=Path), metavar="FILE", help="What `collect` wrote.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder of results.")
-@click.option("--steps", type=click.IntRange(1), required=True, help="T, optimizer steps.")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), default=1e-5, show_default=True, help="η₀; falls to 0.")
-@click.option("--warmup", type=click.IntRange(0), default=0, show_default=True, help="Steps before it falls.")
-@click.option("--weight-decay", type=click.FloatRange(0), default=0.0, show_default=True, help="λ, decoupled.")
-@click.option("--max-grad-norm", type=click.FloatRange(0, min_open=True), help="Clip the domain gradient.")
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Rows per optimizer step.")
-@click.option("--micro-batch", type=click.IntRange(1), help="Rows at once; the rest is accumulated.  [default: all]")
+@click.option("--steps", type=COUNT, required=True, help="T, optimizer steps.")
+@click.option("--lr", type=FiniteRange(0, min_open=True), default=1e-5, show_default=True, help="η₀; falls to 0.")
+@click.option(
+    "--warmup", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Steps before it falls."
+)
+@click.option("--weight-decay", type=FiniteRange(0), default=0.0, show_default=True, help="λ, decoupled.")
+@click.option("--max-grad-norm", type=FiniteRange(0, min_open=True), help="Clip the domain gradient.")
+@click.option("--batch", type=ROWS, default=8, show_default=True, help="Rows per optimizer step.")
+@click.option("--micro-batch", type=ROWS, help="Rows at once; the rest is accumulated.  [default: all]")
 @click.option(
     "--boost",
     default="auto",
     show_default=True,
     help="k₀: paper (200/T), auto (less at a large --lr), a number.",
 )
-@click.option("--boost-max", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Largest γ.")
+@click.option("--boost-max", type=FiniteRange(0, 1), default=0.5, show_default=True, help="Largest γ.")
 @click.option(
     "--correction",
     type=click.Choice(["cosine", "none", "agem", "pcgrad"]),
@@ -100,11 +107,9 @@ of a run that was not.
 @click.option("--gradient-checkpointing", is_flag=True, help="Recompute activations: less memory, more time.")
 @paths_option("--eval-data", False, "Held-out domain text to measure the loss on: what is learned; as --data.")
 @paths_option("--general-eval-data", False, "Held-out general text, measured apart: what is forgotten; as --data.")
-@click.option(
-    "--eval-every", type=click.IntRange(1), default=100, show_default=True, help="Steps; also first and last."
-)
-@click.option("--eval-batches", type=click.IntRange(1), default=16, show_default=True, help="At most so many.")
-@click.option("--save-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between checkpoints.")
+@click.option("--eval-every", type=COUNT, default=100, show_default=True, help="Steps; also first and last.")
+@click.option("--eval-batches", type=COUNT, default=16, show_default=True, help="At most so many.")
+@click.option("--save-every", type=COUNT, default=100, show_default=True, help="Steps between checkpoints.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, if there is one.")
 @data_options
 def command(**options: Any) -> None:
@@ -133,12 +138,23 @@ def run(options: Options) -> None:
     console = wide_console()
     gradient = None
     if options.global_gradient is not None:
-        gradient = open_gradient(options.global_gradient, "--global-gradient")
+        with console.status("reading the global gradient"):
+            gradient = open_gradient(options.global_gradient, "--global-gradient", verify=True)
     settings = settings_of(options, gradient)
-    prepare_folder(options.out)
-    remove_partial(options.out)
     if _finished(options, settings, console):
         return
+    with new_folder(options.out):
+        remove_partial(options.out)
+        try:
+            _train(options, settings, gradient, console)
+        except KeyboardInterrupt:  # outside the steps, which stop by themselves
+            going_on = (
+                "go on with the same command and --resume" if has_checkpoints(options.out) else "nothing was kept"
+            )
+            raise Stopped(f"stopped; {going_on}") from None
+
+
+def _train(options: Options, settings: dict[str, Any], gradient: GlobalGradient | None, console: Console) -> None:
     corpus = Corpus(options.data, options.field)
     chosen = {"domain": options.eval_data, "general": options.general_eval_data}
     held_out = {kind: Corpus(paths, options.field) for kind, paths in chosen.items() if paths}
@@ -176,10 +192,9 @@ def _held_out(options: Options, work: Workload, corpora: dict[str, Corpus]) -> d
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
 
 
 def _finished(options: Options, settings: dict[str, Any], console: Console) -> bool:
@@ -189,12 +204,17 @@ def _finished(options: Options, settings: dict[str, Any], console: Console) -> b
         InputError: --out holds another run, or one that --resume was not given for.
     """
     done, started = options.out / "run.json", (options.out / "metrics.jsonl").exists()
-    if not options.resume and (done.exists() or started):
-        state = "a finished run" if done.exists() else "an unfinished run"
-        raise InputError(f"--out: {str(options.out)!r} holds {state}; go on with --resume, or choose another folder")
+    if not options.resume and done.exists():
+        raise InputError(f"--out: {str(options.out)!r} holds a finished run; choose another folder, or delete it")
+    if not options.resume and (started or has_checkpoints(options.out)):
+        raise InputError(f"--out: {str(options.out)!r} holds an unfinished run; go on with --resume, or choose another")
     if not done.exists():
         return False
-    check_settings(json.loads(done.read_text())["settings"], settings, done)
+    try:
+        found = json.loads(done.read_text())["settings"]
+        check_settings(found, settings, done)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{done}: expected what a finished run wrote, got {error!r}; choose another --out") from error
     console.print(f"finished already: {options.out}", soft_wrap=True)
     return True
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .output import InputError
 from .packing import Batch
 from .workload import Workload, count_targets
 
@@ -51,11 +52,19 @@ class HeldOut:
         the first and ``eval_change_error``, its standard error over the batches, which both have in common.
 
         The first time there is ``eval_losses`` in their place: of each batch.
+
+        Raises:
+            InputError: batches without a target.
         """
         found: dict[str, Any] = {}
         for kind, batches in self.batches.items():
             prefix, counts = KINDS[kind], [count for batch in batches if (count := count_targets(batch))]
             losses, before = losses_of(self.work, batches), self._before.get(kind)
+            if not losses:
+                option = f"--{prefix.replace('_', '-')}-data"
+                raise InputError(
+                    f"{option}: expected targets in the first --eval-batches, found none; give more of them"
+                )
             found[f"{prefix}_loss"] = weighted(losses, counts)[0]
             if before is None:
                 self._before[kind] = found[f"{prefix}_losses"] = losses

@@ -12,7 +12,7 @@ import click
 
 from dba_kernels import GlobalGradient
 
-from .figures import save
+from .figures import require_matplotlib, save
 from .gradient_figure import gradient_figure
 from .output import InputError, write_whole
 from .progress import wide_console
@@ -51,12 +51,11 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the table.")
 @click.option("--verify", is_flag=True, help="Read everything and check each tensor's digest.")
 def command(file: Path, plot: Path | None, as_json: bool, verify: bool) -> None:
-    gradient = open_gradient(file, "FILE")
-    if verify:
-        try:
-            gradient.verify()
-        except ValueError as error:
-            raise InputError(str(error)) from error
+    if plot is not None:
+        if plot.suffix.lower() != ".png":
+            raise InputError(f"--plot: expected a name that ends in .png, got {str(plot)!r}; rename it")
+        require_matplotlib()
+    gradient = open_gradient(file, verify=verify)
     if plot is not None:
         write_whole(plot, lambda path: save(gradient_figure(gradient), path))
     if as_json:
@@ -75,22 +74,30 @@ def command(file: Path, plot: Path | None, as_json: bool, verify: bool) -> None:
         console.print(f"file: {plot}", soft_wrap=True)
 
 
-def open_gradient(path: Path, option: str) -> GlobalGradient:
+def open_gradient(path: Path, option: str = "", verify: bool = False) -> GlobalGradient:
     """The stored gradient.
 
+    Args:
+        option: that gave the path, for messages.
+        verify: read every tensor, too.
+
     Raises:
-        InputError: no such file, or not one.
+        InputError: no such file, not one, or damaged.
     """
-    if path.is_dir():
-        raise InputError(f"{option}: expected a file that `collect` wrote, got the folder {str(path)!r}")
+    given = f"{option}: " if option else ""
     try:
+        if path.is_dir():
+            raise InputError(f"{given}expected a file that `collect` wrote, got the folder {str(path)!r}")
+        if verify:
+            GlobalGradient.load(path).verify()  # the one that is returned verifies again what is read of it
         return GlobalGradient.load(path)
     except FileNotFoundError as error:
         raise InputError(
-            f"{option}: expected a file that `collect` wrote, there is no {error.filename or path}"
+            f"{given}expected a file that `collect` wrote, there is no {str(error.filename or path)!r}"
         ) from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{option}: {error}") from error
+        named = "" if str(path) in str(error) else f"{path}: "
+        raise InputError(f"{given}{named}{error}") from error
 
 
 def tensor_bytes(gradient: GlobalGradient) -> dict[str, int]:

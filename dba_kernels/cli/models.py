@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .corpora import PackageFile
+from .model_checks import check_config, check_loaded, check_stored, hub_options
 from .output import InputError
 
 if TYPE_CHECKING:
@@ -41,13 +42,19 @@ def load_model(
     Raises:
         InputError: transformers or the bundled model is missing, or ``source`` cannot be loaded.
     """
-    where = locate_model(source)
+    config, where = load_config(source)
+    check_stored(where)
+    options: dict[str, Any] = {"trust_remote_code": False, **hub_options(where)}
     transformers = import_transformers()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError) as error:
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            where, config=config, dtype=dtype, output_loading_info=True, **options
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+        tokenizer("a text", verbose=False)  # settings of the wrong type show when it is used
+    except Exception as error:  # whatever damaged or foreign files make it throw
         raise _unloadable(where, error) from error
+    check_loaded(model, loading["missing_keys"], where)
     return model, tokenizer, where
 
 
@@ -57,11 +64,17 @@ def load_config(source: str | None) -> tuple[PretrainedConfig, str]:
     Raises:
         InputError: as :func:`load_model`.
     """
-    where = source if source and Path(source).suffix == ".json" and Path(source).is_file() else locate_model(source)
     try:
-        return import_transformers().AutoConfig.from_pretrained(where), where
-    except (OSError, ValueError) as error:
+        where = source if source and Path(source).suffix == ".json" and Path(source).is_file() else locate_model(source)
+    except OSError as error:  # no right to look, or no name that a file can have
+        raise InputError(f"model {str(source)[:200]!r}: cannot be looked at: {error.strerror}") from error
+    options = hub_options(where)
+    try:
+        config = import_transformers().AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+    except Exception as error:  # whatever damaged or foreign files make it throw
         raise _unloadable(where, error) from error
+    check_config(config, where)
+    return config, where
 
 
 def import_transformers() -> Any:
@@ -90,6 +103,10 @@ def locate_model(source: str | None) -> str:
         return str(converted(path))
     where = str(source)
     if path.is_dir():
+        if waiting := [file.name for file in path.iterdir() if file.exists() and not (file.is_file() or file.is_dir())]:
+            raise InputError(
+                f"model {where!r}: expected regular files, {waiting[0]!r} is a pipe or a device; remove it"
+            )
         if not (path / "config.json").is_file():
             found = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
             raise InputError(
@@ -104,11 +121,19 @@ def locate_model(source: str | None) -> str:
 
 
 def _unloadable(where: str, error: Exception) -> InputError:
+    if isinstance(error, InputError):
+        return error
+    if "trust_remote_code" in str(error):
+        return InputError(
+            f"model {where!r}: expected an architecture that transformers has, got one that comes as Python code in "
+            "its folder, which is never run; convert the model to an architecture of transformers"
+        )
+    reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
     if Path(where).exists():
-        return InputError(f"cannot load model {where!r}: {error}")
+        return InputError(f"cannot load model {where!r}: {reason}")
     return InputError(
         f"cannot load model {where!r}: there is no such folder here, and the Hugging Face hub did not give a model of "
-        f"that name; check the path, or the id ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+        f"that name; check the path, or the id ({reason})"
     )
 
 
@@ -131,9 +156,9 @@ def converted(gguf: Path) -> Path:
         os.rename(scratch, target)
     except ImportError as error:
         raise InputError(f"reading {gguf.name} needs gguf and accelerate ({error}); run: {INSTALL_HF}") from error
-    except OSError as error:
+    except Exception as error:  # OSError of a full disk, and whatever a damaged file makes the reader throw
         if not target.is_dir():  # another process may have finished the same conversion first
-            raise InputError(f"cannot convert {gguf.name} into {str(target)!r}: {error}") from error
+            raise InputError(f"cannot convert {gguf.name} into {str(target)!r}: {error or type(error)}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,22 @@ Data (one or more paths):
   anything else  plain text in UTF-8; each of these also as .gz
   {", ".join(CORPORA)}: the corpora of bench/data-packages.txt
 """
+
+
+COUNT = click.IntRange(1, 2**31 - 1)
+ROWS = click.IntRange(1, 2**16)
+TOKENS = click.IntRange(8, 2**20)
+SEED = click.IntRange(0, 2**62)
+
+
+class FiniteRange(click.FloatRange):
+    """A ``FloatRange`` that also refuses infinity and "nan", which is outside of no range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 def model_option(required: bool = True) -> Callable[[Any], Any]:
@@ -54,10 +71,8 @@ def data_options(command: Any) -> Any:
                 show_default=True,
                 help="Of conversations: learn from the assistant's turns, or from every token.",
             ),
-            click.option("--length", type=click.IntRange(8), default=512, show_default=True, help="Tokens per row."),
-            click.option(
-                "--seed", type=click.IntRange(0), default=0, show_default=True, help="Order of the documents."
-            ),
+            click.option("--length", type=TOKENS, default=512, show_default=True, help="Tokens per row."),
+            click.option("--seed", type=SEED, default=0, show_default=True, help="Order of the documents."),
             click.option(
                 "--dtype",
                 type=click.Choice(DTYPES),

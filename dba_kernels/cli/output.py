@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
@@ -39,22 +43,56 @@ def prepare_folder(folder: Path, expected_bytes: int = 0) -> None:
         )
 
 
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """``folder`` for the block, made where it is not there; a block that fails before it wrote leaves none behind.
+
+    Raises:
+        InputError: it cannot be made or written to.
+    """
+    made: list[Path] = []
+    try:
+        with suppress(OSError):  # prepare_folder says why
+            made = [path for path in (folder, *folder.parents) if not path.exists()]
+        prepare_folder(folder)
+        yield
+    except BaseException:
+        for path in made:
+            with suppress(OSError):  # not empty: there is something in it to keep
+                path.rmdir()
+        raise
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then put it in place; if it fails, the old file stays.
 
     Raises:
         InputError: the file cannot be written.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    replace_by(path, write, lambda _: path)
+
+
+def replace_by(path: Path, write: Callable[[Path], object], name: Callable[[Path], Path]) -> Path:
+    """As :func:`write_whole`, under the name that ``name`` gives the temporary file once it is filled.
+
+    Nobody can have planted a file or a link under the temporary name: it is random and must not exist.
+    """
+    scratch = path.with_name(f".{path.name[:60]}.{secrets.token_hex(8)}.partial")
     try:
+        os.close(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         write(scratch)
         with open(scratch, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(scratch, path)
+        target = name(scratch)
+        with suppress(FileNotFoundError):
+            os.chmod(scratch, stat.S_IMODE(target.stat().st_mode))
+        os.replace(scratch, target)
+        return target
     except WRITE_ERRORS as error:
-        raise InputError(f"cannot write {str(path)!r}: {_reason(error)}") from error
+        raise InputError(f"cannot write {str(path)!r}: {reason_of(error)}") from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
 
 
 def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
@@ -77,11 +115,14 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
                 (folder / file).parent.mkdir(exist_ok=True, parents=True)
                 os.replace(scratch / file, folder / file)
     except WRITE_ERRORS as error:
-        raise InputError(f"cannot write to {str(folder)!r}: {_reason(error)}") from error
+        raise InputError(f"cannot write to {str(folder)!r}: {reason_of(error)}") from error
 
 
-def _reason(error: Exception) -> str:
-    return f"{getattr(error, 'strerror', None) or error}; free some space, or choose another place"
+def reason_of(error: Exception) -> str:
+    """Why writing failed, and the fix."""
+    number = getattr(error, "errno", None)
+    full = number is None or number in (errno.ENOSPC, errno.EDQUOT)  # torch and safetensors say no number
+    return f"{getattr(error, 'strerror', None) or error}; {'free some space, or ' if full else ''}choose another place"
 
 
 def remove_partial(folder: Path) -> None:

@@ -15,7 +15,7 @@ from dba_kernels.formats import STATE_FORMATS, is_compressible
 from .cache_command import cache_note
 from .inspect_command import open_gradient
 from .models import import_transformers, load_config
-from .options import model_option
+from .options import COUNT, FiniteRange, model_option
 from .output import InputError
 from .progress import wide_console
 from .signal_to_noise import ENOUGH, batches_for, expected_cosine
@@ -45,12 +45,12 @@ Examples:
 @click.option(
     "--dtype", type=click.Choice(["fp32", "bf16"]), default="bf16", show_default=True, help="Of weights and gradients."
 )
-@click.option("--rank", type=click.IntRange(1), help="Also count a low-rank global gradient, factors in int8.")
-@click.option("--curvature", type=click.IntRange(1), metavar="R", help="Also count an anchor with factors of rank R.")
+@click.option("--rank", type=COUNT, help="Also count a low-rank global gradient, factors in int8.")
+@click.option("--curvature", type=COUNT, metavar="R", help="Also count an anchor with factors of rank R.")
 @click.option("--global-gradient", type=click.Path(path_type=Path), metavar="FILE", help="What `collect` wrote.")
 @click.option(
     "--cosine",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=FiniteRange(0, 1, min_open=True, max_open=True),
     default=ENOUGH,
     show_default=True,
     help="Cosine of the stored with the true gradient to plan for.",
@@ -97,7 +97,7 @@ def model_shapes(source: str) -> tuple[Shapes, str]:
     with torch.device("meta"):
         try:
             model = import_transformers().AutoModelForCausalLM.from_config(config)
-        except ValueError as error:
+        except Exception as error:  # whatever a configuration with other numbers makes it throw
             reason = str(error).partition("\n")[0]  # what follows lists every class that transformers has
             raise InputError(f"--model: expected a causal language model, got {where!r}: {reason}") from error
     return {name: tuple(param.shape) for name, param in model.named_parameters()}, where

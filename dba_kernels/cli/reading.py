@@ -189,6 +189,7 @@ def _json(path: Path, text: str, is_record: Callable[[Any], bool]) -> Sequence[A
 
 def _table(path: Path, text: str, delimiter: str) -> Iterator[dict[str, str]]:
     """A record a row, under the names of the first row."""
+    csv.field_size_limit(2**31 - 1)  # a text may be longer than 128 KiB
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     number = 0
     try:

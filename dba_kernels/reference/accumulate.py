@@ -1,4 +1,4 @@
-"""Stage 1, the global gradient: an exact fp32 sum over the general data, divided once by its weight (eq. 1)."""
+"""Stage 1, the global gradient: an fp32 sum over the general data, divided once by its weight (eq. 1)."""
 
 from __future__ import annotations
 

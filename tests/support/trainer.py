@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from dba_kernels import DBAAdamW
 from dba_kernels.integrations.transformers import DBACallback, dba_adamw
@@ -75,3 +76,12 @@ def by_hand(
     steps = [micro[i : i + accumulation] for i in range(0, len(micro), accumulation)]
     autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16)
     return model, plain_loop(model, optimizer, steps, STEPS, clip, autocast)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte; byte 0, which no text has, ends and pads."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=alphabet[-1], pad_token=alphabet[-1])

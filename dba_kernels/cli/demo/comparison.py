@@ -19,9 +19,12 @@ from dba_kernels.formats import STATE_FORMATS, STORAGE_FORMATS
 
 from ..corpora import CORPORA, load_documents
 from ..devices import autocast_dtype
-from ..figures import save, short_name
+from ..figures import require_matplotlib, save, short_name
+from ..inspect_command import open_gradient
+from ..model_checks import check_length
 from ..models import load_model
-from ..output import InputError, prepare_folder, write_whole
+from ..options import COUNT, ROWS, SEED, TOKENS, FiniteRange
+from ..output import InputError, new_folder, prepare_folder, write_whole
 from ..progress import Bars, progress, wide_console
 from ..signal_to_noise import advice
 from .blocks import Blocks, token_blocks
@@ -43,11 +46,11 @@ if TYPE_CHECKING:
     help=f"Domain text: a file (.json, .jsonl, plain text), a folder of them, or a corpus: {', '.join(CORPORA)}.",
 )
 @click.option("--global-gradient", type=click.Path(path_type=Path), help="Use this stored ĝ_G; do not collect one.")
-@click.option("--steps", type=click.IntRange(1), help=f"Optimizer steps of each run.  [default: {MAX_STEPS}, or fewer]")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), default=3e-5, show_default=True, help="η₀; falls to 0.")
+@click.option("--steps", type=COUNT, help=f"Optimizer steps of each run.  [default: {MAX_STEPS}, or fewer]")
+@click.option("--lr", type=FiniteRange(0, min_open=True), default=3e-5, show_default=True, help="η₀; falls to 0.")
 @click.option(
     "--boost",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=0.5,
     show_default=True,
     help="k₀: γ falls from it to 0 (so does the library's default, at this --lr).",
@@ -55,10 +58,12 @@ if TYPE_CHECKING:
 @click.option("--correction", type=click.Choice(["cosine", "none"]), default="cosine", show_default=True, help="α.")
 @click.option("--format", "storage", type=click.Choice(list(STORAGE_FORMATS)), default="int8", show_default=True)
 @click.option("--state-format", type=click.Choice(STATE_FORMATS), default="fp32", show_default=True, help="DBA's m, v.")
-@click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Blocks per step.")
-@click.option("--length", type=click.IntRange(8), default=128, show_default=True, help="Tokens per block.")
-@click.option("--evaluation-blocks", type=click.IntRange(2), help="Held out per corpus.  [default: 48, fewer if slow]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Order of the texts.")
+@click.option("--batch-size", type=ROWS, default=4, show_default=True, help="Blocks per step.")
+@click.option("--length", type=TOKENS, default=128, show_default=True, help="Tokens per block.")
+@click.option(
+    "--evaluation-blocks", type=click.IntRange(2, 2**20), help="Held out per corpus.  [default: 48, fewer if slow]"
+)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Order of the texts.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default="dba-demo", show_default=True, help="Folder of results."
 )
@@ -68,7 +73,9 @@ def command(**options: Any) -> None:
     The gradient of general text is collected once and compressed to a file; it then boosts the fine-tuning on domain
     text. With the defaults this takes at most ten minutes on two idle cores: a slower machine does fewer steps.
     """
-    run_demo(Options(**options), wide_console())
+    chosen = Options(**options)
+    with new_folder(chosen.out):
+        run_demo(chosen, wide_console())
 
 
 def run_demo(options: Options, console: Console) -> dict[str, Outcome]:
@@ -78,6 +85,7 @@ def run_demo(options: Options, console: Console) -> dict[str, Outcome]:
         InputError: bad input, or a folder that cannot be written.
     """
     started = time.perf_counter()
+    require_matplotlib()
     prepare_folder(options.out)
     model, blocks = _load(options, console)
     stored = _stored_gradient(options, model)
@@ -119,6 +127,7 @@ def _load(options: Options, console: Console) -> tuple[PreTrainedModel, dict[str
     documents = {name: load_documents(getattr(options, name)) for name in ("domain", "general")}
     with console.status("loading the model (a .gguf file is converted the first time: about a minute)"):
         model, tokenizer, source = load_model(options.model)
+    check_length(model.config, options.length)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     model.eval()  # no dropout: the runs can be compared
     console.print(f"model    {source} ({sum(p.numel() for p in model.parameters()):,} parameters)", soft_wrap=True)
@@ -137,8 +146,8 @@ def _stored_gradient(options: Options, model: PreTrainedModel) -> GlobalGradient
     """The ĝ_G that the user gave, checked against the model."""
     if options.global_gradient is None:
         return None
+    gradient = open_gradient(options.global_gradient, "--global-gradient", verify=True)
     try:
-        gradient = GlobalGradient.load(options.global_gradient)
         gradient.check_model(model.named_parameters())
     except (OSError, ValueError) as error:
         raise InputError(f"--global-gradient: {error}") from error
