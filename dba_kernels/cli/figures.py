@@ -72,6 +72,7 @@ def draw_method(axes: dict[str, Any], metrics: list[dict[str, float]]) -> None:
     steps = range(1, len(metrics) + 1)
     axes["gamma"].plot(steps, [m["gamma"] for m in metrics], color=DBA)
     axes["gamma"].set(title="weight of the global gradient", xlabel="step", ylabel="γ (share of 1)", ylim=(0, None))
+    axes["gamma"].xaxis.get_major_locator().set_params(integer=True)
     shown = (
         ("cosine", "φ (cosine)", "domain · global gradient", 0.0, "φ = 0"),
         ("correction", "α (factor)", "correction of the update", 1.0, "α = 1"),

@@ -100,5 +100,5 @@ def draw_changes(axes: Axes, changes: dict[str, tuple[float, float]], colours: d
         axes.errorbar([at], [mean], yerr=[error], fmt="o", capsize=4, color=colours[name])
         axes.annotate(f"{mean:+.3f}", (at, mean), xytext=(8, 0), textcoords="offset points", va="center")
     axes.set_xticks(range(len(changes)), list(changes))
-    axes.set(ylabel=f"change from the base model ({NATS})", xlim=(-0.5, len(changes) - 0.2))
+    axes.set(ylabel=f"change from base ({NATS})", xlim=(-0.5, len(changes) - 0.2))
     reference_line(axes, 0.0, "base")

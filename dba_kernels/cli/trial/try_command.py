@@ -16,15 +16,27 @@ from rich.console import Console
 from dba_kernels import GlobalGradient
 
 from ..cache_command import cache_note
+from ..figures import require_matplotlib, save
 from ..grids import Grid
 from ..inspect_command import open_gradient
-from ..options import DATA_HELP, DataOptions, PathsCommand, data_options, model_option, paths_option
-from ..output import InputError, prepare_folder, write_whole
+from ..options import (
+    COUNT,
+    DATA_HELP,
+    ROWS,
+    DataOptions,
+    FiniteRange,
+    PathsCommand,
+    data_options,
+    model_option,
+    paths_option,
+)
+from ..output import InputError, new_folder, prepare_folder, write_whole
 from ..packing import Batch
 from ..progress import progress, wide_console
 from ..signal_to_noise import advice
 from ..text import Corpus
 from ..workload import Workload, load
+from .figure import trial_figure
 from .parts import Budget, Part, split
 from .runs import AL, BOOSTED, HALF, REMEMBERED, REPLAY, Texts, Trial, arms_of
 from .verdict import Interval, Point, at_equal_domain_loss, in_words
@@ -45,6 +57,8 @@ Examples:
 
 {DATA_HELP}
 """
+
+TOKENS_IN_ALL = click.IntRange(1, 2**50)
 
 
 @dataclass(frozen=True)
@@ -68,15 +82,17 @@ class Options(DataOptions):
 @paths_option("--general", True, "General text, to be kept; see above.")
 @paths_option("--domain", True, "Domain text, to be learned; see above.")
 @click.option("--global-gradient", type=click.Path(path_type=Path), metavar="FILE", help="Use it; do not collect one.")
-@click.option("--curvature", type=click.IntRange(1), metavar="R", help="Also collect and try the memory, of rank R.")
-@click.option("--tokens", type=click.IntRange(1), default=1_000_000, show_default=True, help="To be read in all.")
+@click.option("--curvature", type=COUNT, metavar="R", help="Also collect and try the memory, of rank R.")
+@click.option("--tokens", type=TOKENS_IN_ALL, default=1_000_000, show_default=True, help="To be read in all.")
 @click.option("--seeds", type=click.IntRange(2, 20), default=4, show_default=True, help="Runs of each method.")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), default=3e-5, show_default=True, help="η₀; falls to 0.")
-@click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Rows per step.")
+@click.option("--lr", type=FiniteRange(0, min_open=True), default=3e-5, show_default=True, help="η₀; falls to 0.")
+@click.option("--batch", type=ROWS, default=4, show_default=True, help="Rows per step.")
 @click.option("--out", type=click.Path(path_type=Path), default="dba-try", show_default=True, help="Folder of results.")
 @data_options
 def command(**options: Any) -> None:
-    run_trial(Options(**options), wide_console())
+    chosen = Options(**options)
+    with new_folder(chosen.out):
+        run_trial(chosen, wide_console())
 
 
 def run_trial(options: Options, console: Console) -> None:
@@ -85,9 +101,10 @@ def run_trial(options: Options, console: Console) -> None:
     Raises:
         InputError: bad input, a budget that is too small, or a folder that cannot be written.
     """
+    require_matplotlib()
     gradient = None
     if options.global_gradient is not None:
-        gradient = open_gradient(options.global_gradient, "--global-gradient")
+        gradient = open_gradient(options.global_gradient, "--global-gradient", verify=True)
         if options.curvature is not None:
             raise InputError("--curvature: leave it out with --global-gradient, whose curvature is used if it has any")
     has = (True, options.curvature is not None) if gradient is None else (len(gradient) > 0, _remembers(gradient))
@@ -196,9 +213,6 @@ def conclude(points: dict[str, list[Point]]) -> tuple[Grid, dict[str, Interval],
 def _report(
     options: Options, budget: Budget, points: dict[str, list[Point]], gradient: GlobalGradient, console: Console
 ) -> None:
-    from ..figures import save
-    from .figure import trial_figure
-
     table, differences, verdicts = conclude(points)
     chosen = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
     results = {"options": chosen, "budget": asdict(budget), "losses": points, "verdict": verdicts} | {
