@@ -67,12 +67,13 @@ def join(weight, remainder, FORMAT: tl.constexpr):
     if FORMAT == "master":
         return tl.where(narrow(remainder, weight.dtype) == weight, remainder, weight.to(tl.float32))
     elif weight.dtype == tl.float16:
-        low = remainder.to(tl.int32)
-        outward = tl.where(pattern < 0, -low, low)
-        below = ((pattern & 0x3FF) == 0) & ((pattern & 0x7FFF) >= 0x800)  # the lower neighbour is half an ulp away
-        low = tl.where(below & (outward < (-8192 if FORMAT == "split16" else -32)), 0, low)
-        wide = weight.to(tl.float32)
-        return wide + low.to(tl.float32) * fp16_unit_bits(wide, FORMAT).to(tl.float32, bitcast=True)
+        wide, low = weight.to(tl.float32), remainder.to(tl.float32)
+        bits = wide.to(tl.int32, bitcast=True)
+        outward = tl.where(wide < 0, -low, low)
+        # The lower neighbour of a power of two, from 2**-13 on, is half an ulp away.
+        below = ((bits & 0x7FFFFF) == 0) & ((bits & 0x7F800000) >= 0x39000000)
+        low = tl.where(below & (outward < (-8192.0 if FORMAT == "split16" else -32.0)), 0.0, low)
+        return wide + low * fp16_unit_bits(wide, FORMAT).to(tl.float32, bitcast=True)
     else:
         low = remainder.to(tl.int32)
         if FORMAT == "split8":
