@@ -238,11 +238,11 @@ LINES = '{"text": "one"}\n{"text": "two"}\n'
         ("a.JSONL", LINES),
         ("a.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
         ("a.json", b"\xef\xbb\xbf" + b'["one", "two"]'),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())),
-        ("a.json.gz", gzip.compress(b'["one", "two"]')),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
+        ("a.json.gz", gzip.compress(b'["one", "two"]', mtime=0)),
         ("a.csv", 'text,label\n"one",1\ntwo,2\n'),
         ("a.tsv", "label\ttext\n1\tone\n2\ttwo\n"),
-        ("a.csv.gz", gzip.compress(b"text\none\ntwo\n")),
+        ("a.csv.gz", gzip.compress(b"text\none\ntwo\n", mtime=0)),
         ("a.csv", b"\xef\xbb\xbf" + b"text\none\ntwo\n"),
     ],
 )
@@ -296,7 +296,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ("a.pdf", "%PDF", ".pdf files are not read; save it as plain text"),
         ("a.zip", "PK", ".zip files are not read; unpack it first"),
         ("a.txt.gz", "no gzip", "Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode() * 99)[:-20], "end-of-stream marker"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode() * 99, mtime=0)[:-20], "end-of-stream marker"),
     ],
 )
 def test_other_files_are_refused_by_name(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:

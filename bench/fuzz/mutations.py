@@ -124,7 +124,7 @@ MUTATIONS: dict[str, Change] = {
     "CRLF": _bytes(lambda _, content: content.replace(b"\n", b"\r\n")),
     "nested": _bytes(lambda *_: b"[" * 100_000),
     "surrogates": _bytes(lambda *_: b'{"text": "\\ud800 x"}\n' * 2),
-    "packed twice": _bytes(lambda _, content: gzip.compress(content)),
+    "packed twice": _bytes(lambda _, content: gzip.compress(content, mtime=0)),
     "missing": _instead(lambda path: None),
     "folder": _instead(Path.mkdir),
     "pipe": _instead(os.mkfifo),

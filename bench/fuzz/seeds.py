@@ -78,7 +78,7 @@ def _texts(folder: Path) -> None:
     (folder / "list.json").write_text(json.dumps(records))
     (folder / "table.csv").write_text("id,text\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(texts)))
     (folder / "domain.txt").write_text("\n".join(_sentences(40, 2)))
-    (folder / "packed.jsonl.gz").write_bytes(gzip.compress((folder / "general.jsonl").read_bytes()))
+    (folder / "packed.jsonl.gz").write_bytes(gzip.compress((folder / "general.jsonl").read_bytes(), mtime=0))
 
 
 def _lines(path: Path, records: list[dict[str, object]]) -> None:
