@@ -47,6 +47,7 @@ SIZES = {
     size.name: size
     for size in (
         Size("4M", 256, 4096, 4000, 200, (3e-5, 1e-4, 3e-4, 1e-3)),
+        Size("4M-fp32", 256, 4096, 4000, 200, (3e-5, 1e-4, 3e-4, 1e-3)),  # a base model of a machine without wide bf16
         Size("0.2M", 64, 512, 2750, 40, (5e-4, 1e-3, 3e-3)),
     )
 }

@@ -44,7 +44,7 @@ def execute(name: str, path: Path, minutes: float, accuracy: bool) -> None:
 
 
 @click.command(help=(__doc__ or "").split("\n")[0])
-@click.option("--core", is_flag=True, help="Two domains, the main methods, one rate and seed; then its report.")
+@click.option("--core", is_flag=True, help="Two domains, the main methods, one rate and seed, losses only.")
 @click.option("--stage", "chosen", type=click.Choice(grid.STAGES), help="One stage of the grid.")
 @click.option("--report", "only_report", is_flag=True, help="Only write the report.")
 @click.option("--minutes", default=float("inf"), help="Start no run after this time.")
@@ -53,7 +53,7 @@ def execute(name: str, path: Path, minutes: float, accuracy: bool) -> None:
 def main(core: bool, chosen: str | None, only_report: bool, minutes: float, accuracy: bool, output: Path) -> None:
     stages = ("core",) if core else (chosen,) if chosen else () if only_report else grid.STAGES
     for stage in stages:
-        execute(stage, output, minutes, accuracy)
+        execute(stage, output, minutes, accuracy and not core)
     report.write(output)
 
 

@@ -20,7 +20,7 @@ FAMILIES: dict[str, list[Options]] = {
     "AL": [{}],
     "replay 1:1": [{"replay": 1.0}],
     "general first, then AL": [{"first": True}],
-    "general first, then memory": [{"first": True, "anchor": "auto"}],
+    "general first, then memory": [{"first": True, "anchor": "auto"}, {"first": True, "anchor": 1000.0}],
     "memory": [{"anchor": "auto"}],
     "AdamW, constant rate": [{"anneal": False}],
     "DBA, paper's boost": [DBA],
