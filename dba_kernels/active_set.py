@@ -15,6 +15,8 @@ from .distributed import local
 from .state import Witness, same_tensors
 from .stepdata import StepScalars, TensorBatch
 
+Kind = tuple[type, torch.dtype, torch.layout, torch.Size, bool]
+
 
 @dataclass
 class ActiveSet:
@@ -28,7 +30,7 @@ class ActiveSet:
         positions: per batch, where its parameters stand among the active ones.
         anchors: per batch, the step of its parameters where they are anchored, else None.
         addresses: of the parameters, in the order of the optimizer's groups.
-        kinds: type, dtype and layout of each gradient.
+        kinds: what each gradient is, see :func:`kinds_of`.
         states: each parameter's state as it was: the tensors by key, and their addresses.
         witness: the same for a check that costs little.
         plain: whether no parameter is a DTensor.
@@ -40,7 +42,7 @@ class ActiveSet:
     positions: list[list[int]]
     anchors: list[AnchorStep | None]
     addresses: list[int]
-    kinds: list[tuple[type, torch.dtype, torch.layout]]
+    kinds: list[Kind]
     states: list[tuple[dict[str, torch.Tensor], list[int]]]
     witness: Witness | None
     plain: bool
@@ -63,9 +65,11 @@ class ActiveSet:
     def batches(self, grads: list[torch.Tensor]) -> list[tuple[TensorBatch, list[torch.Tensor]]]:
         """Each batch with its gradients of this step."""
         parts = grads if self.plain else [local(g) for g in grads]
-        usable = [g if g.is_contiguous() else g.contiguous() for g in parts]
-        return [(part, [usable[i] for i in at]) for part, at in zip(self.parts, self.positions, strict=True)]
+        if not all(map(torch.Tensor.is_contiguous, parts)):
+            parts = [g.contiguous() for g in parts]
+        return [(part, [parts[i] for i in at]) for part, at in zip(self.parts, self.positions, strict=True)]
 
 
-def kinds_of(grads: list[torch.Tensor]) -> list[tuple[type, torch.dtype, torch.layout]]:
-    return list(map(operator.attrgetter("__class__", "dtype", "layout"), grads))
+def kinds_of(grads: list[torch.Tensor]) -> list[Kind]:
+    """Class, dtype, layout, shape, and whether it is on the CPU."""
+    return list(map(operator.attrgetter("__class__", "dtype", "layout", "shape", "is_cpu"), grads))

@@ -23,11 +23,10 @@ from typing import Any
 import torch
 
 from . import ops
-from .contracts import BY_PLAN, CHECKED
 from .distributed import Sharding
 from .factors import Curvature, DiagonalFactor, KroneckerTerm, LowRankFactor
 from .formats import matrix_shape
-from .stepdata import UPDATED_PARTS, Coefficient, Factors, ParamTensors, TensorBatch
+from .stepdata import BY_PLAN, CHECKED, UPDATED_PARTS, Coefficient, Factors, ParamTensors, TensorBatch
 from .threads import map_on_threads
 
 BLOCK = 2**20

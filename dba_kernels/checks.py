@@ -52,6 +52,11 @@ def check_grad(param: torch.Tensor, grad: torch.Tensor, name: str) -> None:
         raise ValueError(
             f"grad of {name!r}: expected float32, bfloat16 or float16, got {grad.dtype}; cast it before step()"
         )
+    if grad.shape != param.shape or grad.device != param.device:
+        raise ValueError(
+            f"grad of {name!r}: expected its parameter's shape and device, {tuple(param.shape)} on {param.device}, got "
+            f"{tuple(grad.shape)} on {grad.device}; somebody replaced grad.data: call zero_grad() and backward() again"
+        )
     if not same_place(param, grad):
         raise ValueError(
             f"grad of {name!r}: expected the parameter's layout over the ranks, {layout_of(param)}, got "

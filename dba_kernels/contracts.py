@@ -30,6 +30,8 @@ from .formats import (
     scales_shape,
 )
 from .stepdata import (
+    BY_PLAN,
+    CHECKED,
     NO_OVERRIDES,
     UPDATED_PARTS,
     Coefficient,
@@ -43,9 +45,8 @@ from .stepdata import (
     TensorBatch,
 )
 
-CHECKED = "checked"
-"""Key of a batch's cache: who has checked it."""
-BY_PLAN, HERE = "by its plan, and its gradients too", "here"
+HERE = "here"
+"""A batch that was checked by this module."""
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOATS = (*GRAD_DTYPES, torch.float64)

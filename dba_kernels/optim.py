@@ -227,7 +227,7 @@ class DBAAdamW(Optimizer):
                     grads.append(grad)
         if not params:
             return loss
-        if only_allocates(self.state, self.param_groups, self._named(), grads):
+        if not self.state and only_allocates(self.param_groups, self._named(), grads):
             used = [(name, param) for name, param in self._named() if param.grad is not None]
             allocate(used, self.state, self.options)
             return loss

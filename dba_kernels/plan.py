@@ -36,7 +36,6 @@ from .active_set import ActiveSet, kinds_of
 from .anchored import AnchorStep
 from .base_model import Groups, names_of, normalize_name
 from .checks import addresses_of, check_grad, check_state, check_storage
-from .contracts import BY_PLAN, CHECKED
 from .distributed import Sharding, local
 from .factors import Curvature
 from .formats import matrix_shape
@@ -52,6 +51,8 @@ from .state import (
     steps_done,
 )
 from .stepdata import (
+    BY_PLAN,
+    CHECKED,
     UPDATED_PARTS,
     Coefficient,
     Hyper,

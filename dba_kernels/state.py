@@ -213,10 +213,10 @@ class Witness:
 
 
 def only_allocates(
-    states: States, groups: list[dict[str, Any]], named: Iterable[tuple[str, torch.Tensor]], grads: list[torch.Tensor]
+    groups: list[dict[str, Any]], named: Iterable[tuple[str, torch.Tensor]], grads: list[torch.Tensor]
 ) -> bool:
     """Checkpoint libraries call ``step()`` on empty state with lr 0 and zero gradients to have state allocated."""
-    if states or any(float(group["lr"]) != 0.0 for group in groups):
+    if any(float(group["lr"]) != 0.0 for group in groups):
         return False
     zero = all(not torch.any(local(grad)) for grad in grads)
     sharding = Sharding(named)

@@ -205,6 +205,13 @@ class ParamTensors:
     offset: int = 0
 
 
+CHECKED = "checked"
+"""Key of a batch's cache: who has checked it."""
+BY_PLAN = "by its plan, and its gradients too"
+"""Whoever made the batch sees to it, before every step, that its tensors lie where they lay, and that its gradients are
+contiguous and of the same class, dtype, layout, shape and kind of device as in the first one."""
+
+
 @dataclass
 class TensorBatch:
     """Parameters of one dtype and format combination on one device: what one launch updates.

@@ -36,6 +36,27 @@ def test_gradients_are_freed_by_zero_grad(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_changed_in_place_is_looked_at_again(backend: str) -> None:
+    """``grad.data = other`` between steps: other strides give the right weights, another shape is refused by name."""
+    weight = torch.nn.Parameter(torch.arange(32.0).reshape(4, 8))
+    other = weight.detach().clone().requires_grad_()
+    ours = DBAAdamW([("weight", weight)], lr=1e-2, backend=backend)
+    theirs = torch.optim.AdamW([other], lr=1e-2)
+    weight.grad, other.grad = torch.ones(4, 8), torch.ones(4, 8)
+    ours.step(), theirs.step()
+    turned = torch.arange(32.0).reshape(8, 4).T
+    weight.grad.data, other.grad.data = turned, turned
+    ours.step(), theirs.step()
+    torch.testing.assert_close(weight, other, rtol=1e-6, atol=1e-6)
+    before = weight.detach().clone()
+    for shape in ((2, 2), (1, 8)):  # torch would spread the second over the rows
+        weight.grad.data = torch.ones(shape)
+        with pytest.raises(ValueError, match="grad of 'weight': expected its parameter's shape"):
+            ours.step()
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "exp_avg_scale", "remainder"])
 def test_state_may_be_swapped(backend: str, key: str) -> None:
     """New tensors under a key, or new storage under a tensor, are used by the next step: offloading does both."""
