@@ -10,6 +10,8 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
+from safetensors.torch import load_file
+
 from dba_kernels import GlobalGradient
 
 from .support.cli_inputs import SMALL, run, write_inputs
@@ -83,12 +85,29 @@ def test_finetune_is_held(inputs: Path, memory: Path, tmp_path: Path) -> None:
     assert 0 < rises[1] < rises[0]
 
 
+def test_the_anchor_acts_in_every_kth_step(inputs: Path, memory: Path, tmp_path: Path) -> None:
+    """Protects ``finetune --anchor-every``: with K = 2 the second step of two is anchored; it belongs to the run."""
+    base = load_file(inputs / "model" / "model.safetensors")
+    moved = {}
+    for every in ("1", "2", "3"):
+        out = tmp_path / every
+        options = ("--data", inputs / "general.jsonl", "--steps", 2, "--lr", "1e-3", "--out", out, *SMALL)
+        anchored = ("--global-gradient", memory, "--anchor", "1e4", "--anchor-every", every)
+        result = run("finetune", "--model", inputs / "model", *options, *anchored)
+        assert result.exit_code == 0, result.output
+        assert json.loads((out / "run.json").read_text())["settings"]["anchor_every"] == int(every)
+        tuned = load_file(out / "model.safetensors")
+        moved[every] = sum(float((tuned[name] - base[name]).square().sum()) for name in base)
+    assert moved["2"] < 0.9 * moved["3"]  # K = 3 is never due in two steps
+
+
 def test_a_wrong_anchor_is_refused(inputs: Path, memory: Path, tmp_path: Path) -> None:
     """Protects the option: neither a number nor "auto", or no file to take the curvature from."""
     options = ("--data", inputs / "general.jsonl", "--steps", 4, "--out", tmp_path / "out", *SMALL)
     for more, message in (
         (("--anchor", "firm", "--global-gradient", memory), "--anchor: expected a number or 'auto', got 'firm'"),
         (("--anchor", "3"), "--anchor: needs --global-gradient"),
+        (("--anchor-every", "3"), "--anchor-every: needs --global-gradient"),
     ):
         result = run("finetune", "--model", inputs / "model", *options, *more)
         assert result.exit_code != 0 and message in result.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +43,7 @@ MORE: dict[str, Options] = {
         "--boost-max": ("0.1", *NUMBERS),
         "--correction": ("cosine", "none", "agem", "pcgrad"),
         "--anchor": ("auto", "1.0", "1e300", *NUMBERS),
+        "--anchor-every": ("1", "3", "500", *NUMBERS),
         "--state-format": ("fp32", "bf16", "int8"),
         "--param-format": ("auto", "native", "split8", "split16", "master"),
         "--eval-every": ("1", *NUMBERS),
@@ -56,6 +58,15 @@ MORE: dict[str, Options] = {
         "--cosine": ("0.5", "1", *NUMBERS),
     },
     "inspect": {},
+    "try": {
+        "--tokens": ("3000", "100", *NUMBERS),
+        "--seeds": ("3", *NUMBERS),
+        "--lr": ("1e-3", "1e30", "1e-300", *NUMBERS),
+        "--curvature": ("2", "500", *NUMBERS),
+        "--global-gradient": ("g.safetensors", "curved.safetensors", "chat.jsonl", "model", ""),
+        **COMMON,
+    },
+    "cache": {},
     "demo": {
         "--steps": ("1", "2"),
         "--lr": ("1e-3", "1e30", *NUMBERS),
@@ -103,10 +114,8 @@ def draw(number: int, seed: int, seeds: Path, folder: Path) -> Case:
     """Case ``number``, its files in ``folder``; the same for the same seed."""
     drawn = random.Random(f"{seed} {number}")
     shutil.copytree(seeds, folder, copy_function=os.link, ignore=shutil.ignore_patterns("half", "whole"))
-    command = drawn.choices(["collect", "finetune", "resume", "inspect", "plan", "demo"], (25, 30, 15, 12, 10, 8))[0]
-    case = {"collect": _collect, "finetune": _finetune, "resume": _resume, "inspect": _inspect, "plan": _plan}.get(
-        command, _demo
-    )(drawn, seeds, folder)
+    make = drawn.choices(list(SHARES), list(SHARES.values()))[0]
+    case = make(drawn, seeds, folder)
     if case.command in MORE and not case.resumes:
         for option, values in MORE[case.command].items():
             if drawn.random() < (0.04 if len(MORE[case.command]) > 8 else 0.15):
@@ -122,7 +131,7 @@ def draw(number: int, seed: int, seeds: Path, folder: Path) -> Case:
 def _inputs(case: Case, folder: Path) -> list[Path]:
     """Files that the case reads: the model's, and those that its arguments name."""
     named = [Path(argument) for argument in case.argv if argument.startswith(str(folder)) and Path(argument).is_file()]
-    found = 2 * named + [folder / "model" / name for name in MODEL_FILES if case.command != "inspect"]
+    found = 2 * named + [folder / "model" / name for name in MODEL_FILES if case.command not in ("inspect", "cache")]
     if case.resumes and case.out is not None:
         files = sorted((case.out / "checkpoints").iterdir())
         places = {"checkpoints/newest": files[-1], "checkpoints/oldest": files[0]}
@@ -191,3 +200,32 @@ def _demo(drawn: random.Random, seeds: Path, folder: Path) -> Case:
     if drawn.random() < 0.3:
         argv += ["--global-gradient", str(folder / "g.safetensors")]
     return Case("demo", argv, out)
+
+
+def _try(drawn: random.Random, seeds: Path, folder: Path) -> Case:
+    out = folder / "new" / "try"
+    texts = ["--general", str(folder / drawn.choice(DATA)), "--domain", str(folder / drawn.choice(DATA))]
+    sizes = ["--tokens", "4000", "--seeds", "2", "--batch", "2", "--length", "16", "--dtype", "fp32", "--device", "cpu"]
+    return Case("try", ["try", "--model", str(folder / "model"), *texts, *sizes, "--out", str(out)], out)
+
+
+def _cache(drawn: random.Random, seeds: Path, folder: Path) -> Case:
+    """Of a cache with entries of every kind, one of them a link to a folder that is not the cache's."""
+    models = folder / "cache" / "dba_kernels" / "models"
+    models.mkdir(parents=True)
+    entries: tuple[Callable[[Path], object], ...] = (
+        lambda path: shutil.copytree(folder / "model", path),
+        lambda path: path.write_bytes(b"x"),
+        lambda path: path.symlink_to(folder / "model"),
+        lambda path: path.symlink_to("nowhere"),
+        os.mkfifo,
+        Path.mkdir,
+        lambda path: (path.mkdir(), (path / "closed").mkdir(mode=0)),
+    )
+    for i, make in enumerate(drawn.sample(entries, drawn.randrange(len(entries)))):
+        make(drawn.choice((models, models.parent)) / f"entry\n{i}")
+    return Case("cache", ["cache", *(["--clear"] if drawn.random() < 0.6 else [])], None)
+
+
+SHARES = {_collect: 23, _finetune: 28, _resume: 14, _inspect: 11, _plan: 9, _demo: 6, _try: 6, _cache: 3}
+"""How often each kind of run is drawn, in percent."""

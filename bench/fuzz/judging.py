@@ -144,6 +144,15 @@ def _missing(case: Case, end: End, folder: Path, seeds: Path) -> list[str]:
         elif case.command == "plan" and "--json" in case.argv:
             if json.loads(end.printed)["parameters"] < 1:
                 return ["a model of no parameters"]
+        elif case.command == "cache":
+            return _cached(case, folder)
+        elif case.command == "try" and case.out is not None:
+            shown = json.loads((case.out / "results.json").read_text())
+            losses = [loss for points in shown["losses"].values() for point in points for loss in point]
+            if not losses or not all(map(math.isfinite, losses)) or not shown["verdict"]:
+                return ["no verdict, or losses that are not finite"]
+            if not (case.out / "figure.png").read_bytes().startswith(b"\x89PNG"):
+                return ["no figure"]
         elif case.command == "demo" and case.out is not None:
             json.loads((case.out / "results.json").read_text())
             if not (case.out / "figure.png").read_bytes().startswith(b"\x89PNG"):
@@ -167,6 +176,17 @@ def _model(case: Case, out: Path, seeds: Path) -> list[str]:
         whole = load_file(seeds / "whole" / "model.safetensors")
         if any(not weights[name].equal(tensor) for name, tensor in whole.items()):
             return ["a resumed run that ended in other bits"]
+    return []
+
+
+def _cached(case: Case, folder: Path) -> list[str]:
+    kept = folder / "cache" / "dba_kernels"
+    if "--clear" in case.argv and any(
+        path.name != "models" for path in (*kept.iterdir(), *(kept / "models").glob("*"))
+    ):
+        return ["a cache that was cleared and holds something"]
+    if not (folder / "model" / "config.json").is_file():
+        return ["a file outside the cache was deleted"]
     return []
 
 

@@ -96,6 +96,14 @@ keeps its last good checkpoint.
     show_default=True,
     help="λ: how firmly the file's curvature, if it has any, holds the weights; auto: its calibration; 0: not at all.",
 )
+@click.option(
+    "--anchor-every",
+    type=COUNT,
+    default=4,
+    show_default=True,
+    metavar="K",
+    help="Every K-th step is anchored, K times as firmly; the others cost nothing more.",
+)
 @click.option("--state-format", type=click.Choice(STATE_FORMATS), default="fp32", show_default=True, help="Of m and v.")
 @click.option(
     "--param-format",
@@ -115,7 +123,7 @@ keeps its last good checkpoint.
 def command(**options: Any) -> None:
     if options["global_gradient"] is None:
         source = click.get_current_context().get_parameter_source
-        for name in ("boost", "boost_max", "correction", "anchor"):
+        for name in ("boost", "boost_max", "correction", "anchor", "anchor_every"):
             if source(name) is click.core.ParameterSource.COMMANDLINE:
                 raise InputError(f"--{name.replace('_', '-')}: needs --global-gradient; without it this is AdamW")
     run(Options(**options))

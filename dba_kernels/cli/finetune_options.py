@@ -36,6 +36,7 @@ class Options(DataOptions):
     boost_max: float
     correction: str
     anchor: str
+    anchor_every: int
     state_format: str
     param_format: str
     gradient_checkpointing: bool

@@ -73,7 +73,7 @@ class Training:
                 boost = o.boost if o.boost in BOOSTS else float(o.boost)
                 anchor = o.anchor if o.anchor in ANCHORS else float(o.anchor)
                 method = {"total_steps": o.steps, "boost": boost, "boost_max": o.boost_max, "correction": o.correction}
-                method["anchor"] = anchor
+                method |= {"anchor": anchor, "anchor_every": o.anchor_every}
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 optimizer = DBAAdamW(

@@ -53,7 +53,10 @@ def method_in_words(options: Options, gradient: GlobalGradient | None) -> str:
     """γ₀ and the rule that it comes from, or what there is in its place."""
     if gradient is None:
         return "AdamW: no global gradient"
-    anchor = f"anchor λ = {_anchor(options.anchor)}" if gradient.curvature_records and options.anchor != "0" else ""
+    anchor = ""
+    if gradient.curvature_records and options.anchor != "0":
+        often = f", every {options.anchor_every} steps" if options.anchor_every > 1 else ""
+        anchor = f"anchor λ = {_anchor(options.anchor)}{often}"
     if not len(gradient):
         return f"no boost: the file holds no gradient; {anchor or 'no anchor'}"
     if options.correction in ("agem", "pcgrad"):
