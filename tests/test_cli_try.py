@@ -145,6 +145,18 @@ def test_a_stored_gradient_is_used_and_bad_options_are_refused(tried: tuple[Path
         assert not (tmp_path / "out").exists()
 
 
+def test_a_rate_at_which_runs_diverge_is_refused(tried: tuple[Path, str], tmp_path: Path) -> None:
+    """No verdict is given on losses that are not finite: the message names the rate, and no results are left."""
+    folder, _ = tried
+    data = ("--model", folder / "model", "--general", folder / "general.jsonl", "--domain", folder / "chat.jsonl")
+    out = tmp_path / "out"
+    stored = ("--global-gradient", folder / "out" / "global_gradient.safetensors")
+    result = run("try", *data, *stored, "--lr", "1e30", "--tokens", 20_000, "--seeds", 2, "--out", out, *SMALL)
+    assert result.exit_code == 1, result.output
+    assert "--lr: expected a rate at which every method learns, got 1e+30" in result.output
+    assert not (out / "results.json").exists()
+
+
 def test_the_figure_names_units_and_shows_the_intervals() -> None:
     """Protects the reader of the figure: units on both axes, an error bar for each method, a line at no difference."""
     points = points_where([3.08, 3.09, 3.07])

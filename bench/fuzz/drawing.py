@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .mutations import mutate
-from .seeds import COLLECT, DATA, FINETUNE
+from .seeds import COLLECT, DATA, FINETUNE, SMALL
 
 Options = dict[str, tuple[str, ...]]
 
@@ -59,7 +59,7 @@ MORE: dict[str, Options] = {
     },
     "inspect": {},
     "try": {
-        "--tokens": ("3000", "100", *NUMBERS),
+        "--tokens": ("8000", "100", *NUMBERS),
         "--seeds": ("3", *NUMBERS),
         "--lr": ("1e-3", "1e30", "1e-300", *NUMBERS),
         "--curvature": ("2", "500", *NUMBERS),
@@ -204,8 +204,9 @@ def _demo(drawn: random.Random, seeds: Path, folder: Path) -> Case:
 
 def _try(drawn: random.Random, seeds: Path, folder: Path) -> Case:
     out = folder / "new" / "try"
-    texts = ["--general", str(folder / drawn.choice(DATA)), "--domain", str(folder / drawn.choice(DATA))]
-    sizes = ["--tokens", "4000", "--seeds", "2", "--batch", "2", "--length", "16", "--dtype", "fp32", "--device", "cpu"]
+    many = [name for name in DATA if name != "domain.txt"]  # each run has documents of its own
+    texts = ["--general", str(folder / drawn.choice(many)), "--domain", str(folder / drawn.choice(many))]
+    sizes = ["--tokens", "16000", "--seeds", "2", "--batch", "2", *SMALL]
     return Case("try", ["try", "--model", str(folder / "model"), *texts, *sizes, "--out", str(out)], out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -67,9 +68,18 @@ class Trial:
         return gradient
 
     def measure(self, held_out: dict[str, list[Batch]]) -> Point:
-        """Held-out loss on domain and on general text, nats per token."""
+        """Held-out loss of the model as it is on domain and on general text, nats per token."""
         domain, general = (self._loss(held_out[kind]) for kind in ("domain", "general"))
         return domain, general
+
+    def measure_base(self, held_out: dict[str, list[Batch]]) -> Point:
+        """The same of the base model, whose weights are put back."""
+        self.work.model.load_state_dict(self.base)
+        torch.manual_seed(0)
+        point = self.measure(held_out)
+        if not all(map(math.isfinite, point)):
+            raise InputError(f"--model: expected finite held-out losses, got {point[0]} and {point[1]} nats/token")
+        return point
 
     def _loss(self, batches: list[Batch]) -> float:
         counts = [count for batch in batches if (count := count_targets(batch))]
@@ -102,9 +112,10 @@ class Trial:
             optimizer.zero_grad()
             advance()
         del optimizer
-        return self.measure(texts.held_out)
-
-    def restore(self) -> None:
-        """The base weights again."""
-        self.work.model.load_state_dict(self.base)
-        torch.manual_seed(0)
+        point = self.measure(texts.held_out)
+        if not all(map(math.isfinite, point)):
+            raise InputError(
+                f"--lr: expected a rate at which every method learns, got {self.lr:g}: the held-out losses of {arm!r} "
+                f"end at {point[0]} and {point[1]} nats/token; give a smaller one"
+            )
+        return point

@@ -144,8 +144,7 @@ def run_trial(options: Options, console: Console) -> None:
         task = bars.add_task("runs", total=budget.steps * len(arms) * options.seeds, tokens=tokens)
         for seed in range(options.seeds):
             texts = _texts(options, work, {kind: (t[seed], h[seed]) for kind, (t, h) in parts.items()}, budget, seed)
-            trial.restore()
-            points["base"].append(trial.measure(texts.held_out))
+            points["base"].append(trial.measure_base(texts.held_out))
             for arm in arms:
                 points[arm].append(trial.run(arm, texts, gradient, partial(bars.advance, task)))
     for note in trial.notes:
