@@ -31,17 +31,18 @@ def factor(size: int, rank: int) -> LowRankFactor:
     return LowRankFactor(encode(torch.randn(size, rank) / size**0.5, "int8"), torch.rand(rank), 0.1)
 
 
-def random_curvature(shapes: Shapes, rank: int) -> GlobalGradient:
+def random_curvature(params: Named, rank: int) -> GlobalGradient:
     """As a collection would give it; the first matrix is a tied embedding."""
     found = {}
-    for i, shape in enumerate(shapes):
+    for i, (name, param) in enumerate(params):
+        shape = tuple(param.shape)
         if len(shape) == 1:
-            found[f"p{i}"] = shape, Curvature(diagonal=torch.rand(shape))
+            found[name] = shape, Curvature(diagonal=torch.rand(shape))
             continue
         terms = [KroneckerTerm(factor(shape[0], rank), factor(shape[1], rank))]
         if i == 0:
             terms.append(KroneckerTerm(DiagonalFactor(torch.rand(shape[0])), factor(shape[1], rank)))
-        found[f"p{i}"] = shape, Curvature(tuple(terms))
+        found[name] = shape, Curvature(tuple(terms))
     return GlobalGradient.from_tensors((), curvatures=found)
 
 
@@ -83,7 +84,8 @@ def training_pass(shapes: Shapes) -> Callable[[], None]:
 def main(rank: int, rounds: int) -> None:
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     shapes = smollm2_shapes()
-    params, gg = make_params(shapes), random_curvature(shapes, rank)
+    params = make_params(shapes)
+    gg = random_curvature(params, rank)
     plain, anchored = stepper(params, gg, 0.0), stepper(params, gg, 30.0)
     step = compare(plain.step, anchored.step, rounds=rounds, warmup=1, clock=clock)
     run = training_pass(shapes)
@@ -103,7 +105,8 @@ def main(rank: int, rounds: int) -> None:
 def test_step(benchmark, anchor: float) -> None:
     """A step of 2 M parameters, without and with an anchor of rank 64."""
     shapes: Shapes = [(1536, 576)] * 2 + [(576,)]
-    optimizer = stepper(make_params(shapes), random_curvature(shapes, 64), anchor)
+    params = make_params(shapes)
+    optimizer = stepper(params, random_curvature(params, 64), anchor)
     benchmark(optimizer.step)
 
 

