@@ -31,6 +31,7 @@ import triton
 from rich.console import Console
 from rich.table import Table
 
+from dba_kernels.formats import PARAM_FORMATS
 from dba_kernels.kernels.common import THREADS, tile_of
 from dba_kernels.kernels.tables import MOST_TILES
 
@@ -47,7 +48,8 @@ from .variants import (
     step_variant,
 )
 
-SMS, CLOCK = 132, 66.9e12 / (132 * 128 * 2)
+FLOPS = 66.9e12
+SMS, CLOCK = 132, FLOPS / (132 * 128 * 2)
 BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}
 LATENCY = 1.0e-6
 PER_CLOCK = {"issue": 128, "integer": 64, "special": 16}
@@ -126,6 +128,8 @@ OURS = {
     "bf16 split8, int8 m, v; int4 ĝ_G": (BF16, BF16, "split8", "int8", "int4"),
     "bf16 split8, int8 m, v; no ĝ_G, no clip": (BF16, BF16, "split8", "int8", "none"),
 }
+ANCHORED = (BF16, BF16, "split16", "int8", "none")
+ANCHOR_RANK, ANCHOR_EVERY = 64, 4
 OTHERS = {
     "torch, fp32 gradients: fused AdamW 28 + clip_grad_norm_ 12 + boost by lerp 12 + dot 8": (60.0, "several"),
     "torch, fp32 gradients: fused AdamW alone": (28.0, "several"),
@@ -146,6 +150,32 @@ def kernels_of(param: torch.dtype, grad: torch.dtype, kind: str, state: str, sto
 def whole_step_bytes(param: torch.dtype, grad: torch.dtype, kind: str, state: str, stored: str) -> float:
     """Bytes per parameter of :func:`kernels_of`, scales included."""
     return sum(kernel.bytes_per_parameter for kernel in kernels_of(param, grad, kind, state, stored))
+
+
+def anchor_bytes(param: torch.dtype, grad: torch.dtype, kind: str) -> float:
+    """Bytes per parameter that an anchored step moves beside the update, of matrices of one block (``anchored.py``).
+
+    δ is written (fp32) from weight, remainder and θ₀, and read for P, Q and the addend λHδ; that is written, and
+    a·g_D, widened, is added to it: the update reads fp32 gradients in place of ``grad``.
+    """
+    displacement = 2 * param.itemsize + PARAM_FORMATS[kind].bytes_per_parameter + 4
+    widened = 0 if grad == FP32 else grad.itemsize + 4
+    return displacement + 3 * 4 + 4 + widened + 3 * 4 + (4 - grad.itemsize)
+
+
+def print_anchored(table: Table, known: dict[str, dict[str, Any]]) -> None:
+    """The row of a step with the second-order memory, on average over ``ANCHOR_EVERY`` steps; eager fp32 matmuls."""
+    param, grad, kind, *_ = ANCHORED
+    kernels = [known.get(v.name) or analyse(v) for v in kernels_of(*ANCHORED)]
+    extra = anchor_bytes(param, grad, kind)
+    cells = []
+    for gpu, rate in BANDWIDTH.items():
+        plain = sum(predicted(kernel, gpu)[0] for kernel in kernels)
+        products = 8 * ANCHOR_RANK / FLOPS  # P and Q 2 r flop per parameter each, the addend 4 r
+        cells.append(f"{plain + (extra / rate + products) * 1e12 / ANCHOR_EVERY:.1f} (bandwidth, fp32 products)")
+    name = f"bf16 split16, int8 m, v; memory of rank {ANCHOR_RANK}, every {ANCHOR_EVERY} steps"
+    count = whole_step_bytes(*ANCHORED) + extra / ANCHOR_EVERY
+    table.add_row(name, f"{count:.2f}", "about 12 per matrix when due", *cells)
 
 
 def predicted(row: dict[str, Any], gpu: str) -> tuple[float, str]:
@@ -196,6 +226,7 @@ def print_whole_steps(console: Console, known: dict[str, dict[str, Any]]) -> Non
         # kernels each.
         launches = len(kernels) + (2 if len(kernels) > 1 else 1)
         table.add_row(name, f"{whole_step_bytes(*formats):.2f}", str(launches), *cells)
+    print_anchored(table, known)
     for name, (count, launches) in OTHERS.items():
         times = [f"{count / rate * 1e12:.1f} (bandwidth)" for rate in BANDWIDTH.values()]
         table.add_row(name, f"{count:.2f}", launches, *times)
