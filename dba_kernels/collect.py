@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .batches import LossFunction, loss_and_tokens
+from .batches import LossFunction, loss_and_tokens, sampled_label_loss
 from .calibration import keeping
 from .collector import GlobalGradientCollector
 from .curvature_records import check_kept
@@ -21,7 +21,7 @@ from .global_gradient import GlobalGradient, save_or_hand_over
 from .identity import describe_function
 from .records import check_rank
 
-__all__ = ["GlobalGradientCollector", "collect_global_gradient", "keeping"]
+__all__ = ["GlobalGradientCollector", "collect_global_gradient", "keeping", "sampled_label_loss"]
 
 
 def collect_global_gradient(
@@ -50,6 +50,7 @@ def collect_global_gradient(
         batches: any iterable of micro-batches; an interrupted collection must see the same ones again.
         loss_fn: ``loss_fn(model, batch)`` → the batch's mean loss, or (mean loss, number of target tokens). None for
             Hugging Face models: the batch is a mapping with ``labels``, the loss is the output's.
+            :func:`sampled_label_loss`: the curvature of labels that the model draws itself.
         format, rank: of the stored gradient, see :meth:`GlobalGradient.from_tensors`. ``format=None`` keeps the
             curvature alone.
         weighting: ``"tokens"``: w_i is the number of target tokens, so ĝ_G is the gradient of the mean loss per token

@@ -17,7 +17,16 @@ import dba_kernels
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = ("README.md", "dba_kernels/integrations/README.md", "bench/README.md", "bench/quality/README.md")
-MODULES = ("schedule", "backends", "base_model", "global_gradient", "collect", "optim", "integrations.transformers")
+MODULES = (
+    "schedule",
+    "backends",
+    "batches",
+    "base_model",
+    "global_gradient",
+    "collect",
+    "optim",
+    "integrations.transformers",
+)
 
 
 @pytest.mark.parametrize("name", MODULES)
