@@ -16,7 +16,7 @@ import torch
 from .distributed import answers_of_ranks, world_size
 from .formats import check_integer, check_name, check_number, check_path, check_type
 from .global_gradient import GlobalGradient
-from .schedule import ANCHORS, AUTO_ANCHOR, AUTO_BOOST_REACH, BOOSTS, initial_boost
+from .schedule import ANCHORS, AUTO_BOOST_REACH, BOOSTS, initial_anchor, initial_boost
 from .stepdata import CORRECTION_SCOPES, CORRECTIONS, PROJECTIONS, StepSettings
 
 LARGE_LR = 1e-4
@@ -48,6 +48,7 @@ class Method:
         settings: what the kernels are told; a function in place of a name leaves the neutral value there.
         schedule, correction: the functions that were given, or None.
         rule: the name of k₀ that was given, or None.
+        names_anchor: whether λ was given by name.
         anchored: bare names of the parameters that the anchor holds.
         initial_lr: the largest group's learning rate at the start.
 
@@ -83,6 +84,7 @@ class Method:
         self._compared = False
         settings = _checked(total_steps, boost, boost_max, correction, scope, bounds)
         strength = _checked_anchor(anchor, global_gradient)
+        self.names_anchor = isinstance(anchor, str)
         self.anchored: frozenset[str] = frozenset()
         if global_gradient is not None and strength > 0:
             self.anchored = frozenset(global_gradient.curvature_records)
@@ -120,10 +122,12 @@ class Method:
         return self.needs_total_steps and self.settings.total_steps == 0
 
     def begin(self, lr: float) -> None:
-        """Take η₀, from which a named boost follows, and warn of what the study found harmful."""
+        """Take η₀, from which a named boost and a named λ follow, and warn of what the study found harmful."""
         if self.global_gradient is None:
             return
         self.initial_lr = lr
+        if self.names_anchor and self.anchored:
+            self.settings = replace(self.settings, anchor=initial_anchor(lr, self.global_gradient.calibration))
         if self.settings.total_steps:
             self._settle(self.settings.total_steps)
         if not self.awaits_total_steps:
@@ -308,12 +312,10 @@ def _checked_total_steps(total_steps: Any) -> int:
 
 
 def _checked_anchor(anchor: str | float, global_gradient: GlobalGradient | None) -> float:
-    """λ; a named one is the file's calibration, and 0 where the file has no curvature."""
+    """λ; a named one, which follows from the learning rate, as 1 until then, and 0 where the file has no curvature."""
     if isinstance(anchor, str):
         check_name("anchor", anchor, ANCHORS)
-        if global_gradient is None or not global_gradient.curvature_records:
-            return 0.0
-        return AUTO_ANCHOR if global_gradient.calibration is None else global_gradient.calibration
+        return float(global_gradient is not None and bool(global_gradient.curvature_records))
     if not 0.0 <= check_number("anchor", anchor, "a name or a number >= 0") < float("inf"):
         raise ValueError(f"anchor: expected a name or a number >= 0, got {anchor}")
     if anchor > 0 and (global_gradient is None or not global_gradient.curvature_records):

@@ -75,8 +75,8 @@ class DBAAdamW(Optimizer):
         max_grad_norm: clips g_D by its norm over all parameters, as ``clip_grad_norm_``, inside the step; None: never.
         anchor: λ, with which the general loss's second order holds the weights near the base model (eq. 10, ours),
             where the global gradient was collected with ``curvature``. λ H (θ − θ₀) is added to the clipped gradient;
-            similarity and clipping do not see it. ``"auto"``: κ of the file's calibration, so that it weighs as much as
-            the domain loss; 0: none.
+            similarity and clipping do not see it. ``"auto"``: 0.04/lr (lr as for ``boost``), at least the file's
+            calibration κ, with which it weighs as much as the domain loss (``bench/quality/README.md``); 0: none.
         anchor_every: k; in every k-th step k λ H (θ − θ₀) is added, and the others cost nothing more.
         shrink: weigh each tensor of ĝ_G by its reliability, s = max(0, 1 − 1/SNR) (eq. 13, ours), from the statistics
             in its file. None: with an anchor.

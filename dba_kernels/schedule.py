@@ -24,8 +24,11 @@ SHAPES = ("linear", "cosine", "constant")
 
 
 ANCHORS = ("auto",)
-AUTO_ANCHOR = 30.0
-"""λ of ``anchor="auto"`` where the file has no calibration κ (``python -m bench.quality``)."""
+AUTO_ANCHOR = 0.04
+"""λ · η₀ under ``anchor="auto"``, ours. Adam divides the sum g_D + λHδ by its own size, so a step moves a weight by
+about η whatever λ is: the smaller η, the larger λ has to be for the same pull. Best was 0.02 to 0.07 on a model of 0.2 M
+parameters (rates 1e-3 and 3e-3, 40 steps), 0.03 to 0.05 on one of 4.2 M (1e-3, 200 steps), 0.03 to 0.09 on a
+pretrained one of 268 M (3e-5, 80 steps); see ``bench/quality/README.md``."""
 
 
 def initial_boost(rule: str, total_steps: int, lr: float) -> float:
@@ -41,6 +44,16 @@ def initial_boost(rule: str, total_steps: int, lr: float) -> float:
         return TOTAL_BOOST / total_steps
     total = min(TOTAL_BOOST, AUTO_BOOST_REACH / lr) if lr > 0.0 else TOTAL_BOOST
     return min(total / total_steps, AUTO_BOOST_MAX)
+
+
+def initial_anchor(lr: float, calibration: float | None) -> float:
+    """λ of ``anchor="auto"``: 0.04/η₀, at least κ.
+
+    Args:
+        lr: η₀, the learning rate that the run starts from.
+        calibration: κ, with which the general loss weighs as much as the domain's; None where nobody measured it.
+    """
+    return max(AUTO_ANCHOR / lr if lr > 0.0 else 0.0, calibration or 1.0)
 
 
 def gamma(step: int, total_steps: int, boost: float, boost_max: float = 1.0) -> float:

@@ -209,13 +209,25 @@ def test_metrics_name_the_predicted_rise() -> None:
     assert "predicted_rise" not in make(model, gg, anchor=0.0).metrics()
 
 
-def test_auto_is_the_calibration() -> None:
-    """Protects "auto": λ = κ as the file has it, 30 where nobody measured it, 0 where the file has no curvature."""
-    gg = collected(Tiny())
-    assert gg.calibration is not None and make(Tiny(), gg).method.settings.anchor == gg.calibration
+@pytest.mark.parametrize("format", [None, "fp32"])
+def test_auto_follows_from_the_rate(format: str | None) -> None:
+    """Protects "auto": λ = 0.04/η₀, at least κ, with ĝ_G and without; 0 where the file has no curvature."""
+
+    def strength(gg: GlobalGradient, lr: float, **options: object) -> float:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer = DBAAdamW(Tiny().named_parameters(), lr=lr, global_gradient=gg, total_steps=9, **options)
+        return optimizer.method.settings.anchor
+
+    gg = collected(Tiny(), format=format)
+    assert gg.calibration is not None
+    gg.calibration = 5.0
+    assert strength(gg, 3e-5) == pytest.approx(0.04 / 3e-5) and strength(gg, 1e-3) == pytest.approx(40.0)
+    assert strength(gg, 0.1) == strength(gg, 0.0) == 5.0  # κ; at a rate of 0 nothing moves
+    assert strength(gg, 1e-3, anchor=7.0) == 7.0
     gg.calibration = None
-    assert make(Tiny(), gg).method.settings.anchor == 30.0
-    assert make(Tiny(), collected(Tiny(), curvature=None)).method.settings.anchor == 0
+    assert strength(gg, 1e-3) == pytest.approx(40.0) and strength(gg, 0.1) == 1.0
+    assert strength(collected(Tiny(), curvature=None), 1e-3) == 0
 
 
 def test_shrinkage_weighs_the_global_gradient() -> None:

@@ -41,14 +41,15 @@ class Size:
     base_steps: int  # of the base model's training
     steps: int  # of a fine-tuning run
     rates: tuple[float, ...]  # learning rates of every family
+    memory: float  # λ of the second-order memory in units of the calibration κ
 
 
 SIZES = {
     size.name: size
     for size in (
-        Size("4M", 256, 4096, 4000, 200, (3e-5, 1e-4, 3e-4, 1e-3)),
-        Size("4M-fp32", 256, 4096, 4000, 200, (3e-5, 1e-4, 3e-4, 1e-3)),  # a base model of a machine without wide bf16
-        Size("0.2M", 64, 512, 2750, 40, (5e-4, 1e-3, 3e-3)),
+        Size("4M", 256, 4096, 4000, 200, (3e-5, 1e-4, 3e-4, 1e-3), 4.48),  # λ = 40: 0.04/η₀ at 1e-3
+        Size("4M-fp32", 256, 4096, 4000, 200, (3e-5, 1e-4, 3e-4, 1e-3), 4.48),  # of a machine without wide bf16
+        Size("0.2M", 64, 512, 2750, 40, (5e-4, 1e-3, 3e-3), 1.0),
     )
 }
 

@@ -17,7 +17,7 @@ STEPS = data.SIZE.steps
 K0 = 200 / STEPS  # eq. 2
 DBA: Options = {"boost": K0, "correction": "cosine"}
 ANCHOR: Options = {"metric": "fisher"}
-MEMORY: Options = {"memory": 1.0}  # one weight and one rank for every domain and rate
+MEMORY: Options = {"memory": data.SIZE.memory}  # one weight and one rank for every domain and rate
 
 # Each family is one method with the settings a user would search over besides the learning rate.
 FAMILIES: dict[str, list[Options]] = {
@@ -83,7 +83,7 @@ SENSITIVITY: dict[str, list[Options]] = {
     "T": [{"steps": t, "boost": 200 / t, "correction": "cosine"} for t in (400, 1000)],
     "T (AL)": [{"steps": t} for t in (400, 1000)],
     "T (small boost)": [{**DBA, "steps": 1000, "boost": b, "boost_max": b} for b in (0.05, 0.01)],
-    "memory: weight": [{"memory": w} for w in (0.3, 3.0, 10.0)],
+    "memory: weight": [{"memory": w} for w in (0.3, 1.0, 2.0, 3.0, 5.0, 10.0)],
     "memory: form": [{**MEMORY, "memory_form": f} for f in ("momentum", "implicit")],
     "memory: rank": [{**MEMORY, "memory_rank": r} for r in (4, 16)],
     "memory: no rest": [{**MEMORY, "memory_rank": r, "memory_rest": False} for r in (16, 64)],

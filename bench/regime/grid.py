@@ -20,7 +20,8 @@ FAMILIES: dict[str, list[Options]] = {
     "AL": [{}],
     "replay 1:1": [{"replay": 1.0}],
     "general first, then AL": [{"first": True}],
-    "general first, then memory": [{"first": True, "anchor": "auto"}, {"first": True, "anchor": 1000.0}],
+    "general first, then memory": [{"first": True, "anchor": "auto"}],
+    "general first, then memory, other λ": [{"first": True, "anchor": a} for a in (21.78, 1000.0, 3000.0)],
     "memory": [{"anchor": "auto"}],
     "AdamW, constant rate": [{"anneal": False}],
     "DBA, paper's boost": [DBA],
@@ -45,6 +46,7 @@ MAIN = (
 )
 TUNED = ("medicine", "law")  # settings are chosen here, and confirmed on the other domains
 CORE_RATE = LRS[0]
+SWEEP = "general first, then memory, other λ"  # 21.78 is κ; at the core's rate alone
 ONE_SET = "NQ-open"  # a memory of one general set alone: does it protect the others?
 STAGES = ("core", "rates", "seeds", "confirm", "questions", "second-model")
 
@@ -70,7 +72,8 @@ def stage(name: str, records: dict[str, Any]) -> list[Setting]:
             first = [s for m in MAIN for d in TUNED for s in family(m, model, d, (CORE_RATE,))]
             return [base(model, d) for d in TUNED] + first
         case "rates":
-            return [s for lr in LRS for m in FAMILIES for d in TUNED for s in family(m, model, d, (lr,))]
+            pairs = [(m, lr) for lr in LRS for m in FAMILIES if lr == CORE_RATE or m != SWEEP]
+            return [s for m, lr in pairs for d in TUNED for s in family(m, model, d, (lr,))]
         case "seeds" | "confirm":
             domains, seeds = (TUNED, SEEDS[1:]) if name == "seeds" else (data.DOMAINS[2:], SEEDS[:1])
             chosen = [choice(m, model, d, records) for m in MAIN for d in domains]

@@ -94,7 +94,7 @@ keeps its last good checkpoint.
     "--anchor",
     default="auto",
     show_default=True,
-    help="λ: how firmly the file's curvature, if it has any, holds the weights; auto: its calibration; 0: not at all.",
+    help="λ: how firmly the file's curvature, if it has any, holds the weights; auto: 0.04/η₀; 0: not at all.",
 )
 @click.option(
     "--anchor-every",

@@ -10,7 +10,15 @@ from itertools import islice
 import torch
 
 from dba_kernels import GlobalGradient
-from dba_kernels.schedule import ANCHORS, AUTO_ANCHOR, AUTO_BOOST_MAX, AUTO_BOOST_REACH, BOOSTS, initial_boost
+from dba_kernels.schedule import (
+    ANCHORS,
+    AUTO_ANCHOR,
+    AUTO_BOOST_MAX,
+    AUTO_BOOST_REACH,
+    BOOSTS,
+    initial_anchor,
+    initial_boost,
+)
 
 from .finetune_options import Options
 from .output import InputError
@@ -56,7 +64,7 @@ def method_in_words(options: Options, gradient: GlobalGradient | None) -> str:
     anchor = ""
     if gradient.curvature_records and options.anchor != "0":
         often = f", every {options.anchor_every} steps" if options.anchor_every > 1 else ""
-        anchor = f"anchor λ = {_anchor(options.anchor)}{often}"
+        anchor = f"anchor λ = {_anchor(options, gradient)}{often}"
     if not len(gradient):
         return f"no boost: the file holds no gradient; {anchor or 'no anchor'}"
     if options.correction in ("agem", "pcgrad"):
@@ -78,8 +86,11 @@ def method_in_words(options: Options, gradient: GlobalGradient | None) -> str:
     return f"{words}; correction {options.correction}" + (f"; {anchor}" if anchor else "")
 
 
-def _anchor(option: str) -> str:
-    return f"auto (the file's calibration, or {AUTO_ANCHOR:g})" if option in ANCHORS else f"{float(option):g}"
+def _anchor(options: Options, gradient: GlobalGradient) -> str:
+    if options.anchor not in ANCHORS:
+        return f"{float(options.anchor):g}"
+    strength = initial_anchor(options.lr, gradient.calibration)
+    return f"{strength:.3g} (auto: {AUTO_ANCHOR:g}/η₀, at least the file's calibration)"
 
 
 def memory_in_words(options: Options, work: Workload, gradient: GlobalGradient | None) -> str:
