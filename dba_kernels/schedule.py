@@ -26,8 +26,8 @@ SHAPES = ("linear", "cosine", "constant")
 ANCHORS = ("auto",)
 AUTO_ANCHOR = 0.04
 """λ · η₀ under ``anchor="auto"``, ours. Adam divides the sum g_D + λHδ by its own size, so a step moves a weight by
-about η whatever λ is: the smaller η, the larger λ has to be for the same pull. Best was 0.02 to 0.07 on a model of 0.2 M
-parameters (rates 1e-3 and 3e-3, 40 steps), 0.03 to 0.05 on one of 4.2 M (1e-3, 200 steps), 0.03 to 0.09 on a
+about η whatever λ is: the smaller η, the larger λ has to be for the same pull. Best was 0.02 to 0.07 on a model of
+0.2 M parameters (rates 1e-3 and 3e-3, 40 steps), 0.03 to 0.05 on one of 4.2 M (1e-3, 200 steps), 0.03 to 0.09 on a
 pretrained one of 268 M (3e-5, 80 steps); see ``bench/quality/README.md``."""
 
 
