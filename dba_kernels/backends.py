@@ -27,6 +27,7 @@ _FOLDERS = {"reference": "reference", "triton": "kernels", "native": "native"}
 _forced: ContextVar[str | None] = ContextVar("dba_kernels_backend", default=None)
 
 
+@functools.cache  # every step asks
 def implementation(backend: str, stem: str) -> ModuleType:
     """The module that implements ``stem`` for ``backend``; every backend has the same function names."""
     return importlib.import_module(f"{__package__}.{_FOLDERS[backend]}.{stem}")
@@ -66,7 +67,7 @@ def why_not(backend: str, device: torch.device | str = "cpu", dtype: torch.dtype
         return missing
     if device.type != "cpu":
         return f"native runs on CPU tensors, these are on {device}; use backend='triton' or 'auto'"
-    reason: str | None = importlib.import_module(f"{__package__}.native.library").why_not()
+    reason: str | None = implementation("native", "library").why_not()
     return reason
 
 

@@ -25,7 +25,6 @@ from .param_groups import check_hyperparameters, checked_flag, checked_params, c
 from .plan import Plan
 from .saved_state import check_states, for_torch, restore_uncast, to_saved, unlocked
 from .state import StateOptions, allocate, only_allocates
-from .stepdata import StepOverrides
 
 
 class DBAAdamW(Optimizer):
@@ -240,11 +239,8 @@ class DBAAdamW(Optimizer):
         plan.upload_hyper(self.param_groups)
         batches = active.batches(grads)
         settings, scalars = self.method.settings, plan.scalars(active)
-        overrides = StepOverrides(
-            loss_scale=plan.here(getattr(self, "grad_scale", None)),
-            found_inf=plan.here(getattr(self, "found_inf", None)),
-            gamma=self.method.scheduled_boost(plan.counters),
-        )
+        scaler = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        overrides = plan.overrides(*scaler, self.method.scheduled_boost(plan.counters))
         sums_here = not (settings.reduce and plan.sharding.communicates)
         anchors = plan.due_anchors(active, settings.anchor_every)
         one_call = sums_here and self.method.correction is None and not any(anchors)
@@ -284,7 +280,7 @@ class DBAAdamW(Optimizer):
 
     def _named(self) -> Iterator[tuple[str, torch.Tensor]]:
         params = (param for group in self.param_groups for param in group["params"])
-        return zip(names_of(self.param_groups), params, strict=True)
+        yield from zip(names_of(self.param_groups), params, strict=True)
 
     # --- what it says -------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,8 @@ descriptors) in ``TensorBatch.cache``. The native one runs the last three in one
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
 import zlib
 from collections import defaultdict
@@ -53,14 +55,18 @@ from .state import (
 from .stepdata import (
     BY_PLAN,
     CHECKED,
+    NO_OVERRIDES,
     UPDATED_PARTS,
     Coefficient,
     Hyper,
     ParamTensors,
+    StepOverrides,
     StepScalars,
     Summary,
     TensorBatch,
 )
+
+NUMBERS = frozenset({float, int, bool})
 
 CACHED_ACTIVE_SETS = 8
 """Sets of parameters with a gradient whose batches are kept; a model whose set changes every step rebuilds them."""
@@ -103,6 +109,7 @@ class Plan:
         owner = [i for i, group in enumerate(groups) for _ in group["params"]]
         self.group = torch.tensor(owner, device=self.device)
         self._uploaded: list[tuple[float, ...]] | None = None
+        self._given: list[tuple[Any, ...]] | None = None
         self._captured = False
         self._sums_elsewhere: dict[torch.device, torch.Tensor] = {}
         self.cut = torch.tensor([[rows is not None] for rows in self.sharding.rows], device=self.device)
@@ -265,17 +272,16 @@ class Plan:
         """
         capturing = captured.capturing(self.device)
         self._captured |= capturing
+        given = [(g["lr"], *g["betas"], g["eps"], g["weight_decay"], g["maximize"]) for g in groups]
+        numbers = NUMBERS.issuperset(map(type, itertools.chain.from_iterable(given)))  # comparing tensors would wait
+        if numbers and given == self._given and not self._captured:
+            return
+        self._given = given if numbers else None
         rows, tensors = [], []
-        for i, group in enumerate(groups):
-            values = [
-                group["lr"],
-                *group["betas"],
-                group["eps"],
-                group["weight_decay"],
-                1 - 2 * bool(group["maximize"]),
-            ]
+        for i, (*values, maximize) in enumerate(given):
+            values.append(1 - 2 * bool(maximize))
             tensors += [(i, column, value) for column, value in enumerate(values) if torch.is_tensor(value)]
-            rows.append(tuple(0.0 if torch.is_tensor(value) else float(value) for value in values))
+            rows.append(tuple(math.nan if torch.is_tensor(value) else float(value) for value in values))
         if rows != self._uploaded or self._captured:  # a replay in between may have written the values of its capture
             # A fresh pinned buffer each time: one that is reused might be overwritten before its copy has completed.
             pin = self.device.type == "cuda" and torch.cuda.is_available()
@@ -340,6 +346,14 @@ class Plan:
 
     def coefficients_on(self, batch: TensorBatch) -> torch.Tensor:
         return self._moved(self.coefficients, batch.device)
+
+    def overrides(
+        self, loss_scale: torch.Tensor | None, found_inf: torch.Tensor | None, gamma: torch.Tensor | None
+    ) -> StepOverrides:
+        """What a GradScaler and a user's schedule say, beside the tables."""
+        if loss_scale is None and found_inf is None and gamma is None:
+            return NO_OVERRIDES  # which need no check
+        return StepOverrides(self.here(loss_scale), self.here(found_inf), gamma)
 
     def here(self, scalar: torch.Tensor | None) -> torch.Tensor | None:
         """A GradScaler's tensor, which lies where the loss is, beside the tables."""

@@ -65,6 +65,23 @@ def test_follows_adamw_in_fp32(backend: str) -> None:
     assert error.abs().max() <= 2.0 * limit.abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("rate", [0.0, 0, 0.05, torch.tensor(0.0), torch.tensor(0.05)], ids=str)
+def test_a_rate_given_anew_counts_at_once(rate: float | torch.Tensor) -> None:
+    """Protects schedules by hand: numbers, tensors, and one in the other's place reach the next step."""
+    for first in (0.1, torch.tensor(0.1)):
+        moved = []
+        for given in ([first, first, rate, rate, first], [0.1, 0.1, float(rate), float(rate), 0.1]):
+            param = torch.nn.Parameter(torch.zeros(8))
+            optimizer = DBAAdamW([param], weight_decay=0.0)
+            for lr in given:
+                before, param.grad = param.detach().clone(), torch.ones(8)
+                optimizer.param_groups[0]["lr"] = lr
+                optimizer.step()
+                moved.append((before - param.detach()).max().item())
+        assert moved[:5] == moved[5:]
+        assert moved[2] == pytest.approx(float(rate), rel=1e-5) and moved[4] == pytest.approx(0.1, rel=1e-5)
+
+
 def test_another_beta_is_told_apart_from_adamw() -> None:
     """Negative control of the two tests above."""
     exact = trajectory(torch.optim.AdamW, torch.float64, False)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .descriptors import Field, new_descriptors, set_grads
+from .descriptors import Field, checked_grads, new_descriptors
 from .library import address, execution, load
 
 
@@ -29,6 +29,7 @@ def accumulate(
         address(f"totals[{i}]", total, torch.float32, shape)
         for i, (total, shape) in enumerate(zip(totals, shapes, strict=True))
     ]
-    kept = set_grads(descriptors, grads, shapes)
+    kept, codes, addresses = checked_grads(grads, shapes)
+    descriptors[:, Field.GRAD_DTYPE], descriptors[:, Field.GRAD] = codes, addresses
     norms = address("squared_norms", squared_norms, torch.float64, (len(totals),))
     load().dba_accumulate(*execution(), descriptors.ctypes.data, len(kept), float(weight), norms)

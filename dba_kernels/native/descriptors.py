@@ -34,17 +34,15 @@ class Batch(ctypes.Structure):
     ]
 
 
-def set_grads(
-    descriptors: np.ndarray, grads: list[torch.Tensor], shapes: Sequence[tuple[int, ...]]
-) -> list[torch.Tensor]:
-    """Enter the gradients into ``descriptors``; returns what must stay alive until the call is over."""
+def checked_grads(
+    grads: list[torch.Tensor], shapes: Sequence[tuple[int, ...]]
+) -> tuple[list[torch.Tensor], list[int | None], list[int]]:
+    """The gradients, contiguous, which must stay alive until the call is over; their dtypes' codes and addresses."""
     kept = grads if all(map(torch.Tensor.is_contiguous, grads)) else [grad.contiguous() for grad in grads]
     codes = list(map(DTYPE_CODE.get, map(_dtype_of, kept)))
     if None in codes or list(map(_shape_of, kept)) != shapes or not all(map(_on_cpu, kept)):
         _refuse(kept, shapes)
-    descriptors[:, Field.GRAD_DTYPE] = codes
-    descriptors[:, Field.GRAD] = list(map(torch.Tensor.data_ptr, kept))
-    return kept
+    return kept, codes, list(map(torch.Tensor.data_ptr, kept))
 
 
 _dtype_of, _shape_of, _on_cpu = map(operator.attrgetter, ("dtype", "shape", "is_cpu"))
@@ -95,6 +93,9 @@ class _Descriptors:
     """The descriptors of a batch, filled once; :meth:`enter` enters what changes from step to step."""
 
     def __init__(self, batch: TensorBatch, with_state: bool):
+        self.by_plan = batch.cache.get(CHECKED) == BY_PLAN
+        self.codes: list[int | None] = []
+        self.grads: list[int] = []
         self.shapes: list[tuple[int, ...]] = [tuple(tensor.param.shape) for tensor in batch.tensors]
         self.params = _param_addresses(batch)
         self.words = new_descriptors(self.shapes)
@@ -134,23 +135,39 @@ class _Descriptors:
             self.words[:, Field.OFFSET] = [tensor.offset for tensor in batch.tensors]
 
     @staticmethod
-    def enter(batch: TensorBatch, grads: list[torch.Tensor], with_state: bool) -> tuple[Batch, list[torch.Tensor]]:
-        """The struct to pass, and what must stay alive until the call is over."""
+    def of(batch: TensorBatch, with_state: bool) -> _Descriptors:
+        """The batch's own, made anew where its parameters have moved."""
         key = "native" if with_state else "native.similarity"
-        known = batch.cache.get(key)
-        if known is not None and batch.cache.get(CHECKED) == BY_PLAN:
-            known.words[:, Field.GRAD] = list(map(torch.Tensor.data_ptr, grads))
-            return known.struct, grads
-        if known is None or known.params != _param_addresses(batch):
+        known: _Descriptors | None = batch.cache.get(key)
+        if known is None or not (known.by_plan or known.params == _param_addresses(batch)):
             known = batch.cache[key] = _Descriptors(batch, with_state)
-        return known.struct, set_grads(known.words, grads, known.shapes)
+        return known
+
+    def enter(self, grads: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Enter this step's gradients; returns what must stay alive until the call is over."""
+        if self.by_plan and self.codes:  # in everything but their place they are what they were
+            kept, codes, addresses = grads, self.codes, list(map(torch.Tensor.data_ptr, grads))
+        else:
+            kept, codes, addresses = checked_grads(grads, self.shapes)
+        if codes != self.codes:
+            self.words[:, Field.GRAD_DTYPE] = self.codes = codes
+        if addresses != self.grads:
+            self.words[:, Field.GRAD] = self.grads = addresses
+        return kept
 
 
 def structs_of(
     batches: list[TensorBatch], grads: list[list[torch.Tensor]], with_state: bool
 ) -> tuple[ctypes.Array[Any], list[Any]]:
     """The structs to pass, and what must stay alive until the call is over."""
-    found = [
-        _Descriptors.enter(batch, part, with_state) for batch, part in zip(batches, grads, strict=True) if batch.tensors
-    ]
-    return (Batch * len(found))(*(struct for struct, _ in found)), found
+    used = [(batch, part) for batch, part in zip(batches, grads, strict=True) if batch.tensors]
+    found = [_Descriptors.of(batch, with_state) for batch, _ in used]
+    kept: list[Any] = [own.enter(part) for own, (_, part) in zip(found, used, strict=True)]
+    if not found:
+        return (Batch * 0)(), kept
+    cache, key = used[0][0].cache, "native.structs" if with_state else "native.similarity.structs"
+    known, structs = cache.get(key, (None, None))
+    if known != found:
+        structs = (Batch * len(found))(*(own.struct for own in found))
+        cache[key] = found, structs
+    return structs, kept
