@@ -16,6 +16,7 @@ from dba_kernels import GlobalGradient  # noqa: E402
 from dba_kernels.cli import inspect_command, plan_command, progress  # noqa: E402
 from dba_kernels.cli.demo import report, training  # noqa: E402
 from dba_kernels.cli.grids import Grid  # noqa: E402
+from dba_kernels.cli.plan_command import batch_plan
 from dba_kernels.cli.signal_to_noise import advice, per_batch  # noqa: E402
 from dba_kernels.cli.sizes import Sizes  # noqa: E402
 
@@ -148,6 +149,9 @@ def test_signal_to_noise_is_reported_per_batch(collected: Path) -> None:
         assert row[-2:] == (f"{record.signal_to_noise:.3g}", f"{record.signal_to_noise / 6:.3g}")
     assert inspect_command.as_dict(gradient)["signal_to_noise_per_batch"] == pytest.approx(s / 6)
     assert per_batch(None, 6) is None
+    planned = batch_plan(s, 6, 0.9)
+    assert f"{s:.3g}, {s / 6:.3g} per batch" in planned["words"].replace("\n", " ")
+    assert planned["signal_to_noise_per_batch"] == pytest.approx(s / 6)
 
 
 def test_the_figure_per_batch_does_not_grow_with_the_batches(collected: Path, tmp_path: Path) -> None:

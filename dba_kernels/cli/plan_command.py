@@ -19,7 +19,7 @@ from .models import import_transformers, load_config
 from .options import COUNT, FiniteRange, model_option
 from .output import InputError
 from .progress import wide_console
-from .signal_to_noise import ENOUGH, batches_for, expected_cosine
+from .signal_to_noise import ENOUGH, batches_for, expected_cosine, per_batch
 from .sizes import Shapes, Sizes
 
 HELP = """Count the bytes that fine-tuning a model holds between steps, for every choice of formats.
@@ -137,6 +137,7 @@ def _mib(size: int) -> str:
 def batch_plan(signal_to_noise: float | None, batches: int, cosine: float) -> dict[str, Any]:
     """How many batches like those that were collected the cosine takes; ``words`` says it with the formula."""
     found: dict[str, Any] = {"collected": batches, "signal_to_noise": signal_to_noise, "cosine": cosine, "needed": None}
+    each = found["signal_to_noise_per_batch"] = per_batch(signal_to_noise, batches)
     if signal_to_noise is None:
         words = "The file has no signal-to-noise estimate: collect at least two batches."
     elif signal_to_noise <= 0:
@@ -146,8 +147,8 @@ def batch_plan(signal_to_noise: float | None, batches: int, cosine: float) -> di
     else:
         needed = found["needed"] = batches_for(cosine, signal_to_noise, batches)
         words = (
-            f"General batches: {batches:,} gave signal-to-noise {signal_to_noise:.3g} (expected cosine with the true "
-            f"gradient {expected_cosine(signal_to_noise):.3f}). It grows linearly in the number of batches, so the "
+            f"General batches: {batches:,} gave signal-to-noise {signal_to_noise:.3g}, {each:.3g} per batch (expected "
+            f"cosine with the true gradient {expected_cosine(signal_to_noise):.3f}). It grows linearly in the number of batches, so the "
             f"cosine {cosine:g} takes n' = n · c² / (1 − c²) / s = {needed:,}"
             + ("; the file has enough." if needed <= batches else f": collect {needed - batches:,} more.")
         )
