@@ -16,7 +16,7 @@ from dba_kernels import GlobalGradient  # noqa: E402
 from dba_kernels.cli import inspect_command, plan_command, progress  # noqa: E402
 from dba_kernels.cli.demo import report, training  # noqa: E402
 from dba_kernels.cli.grids import Grid  # noqa: E402
-from dba_kernels.cli.plan_command import batch_plan
+from dba_kernels.cli.plan_command import batch_plan  # noqa: E402
 from dba_kernels.cli.signal_to_noise import advice, per_batch  # noqa: E402
 from dba_kernels.cli.sizes import Sizes  # noqa: E402
 
