@@ -148,8 +148,8 @@ def batch_plan(signal_to_noise: float | None, batches: int, cosine: float) -> di
         needed = found["needed"] = batches_for(cosine, signal_to_noise, batches)
         words = (
             f"General batches: {batches:,} gave signal-to-noise {signal_to_noise:.3g}, {each:.3g} per batch (expected "
-            f"cosine with the true gradient {expected_cosine(signal_to_noise):.3f}). It grows linearly in the number of "
-            f"batches, so the cosine {cosine:g} takes n' = n · c² / (1 − c²) / s = {needed:,}"
+            f"cosine with the true gradient {expected_cosine(signal_to_noise):.3f}). It grows linearly in the number "
+            f"of batches, so the cosine {cosine:g} takes n' = n · c² / (1 − c²) / s = {needed:,}"
             + ("; the file has enough." if needed <= batches else f": collect {needed - batches:,} more.")
         )
     return found | {"words": words}
