@@ -83,7 +83,7 @@ SENSITIVITY: dict[str, list[Options]] = {
     "T": [{"steps": t, "boost": 200 / t, "correction": "cosine"} for t in (400, 1000)],
     "T (AL)": [{"steps": t} for t in (400, 1000)],
     "T (small boost)": [{**DBA, "steps": 1000, "boost": b, "boost_max": b} for b in (0.05, 0.01)],
-    "memory: weight": [{"memory": w} for w in (0.3, 1.0, 2.0, 3.0, 5.0, 10.0)],
+    "memory: weight": [{"memory": w} for w in (0.3, 1.0, 2.0, 3.0, 5.0, 10.0, 17.0)],
     "memory: form": [{**MEMORY, "memory_form": f} for f in ("momentum", "implicit")],
     "memory: rank": [{**MEMORY, "memory_rank": r} for r in (4, 16)],
     "memory: no rest": [{**MEMORY, "memory_rank": r, "memory_rest": False} for r in (16, 64)],
