@@ -44,11 +44,12 @@ void dba_accumulate(int64_t isa, int64_t threads, const Tensor* tensors, int64_t
     const Kernels& kernels = kernels_of(isa);
     const Batch batch{count, FP32, NATIVE, STATE_FP32, GLOBAL_NONE, tensors};
     Model model(kernels, &batch, 1);
-    const Tasks::Run square = [&](int64_t tensor, int64_t unit) { model.reduce(tensor, unit); };
-    const Tasks::Run add = [&](int64_t tensor, int64_t unit) {
+    const Tasks::Run square = [&](int64_t tensor, int64_t begin, int64_t end) { model.reduce(tensor, begin, end); };
+    const Tasks::Run add = [&](int64_t tensor, int64_t begin, int64_t end) {
         if (!std::isfinite(squared_norms[tensor])) return;
-        model.each_row(tensor, unit, [&](int64_t start, int64_t n) {
+        model.each_row(tensor, begin, end, [&](int64_t row, int64_t col, int64_t n) {
             const Tensor& t = tensors[tensor];
+            const int64_t start = row * model.cols(tensor) + col;
             kernels.accumulate[t.grad_dtype](t.grad + start * dtype_bytes(t.grad_dtype),
                                              reinterpret_cast<float*>(t.param) + start, static_cast<float>(weight), n);
         });
@@ -73,8 +74,8 @@ void dba_encode(int64_t isa, int64_t threads, int64_t dtype, int64_t format, int
     const Units units({Cut(rows, cols, true)});
     const Rows layout{units.cut(0).cols};
     Kernels::Encode* encode = kernels_of(isa).encode[dtype][format];
-    const Tasks::Run run = [&](int64_t, int64_t unit) {
-        layout.each(units.cut(0).piece(unit), [&](int64_t row, int64_t col, int64_t n) {
+    const Tasks::Run run = [&](int64_t, int64_t begin, int64_t end) {
+        units.cut(0).each_row(begin, end, [&](int64_t row, int64_t col, int64_t n) {
             encode(source + (row * layout.cols + col) * dtype_bytes(dtype), codes + layout.code(format, row, col),
                    scales + layout.scale(row, col), n);
         });
@@ -89,8 +90,8 @@ void dba_decode(int64_t isa, int64_t threads, int64_t dtype, int64_t format, int
     const Units units({Cut(rows, cols, global_is_grouped(format))});
     const Rows layout{units.cut(0).cols};
     Kernels::Decode* decode = kernels_of(isa).decode[format][dtype];
-    const Tasks::Run run = [&](int64_t, int64_t unit) {
-        layout.each(units.cut(0).piece(unit), [&](int64_t row, int64_t col, int64_t n) {
+    const Tasks::Run run = [&](int64_t, int64_t begin, int64_t end) {
+        units.cut(0).each_row(begin, end, [&](int64_t row, int64_t col, int64_t n) {
             decode(codes + layout.code(format, row, col), scales + (scales ? layout.scale(row, col) : 0),
                    out + (row * layout.cols + col) * dtype_bytes(dtype), n);
         });
@@ -102,7 +103,7 @@ void dba_decode(int64_t isa, int64_t threads, int64_t dtype, int64_t format, int
 
 void dba_similarity(int64_t isa, int64_t threads, const Batch* batches, int64_t count, double* sums) {
     Model model(kernels_of(isa), batches, count);
-    const Tasks::Run run = [&](int64_t tensor, int64_t unit) { model.reduce(tensor, unit); };
+    const Tasks::Run run = [&](int64_t tensor, int64_t begin, int64_t end) { model.reduce(tensor, begin, end); };
     Tasks tasks;
     tasks.parallel(model.units(), 0, model.tensors(), ELEMENTS_PER_TASK, run);
     tasks.execute(static_cast<int>(threads));
@@ -113,11 +114,11 @@ void dba_displacement(int64_t isa, int64_t threads, int64_t dtype, int64_t param
                       const uint8_t* param, const uint8_t* remainder, const uint8_t* origin, float* out) {
     const Units units({Cut(1, n, true)});
     Kernels::Displacement* displacement = kernels_of(isa).displacement[param_format][dtype];
-    const Tasks::Run run = [&](int64_t, int64_t unit) {
-        const Piece piece = units.cut(0).piece(unit);
-        const int64_t at = piece.col * dtype_bytes(dtype);
-        displacement(param + at, remainder + piece.col * remainder_bytes(param_format), origin + at, out + piece.col,
-                     piece.cols);
+    const Tasks::Run run = [&](int64_t, int64_t begin, int64_t end) {
+        units.cut(0).each_row(begin, end, [&](int64_t, int64_t col, int64_t n) {
+            const int64_t at = col * dtype_bytes(dtype);
+            displacement(param + at, remainder + col * remainder_bytes(param_format), origin + at, out + col, n);
+        });
     };
     Tasks tasks;
     tasks.parallel(units, 0, 1, ELEMENTS_PER_TASK, run);
@@ -132,7 +133,7 @@ void dba_coefficients(const CoefficientArguments* arguments) {
 
 void dba_step(int64_t isa, int64_t threads, const Batch* batches, int64_t count, const double* table) {
     Model model(kernels_of(isa), batches, count);
-    const Tasks::Run run = [&](int64_t tensor, int64_t unit) { model.step(tensor, unit, table); };
+    const Tasks::Run run = [&](int64_t tensor, int64_t begin, int64_t end) { model.step(tensor, begin, end, table); };
     Tasks tasks;
     tasks.parallel(model.units(), 0, model.tensors(), ELEMENTS_PER_TASK, run);
     tasks.execute(static_cast<int>(threads));
@@ -145,8 +146,10 @@ void dba_fused_step(int64_t isa, int64_t threads, const Batch* batches, int64_t 
                     const CoefficientArguments* arguments) {
     Model model(kernels_of(isa), batches, count);
     Coefficients coefficients(*arguments);
-    const Tasks::Run reduce = [&](int64_t tensor, int64_t unit) { model.reduce(tensor, unit); };
-    const Tasks::Run step = [&](int64_t tensor, int64_t unit) { model.step(tensor, unit, arguments->table); };
+    const Tasks::Run reduce = [&](int64_t tensor, int64_t begin, int64_t end) { model.reduce(tensor, begin, end); };
+    const Tasks::Run step = [&](int64_t tensor, int64_t begin, int64_t end) {
+        model.step(tensor, begin, end, arguments->table);
+    };
 
     Tasks tasks;
     if (arguments->reduce) tasks.parallel(model.units(), 0, model.tensors(), ELEMENTS_PER_TASK, reduce);

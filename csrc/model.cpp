@@ -58,17 +58,19 @@ StepTarget Model::target(const Entry& entry, const Rows& layout, int64_t row, in
             t.exp_avg_sq_scales + group};
 }
 
-void Model::reduce(int64_t tensor, int64_t unit) {
+void Model::reduce(int64_t tensor, int64_t begin, int64_t end) {
     const Entry& entry = entries_[tensor];
     const Rows layout{units_.cut(tensor).cols};
     Kernels::Similarity* kernel = kernels_.similarity[entry.tensor->grad_dtype][entry.batch->global_format];
-    Sums sums{};
-    layout.each(piece(tensor, unit),
-                [&](int64_t row, int64_t col, int64_t n) { kernel(source(entry, layout, row, col), n, sums); });
-    sums_[unit] = sums;
+    for (int64_t unit = begin; unit < end; ++unit) {
+        Sums sums{};
+        each_row(tensor, unit, unit + 1,
+                 [&](int64_t row, int64_t col, int64_t n) { kernel(source(entry, layout, row, col), n, sums); });
+        sums_[unit] = sums;
+    }
 }
 
-void Model::step(int64_t tensor, int64_t unit, const double* table) const {
+void Model::step(int64_t tensor, int64_t begin, int64_t end, const double* table) const {
     const Entry& entry = entries_[tensor];
     const double* row_of_table = table + entry.tensor->index * COLUMNS;
     if (row_of_table[SKIP] != 0.0) return;
@@ -79,7 +81,7 @@ void Model::step(int64_t tensor, int64_t unit, const double* table) const {
     Kernels::Boost* boost = kernels_.boost[grad_dtype][b.global_format];
     Kernels::Step* step = kernels_.one_stage[b.param_format][b.dtype][b.state_format][grad_dtype][b.global_format];
     if (!step) step = kernels_.two_stage[b.param_format][b.dtype][b.state_format];
-    layout.each(piece(tensor, unit), [&](int64_t row, int64_t col, int64_t n) {
+    each_row(tensor, begin, end, [&](int64_t row, int64_t col, int64_t n) {
         const uint64_t element = entry.tensor->offset + static_cast<uint64_t>(row * layout.cols + col);
         step(target(entry, layout, row, col), source(entry, layout, row, col), boost, scalars, element, n);
     });

@@ -17,9 +17,6 @@ struct Rows {
     int64_t code(int64_t format, int64_t row, int64_t col) const {  // in bytes
         return row * global_bytes(format, cols) + global_bytes(format, col);
     }
-    template <class Body> void each(const Piece& piece, Body&& body) const {
-        for (int64_t row = piece.row; row < piece.row + piece.rows; ++row) body(row, piece.col, piece.cols);
-    }
 };
 
 class Model {
@@ -29,6 +26,7 @@ public:
     const Units& units() const { return units_; }
     int64_t tensors() const { return units_.tensors(); }
     int64_t index(int64_t tensor) const { return entries_[tensor].tensor->index; }
+    int64_t cols(int64_t tensor) const { return units_.cut(tensor).cols; }
     int64_t elements(int64_t tensor) const { return units_.cut(tensor).rows * units_.cut(tensor).cols; }
 
     // body(begin, end) over consecutive runs of tensors with at least `elements` elements each.
@@ -38,15 +36,14 @@ public:
             body(begin, end);
         }
     }
-    // body(first element, n) for every row of the unit.
-    template <class Body> void each_row(int64_t tensor, int64_t unit, Body&& body) const {
-        const Rows layout{units_.cut(tensor).cols};
-        layout.each(piece(tensor, unit),
-                    [&](int64_t row, int64_t col, int64_t n) { body(row * layout.cols + col, n); });
+    // body(row, column, n) for every row, or part of one, of units begin .. end of a tensor.
+    template <class Body> void each_row(int64_t tensor, int64_t begin, int64_t end, Body&& body) const {
+        const int64_t first = units_.first(tensor);
+        units_.cut(tensor).each_row(begin - first, end - first, body);
     }
 
-    void reduce(int64_t tensor, int64_t unit);  // keeps the unit's sums
-    void step(int64_t tensor, int64_t unit, const double* table) const;
+    void reduce(int64_t tensor, int64_t begin, int64_t end);  // keeps each unit's sums
+    void step(int64_t tensor, int64_t begin, int64_t end, const double* table) const;
     Sums total(int64_t tensor) const;  // the sums of its units, in their order
     void write_sums(int64_t tensor, double* sums) const;
 
@@ -55,7 +52,6 @@ private:
         const Batch* batch;
         const Tensor* tensor;
     };
-    Piece piece(int64_t tensor, int64_t unit) const { return units_.cut(tensor).piece(unit - units_.first(tensor)); }
     GradSource source(const Entry& entry, const Rows& layout, int64_t row, int64_t col) const;
     StepTarget target(const Entry& entry, const Rows& layout, int64_t row, int64_t col) const;
 

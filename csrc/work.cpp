@@ -72,9 +72,9 @@ void Tasks::parallel(const Units& units, int64_t begin, int64_t end, int64_t ele
         }
         tasks_.push_back({after, [&units, &run, start, stop = unit] {
                               int64_t tensor = units.tensor_of(start);
-                              for (int64_t u = start; u < stop; ++u) {
-                                  while (u >= units.first(tensor + 1)) ++tensor;
-                                  run(tensor, u);
+                              for (int64_t u = start, end; u < stop; u = end, ++tensor) {
+                                  end = std::min(stop, units.first(tensor + 1));
+                                  if (u < end) run(tensor, u, end);
                               }
                           }});
     }

@@ -20,8 +20,17 @@ struct Cut {
     // rowwise: groups end with the row, so that a ragged row must not be joined with the next one.
     Cut(int64_t rows, int64_t cols, bool rowwise);
     Piece piece(int64_t unit) const;
+    // body(row, column, n) for every row of units begin .. end, or the part of it that is theirs, as one stretch.
+    template <class Body> void each_row(int64_t begin, int64_t end, Body&& body) const {
+        for (int64_t unit = begin; unit < end;) {
+            Piece whole = piece(unit);
+            while (++unit < end && unit % units_per_row_ != 0) whole.cols += piece(unit).cols;
+            for (int64_t row = whole.row; row < whole.row + whole.rows; ++row) body(row, whole.col, whole.cols);
+        }
+    }
 
 private:
+
     int64_t units_per_row_, rows_per_unit_;
 };
 
@@ -44,7 +53,7 @@ private:
 // between stages.
 class Tasks {
 public:
-    using Run = std::function<void(int64_t tensor, int64_t unit)>;  // unit: numbered through
+    using Run = std::function<void(int64_t tensor, int64_t begin, int64_t end)>;  // units of it, numbered through
 
     // A stage of one serial task.
     void serial(std::function<void()> work);
