@@ -30,7 +30,6 @@ struct Cut {
     }
 
 private:
-
     int64_t units_per_row_, rows_per_unit_;
 };
 
