@@ -11,7 +11,7 @@ run() {  # name, value of -fsanitize, runtime to preload, options of the runtime
     cmake -S "$root/csrc" -B "$work/$1" -G Ninja -DDBA_SANITIZE="$2" > "$work/$1.log"
     cmake --build "$work/$1" >> "$work/$1.log"
     mkdir "$work/$1-tree"
-    cp -r "$root/dba_kernels" "$root/tests" "$root/pyproject.toml" "$work/$1-tree"
+    cp -r "$root/dba_kernels" "$root/tests" "$root/bench" "$root/pyproject.toml" "$work/$1-tree"
     cp "$work/$1/libdba_native.so" "$work/$1-tree/dba_kernels/"
     echo "== $2"
     # libstdc++ beside the runtime: torch throws, and the runtime looks for __cxa_throw before torch is loaded.

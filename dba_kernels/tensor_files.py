@@ -210,8 +210,13 @@ class SavedTensors:
         return type(self), (self.path,)  # a copy maps the same file anew
 
     def _map(self, path: Path) -> tuple[Any, dict[str, str]]:
-        self._opened[path] = _identity(path)
-        return _map(path)
+        """Map the file and note which one it is: another may take its place in between, under the same inode even."""
+        while True:
+            before = _identity(path)
+            mapped = _map(path)
+            self._opened[path] = _identity(path)
+            if self._opened[path] == before:
+                return mapped
 
     def _open_single(self) -> dict[str, Any]:
         file, metadata = self._map(self.path)

@@ -123,6 +123,28 @@ def test_writers_at_one_place_leave_one_whole_set(tmp_path: Path, seeds: tuple[i
     assert set(os.listdir(tmp_path)) == kept
 
 
+def test_a_shard_replaced_while_it_is_opened_is_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects a reader from a false alarm: what is noted of a shard is of the file that was mapped, not of the one
+    that it replaced, whose inode may be used again."""
+    path = tmp_path / "gg.safetensors"
+    gg = GlobalGradient.from_tensors({f"w{i}": torch.full((70, 70), float(i)) for i in range(3)}, "fp32")
+    gg.save(path, 20_000)
+    opened, safe_open = [], tensor_files.safe_open
+
+    def replaced_before(name: str, **options: Any) -> Any:
+        opened.append(name)
+        if len(opened) == 1:  # the same shards, written by somebody else
+            gg.save(path, 20_000)
+            os.utime(name, ns=(1, 1))
+        return safe_open(name, **options)
+
+    monkeypatch.setattr(tensor_files, "safe_open", replaced_before)
+    saved = tensor_files.SavedTensors(path)
+    assert len(opened) > 3 and len(set(opened)) == 3
+    assert saved._opened == {Path(name): tensor_files._identity(Path(name)) for name in set(opened)}
+    assert all(float(saved[f"w{i}/codes"][0, 0]) == i for i in range(3))
+
+
 def test_failing_writer_leaves_the_other_ones_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects a set from a second writer of the same content that fails in the middle of the exchange."""
     path = tmp_path / "gg.safetensors"
